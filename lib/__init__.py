@@ -1,0 +1,4 @@
+"""Three CNN-pruning papers under one protocol.
+
+data -> model -> score -> plan -> shrink -> recover -> report
+"""

@@ -1,0 +1,81 @@
+"""Scores to compare the papers with: L1 norm, BatchNorm scale, random, uniform.
+
+Each returns `dict[layer name -> float tensor [output channels]]` for every convolution
+and linear layer but the classifiers, whose outputs are the classes.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+
+def l1(model: nn.Module) -> dict[str, Tensor]:
+    """Mean absolute weight of each filter (Li et al. 2017, up to a constant a layer).
+
+    The mean, unlike the sum, can be compared between layers and summed over tied ones.
+    """
+    return {
+        name: module.weight.detach().abs().flatten(1).mean(1)
+        for name, module in prunable_layers(model).items()
+    }
+
+
+def bn_scale(model: nn.Module) -> dict[str, Tensor]:
+    """|gamma| of the BatchNorm behind each convolution (Liu et al. 2017, Slimming).
+
+    Pairs are found by order of definition: a BatchNorm belongs to the convolution
+    before it when their widths agree. Raises `ValueError` where there is no such pair.
+    """
+    scores, last = {}, None
+    for name, module in model.named_modules():
+        if isinstance(module, _ConvNd):
+            last = (name, module.out_channels)
+        elif isinstance(module, _BatchNorm) and last and module.num_features == last[1]:
+            if module.weight is not None:
+                scores[last[0]] = module.weight.detach().abs()
+            last = None
+    if not scores:
+        raise ValueError("no convolution with a BatchNorm behind it; use another score")
+    return scores
+
+
+def random(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Uniform random scores in [0, 1), from `seed` alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.rand(module.weight.shape[0], generator=generator)
+        for name, module in prunable_layers(model).items()
+    }
+
+
+def uniform(model: nn.Module) -> dict[str, Tensor]:
+    """Equal scores: a plan then removes the first channels of each layer."""
+    return {
+        name: torch.ones(module.weight.shape[0])
+        for name, module in prunable_layers(model).items()
+    }
+
+
+def prunable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Convolutions and linear layers but the classifiers.
+
+    A classifier is the last such layer of the model, and any linear layer that ends its
+    parent module (an auxiliary head) with as many outputs.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (_ConvNd, nn.Linear))
+    }
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no convolution or linear layer")
+    last = next(reversed(layers))
+    classes = layers[last].weight.shape[0]
+    ends = {name.rpartition(".")[0]: name for name in layers}
+    heads = {
+        name
+        for name in ends.values()
+        if isinstance(layers[name], nn.Linear) and layers[name].out_features == classes
+    }
+    return {n: m for n, m in layers.items() if n != last and n not in heads}

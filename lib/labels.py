@@ -1,0 +1,268 @@
+"""How channel labels travel through one operation.
+
+A *label* is the number of an output channel of a layer. The labels of a tensor are an
+int64 tensor of as many dimensions, of size 1 along every dimension in which they do not
+vary: those of an activation [N, C, H, W] have the shape [1, C, 1, 1]. An element-wise
+operation keeps them, an addition ties two rows of them, a concatenation joins them,
+`view` and `transpose` act on the labels themselves. What has no rule freezes the labels
+it reads, with the reason, so that nothing is pruned on a guess.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CONSTANT = -1  # the label of a channel that no layer makes: zero padding, a constant
+
+ADDITIONS = {"add", "add_", "sub", "sub_"}
+ELEMENTWISE = ADDITIONS | set(
+    "mul mul_ div div_ relu relu_ relu6 hardtanh hardtanh_ hardswish hardswish_ "
+    "hardsigmoid hardsigmoid_ sigmoid sigmoid_ silu silu_ mish mish_ gelu tanh tanh_ "
+    "elu elu_ selu celu softplus leaky_relu leaky_relu_ threshold threshold_ clamp "
+    "clamp_ clamp_min clamp_min_ clamp_max pow abs neg exp sqrt rsqrt reciprocal "
+    "square rsub maximum minimum where native_dropout dropout _to_copy to clone detach alias "
+    "contiguous lift_fresh zeros_like ones_like empty_like rand_like bernoulli "
+    "bernoulli_".split()
+)
+SHAPE_KEEPING = ELEMENTWISE - {
+    "_to_copy",
+    "to",
+    "clone",
+    "contiguous",
+    "native_dropout",
+}
+SPATIAL = set(
+    "max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d "
+    "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_avg_pool1d "
+    "upsample_nearest2d upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d "
+    "_upsample_nearest_exact2d reflection_pad2d replication_pad2d".split()
+)
+REDUCTIONS = {"mean", "sum", "amax", "amin"}
+MOVES = set(
+    "view _unsafe_view reshape _reshape_alias permute transpose t squeeze unsqueeze "
+    "expand slice select split split_with_sizes chunk unbind flip roll index "
+    "index_select constant_pad_nd channel_shuffle native_channel_shuffle".split()
+)
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor of the pass: its shape and its labels, None where they were lost."""
+
+    shape: tuple[int, ...]
+    labels: Tensor | None
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One argument of an operation: its shape, what is known of it, its name if it is
+    a parameter of the model."""
+
+    shape: tuple[int, ...]
+    value: Value | None
+    parameter: str | None = None
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Its labels; None for a constant and for what could not be followed."""
+        return None if self.value is None else self.value.labels
+
+
+class Ledger:
+    """All labels given out, which of them are tied, and which must not be touched.
+
+    `ties` are pairs [2, n]; `added` and `bound` list the labels tied by an addition and
+    by anything else; `frozen` holds labels with a reason; `vectors` the parameters that
+    lie along channels: name -> (dimension, labels).
+    """
+
+    def __init__(self):
+        self.count = 0
+        self.ties: list[Tensor] = []
+        self.added: list[Tensor] = []
+        self.bound: list[Tensor] = []
+        self.frozen: list[tuple[Tensor, str]] = []
+        self.vectors: dict[str, tuple[int, Tensor]] = {}
+
+    def fresh(self, size: int) -> Tensor:
+        """New labels [size]."""
+        self.count += size
+        return torch.arange(self.count - size, self.count)
+
+    def tie(self, a: Tensor, b: Tensor, *, added: bool = False) -> None:
+        """Channel i of `a` and channel i of `b` stand or fall together."""
+        a, b = a.flatten(), b.flatten()
+        if a is b or torch.equal(a, b):
+            return
+        both = (a >= 0) & (b >= 0)
+        pairs = torch.stack([a[both], b[both]])
+        self.ties.append(pairs)
+        (self.added if added else self.bound).append(pairs.flatten())
+
+    def freeze(self, labels: Tensor | None, reason: str) -> None:
+        """These channels must all stay, because of `reason`."""
+        if labels is not None:
+            flat = labels.flatten()
+            self.frozen.append((flat[flat >= 0], reason))
+
+    def row(self, value: Value | None, dim: int, size: int, where: str) -> Tensor:
+        """The labels along `dim` as a row [size]; other dimensions must not vary."""
+        if value is None or value.labels is None:
+            return torch.full((size,), CONSTANT)
+        labels = value.labels
+        if labels.numel() not in (1, labels.shape[dim % labels.ndim]):
+            self.freeze(labels, f"{where} reads channels from two dimensions")
+            return torch.full((size,), CONSTANT)
+        return labels.flatten().expand(size)
+
+    # -- rules: what an operation makes of the labels of its operands ---------------
+
+    def elementwise(
+        self, name: str, operands: list[Operand], shape: Sequence[int], where: str
+    ) -> Tensor | None:
+        """Operands broadcast against one another; channels keep their places."""
+        rows = [x.labels for x in operands if x.labels is not None]
+        if not rows:
+            return None
+        for x in operands:
+            if x.value is None:
+                self._meet_constant(x, rows[0], shape, where)
+            elif x.labels is None:
+                self.freeze(rows[0], f"{where} mixes in channels that have no rule")
+        rows = [_widen(row, len(shape)) for row in rows]
+        if len(rows) == 1:
+            return rows[0]
+        return self._join(rows, added=name in ADDITIONS, where=where)
+
+    def _join(self, rows: list[Tensor], *, added: bool, where: str) -> Tensor:
+        """Channel i of every row is channel i of the result."""
+        widest = max(rows, key=lambda row: row.numel())
+        for row in rows:
+            if row.numel() == 1 and widest.numel() > 1:
+                self.freeze(row, f"{where} spreads it over all channels")
+        rows = [r for r in rows if r.numel() > 1 or widest.numel() == 1]
+        if any(r.shape != widest.shape for r in rows):
+            for row in rows:
+                self.freeze(row, f"{where} combines channels along two dimensions")
+            return widest
+        if all(torch.equal(r, widest) for r in rows):
+            return widest
+        result = self.fresh(widest.numel()).view(widest.shape) if added else widest
+        for row in rows:
+            self.tie(row, result, added=added)
+        if added:  # a channel that is constant on all sides has nobody to follow
+            constant = torch.stack([r < 0 for r in rows]).all(0)
+            result = torch.where(constant, CONSTANT, result)
+        return result
+
+    def _meet_constant(self, x: Operand, row: Tensor, shape, where: str) -> None:
+        """A parameter that lies along the channels is pruned with them; else frozen."""
+        size = (1,) * (len(shape) - len(x.shape)) + tuple(x.shape)
+        row = _widen(row, len(shape))
+        dims = [d for d, n in enumerate(row.shape) if n > 1]
+        if not any(size[d] > 1 for d in dims):
+            return
+        if x.parameter is None or len(dims) != 1:
+            self.freeze(row, f"{where} combines it with a constant that has channels")
+        elif x.parameter in self.vectors:
+            self.tie(self.vectors[x.parameter][1], row)
+        else:
+            dim = dims[0] - (len(shape) - len(x.shape))
+            self.vectors[x.parameter] = (dim, row.flatten())
+
+    def spatial(self, name: str, x: Operand, where: str) -> Tensor | None:
+        """Pooling and resizing: channels are dimension 1 and stay."""
+        labels = x.labels
+        if labels is None or all(n == 1 for n in labels.shape[2:]):
+            return labels
+        self.freeze(labels, f"{where} runs '{name}' across channels")
+        return None
+
+    def reduce(
+        self,
+        name: str,
+        x: Operand,
+        dims: int | Sequence[int],
+        keepdim: bool,
+        where: str,
+    ) -> Tensor | None:
+        """A sum, mean or maximum over dimensions other than the channels."""
+        labels = x.labels
+        if labels is None:
+            return None
+        dims = [dims] if isinstance(dims, int) else dims or range(labels.ndim)
+        dims = {d % labels.ndim for d in dims}
+        if any(labels.shape[d] > 1 for d in dims):
+            self.freeze(labels, f"{where} takes the '{name}' over channels")
+            return None
+        if keepdim:
+            return labels
+        return labels.reshape([n for d, n in enumerate(labels.shape) if d not in dims])
+
+    def cat(self, operands: list[Operand], dim: int, where: str) -> Tensor:
+        """Labels one behind the other along `dim`."""
+        ndim = len(operands[0].shape)
+        dim %= ndim
+        parts = []
+        for x in operands:
+            labels = torch.full([1] * ndim, CONSTANT) if x.labels is None else x.labels
+            parts.append(
+                labels.expand([x.shape[d] if d == dim else -1 for d in range(ndim)])
+            )
+        layouts = {(*part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}
+        if len(layouts) == 1:
+            return compress(torch.cat(parts, dim), only=dim)
+        for part in parts:
+            self.freeze(part, f"{where} concatenates differently laid out channels")
+        full = [p.expand(x.shape) for p, x in zip(parts, operands, strict=True)]
+        return compress(torch.cat(full, dim))
+
+
+def move(
+    name: str, function: Callable, value: Value, args: tuple, kwargs: dict
+) -> tuple[list[Tensor], bool]:
+    """Labels after a reshaping or indexing operation, one per output.
+
+    The flag says whether removing channels before the operation gives the same as
+    removing them after it: true for flattening, false for picking and shuffling.
+    """
+    full = value.labels.expand(value.shape)
+    if name == "constant_pad_nd":
+        args = (args[0], args[1], CONSTANT)
+    if name in {"view", "_unsafe_view", "_reshape_alias", "reshape"}:
+        moved = full.reshape(args[1])
+    else:
+        moved = function(full, *args[1:], **kwargs)
+    pieces = list(moved) if isinstance(moved, (list, tuple)) else [moved]
+    pieces = [compress(piece) for piece in pieces]
+    return pieces, all(_keeps_order(value.labels, piece) for piece in pieces)
+
+
+def _widen(row: Tensor, ndim: int) -> Tensor:
+    return row.view((1,) * (ndim - row.ndim) + tuple(row.shape))
+
+
+def compress(labels: Tensor, *, only: int | None = None) -> Tensor:
+    """Give labels size 1 along every dimension in which the labels do not vary."""
+    for dim in range(labels.ndim) if only is None else [only]:
+        first = labels.narrow(dim, 0, min(1, labels.shape[dim]))
+        if labels.shape[dim] > 1 and torch.equal(labels, first.expand_as(labels)):
+            labels = first
+    return labels.clone()
+
+
+def _keeps_order(before: Tensor, after: Tensor) -> bool:
+    """Dropping channels before the move equals dropping them after it."""
+    if sum(n > 1 for n in after.shape) > 1:
+        return False
+    before, after = before.flatten(), after.flatten()
+    if before.numel() <= 1:
+        return True
+    times, rest = divmod(after.numel(), before.numel())
+    if rest or not times:
+        return False
+    return torch.equal(after, before.repeat(times)) or torch.equal(
+        after, before.repeat_interleave(times)
+    )

@@ -1,0 +1,26 @@
+"""The nets the papers prune, by name: `build`, `names`, `input_shape`.
+
+`build("resnet56", pretrained=True)`, `build("lenet", in_channels=1)` or any torchvision
+classification net, `build("resnet50", num_classes=1000)`.
+"""
+
+from lib.models.caffe import BvlcGoogLeNet, CaffeNet, CifarNet, Inception, LeNet
+from lib.models.densenet import CifarDenseNet, DenseLayer
+from lib.models.registry import build, input_shape, names
+from lib.models.resnet import BasicBlock, CifarResNet, PadShortcut
+
+__all__ = [
+    "BasicBlock",
+    "BvlcGoogLeNet",
+    "CaffeNet",
+    "CifarDenseNet",
+    "CifarNet",
+    "CifarResNet",
+    "DenseLayer",
+    "Inception",
+    "LeNet",
+    "PadShortcut",
+    "build",
+    "input_shape",
+    "names",
+]

@@ -1,0 +1,212 @@
+"""Nets by name: `build`, `names`, `input_shape`, and what they refuse."""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+from lib.models import vision, weights
+from lib.models.caffe import BvlcGoogLeNet, CaffeNet, CifarNet, LeNet
+from lib.models.densenet import CifarDenseNet
+from lib.models.resnet import DEPTHS, CifarResNet
+
+LARGEST_TRIED = 512
+
+
+def list_resnets() -> dict[str, Callable[..., nn.Module]]:
+    """`resnet20` and so on; with `_b`, projection shortcuts."""
+    plain = {f"resnet{depth}": partial(CifarResNet, depth) for depth in DEPTHS}
+    projected = {
+        f"resnet{depth}_b": partial(CifarResNet, depth, projection=True)
+        for depth in DEPTHS
+    }
+    return plain | projected
+
+
+BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "lenet": LeNet,
+    "cifarnet": CifarNet,
+    **list_resnets(),
+    "densenet40": CifarDenseNet,
+    "mobilenet_v2_cifar": vision.build_mobilenet,
+    "caffenet": CaffeNet,
+    "googlenet_bvlc": BvlcGoogLeNet,
+}
+# Nets whose first linear layer fixes the input size.
+FIXED_SIZE = ("lenet", "cifarnet", "caffenet")
+# Options that `build` names itself, or that the name already decides.
+DECIDED = ("depth", "projection", "num_classes", "in_channels", "image_size")
+SIZES = {"lenet": 28, "caffenet": 227, "googlenet_bvlc": 224}
+
+
+def names() -> list[str]:
+    """Names of the nets defined here; `build` also takes torchvision's classifiers."""
+    return list(BUILDERS)
+
+
+def input_shape(
+    name: str, in_channels: int = 3, image_size: int | None = None
+) -> tuple[int, int, int]:
+    """`(C, H, W)` in channels and pixels; H = W = the published size if not given.
+
+    torchvision's nets: the size that their DEFAULT weights were evaluated at. Raises
+    ValueError on an unknown name or a number below 1.
+    """
+    check_name(name)
+    check_at_least_one(name, in_channels=in_channels, image_size=image_size)
+    if image_size is None and name in BUILDERS:
+        image_size = SIZES.get(name, 32)
+    side = image_size or vision.get_published_size(name)
+    return in_channels, side, side
+
+
+def build(
+    name: str,
+    *,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    pretrained: bool = False,
+    image_size: int | None = None,
+    **options: Any,
+) -> nn.Module:
+    """The net `name`, `[N, in_channels, H, W]` to logits `[N, num_classes]`.
+
+    `image_size` (pixels) sets the input size where a net's first linear layer fixes it
+    and is checked for all; `None` is the published size, see `input_shape`. `options`
+    go on to the net. Weights start from torch's global generator, or with `pretrained`
+    are the published ones: CIFAR-10 for resnet20/32/56, ImageNet for torchvision's.
+
+    Raises ValueError on an unknown name or option, a number below 1, a size that the
+    net cannot take (naming the smallest it can), `pretrained` where nothing was
+    published, or a file of weights with the wrong digest; FileNotFoundError where
+    weights cannot be fetched.
+    """
+    check_name(name)
+    check_at_least_one(
+        name, num_classes=num_classes, in_channels=in_channels, image_size=image_size
+    )
+    check_options(name, options)
+    if pretrained:
+        check_pretrained(name, num_classes, in_channels)
+    options |= {"num_classes": num_classes, "in_channels": in_channels}
+    if image_size is not None:
+        check_image_size(name, image_size, options)
+    net = make_net(name, image_size, pretrained=pretrained, **options)
+    if pretrained and name in weights.FILES:
+        net.load_state_dict(weights.load_weights(name))
+    return net
+
+
+def make_net(
+    name: str, image_size: int | None, *, pretrained: bool = False, **options: Any
+) -> nn.Module:
+    """Call the builder of `name`; torchvision's also load their own weights."""
+    if name not in BUILDERS:
+        return vision.build_torchvision(
+            name, image_size=image_size, pretrained=pretrained, **options
+        )
+    if name in FIXED_SIZE and image_size is not None:
+        options["image_size"] = image_size
+    return BUILDERS[name](**options)
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError, with the nearest names, unless `name` is a classifier."""
+    classifiers = vision.list_classifiers()
+    if name in BUILDERS or name in classifiers:
+        return
+    own = ", ".join(BUILDERS)
+    if name in torchvision.models.list_models():
+        raise ValueError(
+            f"{name!r} is a torchvision net, but not for classifying images; own nets: "
+            f"{own}; and torchvision's classification nets"
+        )
+    near = difflib.get_close_matches(str(name), [*BUILDERS, *classifiers])
+    hint = f", did you mean {' or '.join(near)}?" if near else ";"
+    raise ValueError(
+        f"unknown net {name!r}{hint} own nets: {own}; and torchvision's "
+        "classification nets"
+    )
+
+
+def check_at_least_one(name: str, **numbers: int | None) -> None:
+    """Raise ValueError unless each of `numbers` is a whole number >= 1 (or None)."""
+    for what, number in numbers.items():
+        if number is None:
+            continue
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(
+                f"{name}: {what}={number!r}, expected a whole number, at least 1"
+            )
+
+
+def check_options(name: str, options: dict[str, Any]) -> None:
+    """Raise ValueError where a net defined here does not know one of `options`."""
+    if name not in BUILDERS:
+        return
+    source = BUILDERS[name]
+    if source is vision.build_mobilenet:
+        known = ["width_mult", "dropout"]
+    else:
+        known = [key for key in inspect.signature(source).parameters]
+    known = [key for key in known if key not in DECIDED]
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"{name}: unknown option {option!r}; it has "
+                f"{', '.join(known) or 'no options'}"
+            )
+
+
+def check_pretrained(name: str, num_classes: int, in_channels: int) -> None:
+    """Raise ValueError unless weights of just this net were published."""
+    classes = 10 if name in weights.FILES else 1000
+    published = name in weights.FILES or name not in BUILDERS
+    if published and (num_classes, in_channels) == (classes, 3):
+        return
+    raise ValueError(
+        f"{name} with num_classes={num_classes}, in_channels={in_channels} has no "
+        f"published weights; these have: {', '.join(weights.FILES)} (num_classes=10, "
+        "in_channels=3) and torchvision's classification nets (num_classes=1000, "
+        "in_channels=3)"
+    )
+
+
+def check_image_size(name: str, image_size: int, options: dict[str, Any]) -> None:
+    """Raise ValueError, with the smallest size that works, if this one does not."""
+    if runs_at(name, image_size, options):
+        return
+    sides = range(1, LARGEST_TRIED + 1)
+    least = next((side for side in sides if runs_at(name, side, options)), None)
+    advice = f"the smallest that does is {least}" if least else "none does"
+    raise ValueError(f"{name}: image_size={image_size} does not work; {advice}")
+
+
+def make_meta_net(name: str, side: int, options: dict[str, Any]) -> nn.Module:
+    """The net on the meta device, for inputs of `side` pixels."""
+    try:
+        with torch.device("meta"):
+            return make_net(name, side, **options)
+    except NotImplementedError:
+        # RegNets work out their widths with tensors, whose values meta does not hold.
+        with torch.random.fork_rng(devices=[]):
+            return make_net(name, side, **options).to("meta")
+
+
+def runs_at(name: str, side: int, options: dict[str, Any]) -> bool:
+    """Whether one image of `side` pixels goes through, tried without any memory.
+
+    The meta device knows shapes only and leaves the global generator alone.
+    """
+    try:
+        net = make_meta_net(name, side, options).eval()
+        with torch.inference_mode():
+            net(torch.empty(1, options["in_channels"], side, side, device="meta"))
+    except (RuntimeError, ValueError, AssertionError):
+        return False
+    return True

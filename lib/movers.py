@@ -1,0 +1,111 @@
+"""Small modules that move channels inside a pruned network by integer index maps."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleUnit
+
+
+class Scatter(nn.Module):
+    """Write [N, kept, ...] back into [N, width, ...], zero elsewhere."""
+
+    def __init__(self, kept: Tensor, width: int):
+        super().__init__()
+        self.width = width
+        self.register_buffer("source", inverse(kept, width), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, kept, ...] -> [N, width, ...]."""
+        return take(x, self.source)
+
+
+class Remap(nn.Module):
+    """A parameter-free module run at full width, between kept inputs and outputs."""
+
+    def __init__(self, inner: nn.Module, read: Tensor, write: Tensor):
+        super().__init__()
+        self.inner = inner
+        self.register_buffer(
+            "source", inverse(positions(read), len(read)), persistent=False
+        )
+        self.register_buffer("write", positions(write), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Widen with zeros, move the channels, keep what is read."""
+        return self.inner(take(x, self.source)).index_select(1, self.write)
+
+
+class GappedLRN(nn.LocalResponseNorm):
+    """Local response normalisation over the original channel neighbourhoods.
+
+    Channels that were removed count as zero, so the others keep their responses.
+    """
+
+    def __init__(self, whole: nn.LocalResponseNorm, alive: Tensor):
+        super().__init__(whole.size, whole.alpha, whole.beta, whole.k)
+        alive = _restore(whole.alive, alive) if isinstance(whole, GappedLRN) else alive
+        self.register_buffer("alive", alive, persistent=False)
+        self.register_buffer("kept", positions(alive), persistent=False)
+        source = inverse(self.kept, len(alive))
+        self.register_buffer("source", source, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, kept, ...] -> the same shape."""
+        full = take(x.square(), self.source).flatten(2).unsqueeze(1)
+        before, after = self.size // 2, (self.size - 1) // 2
+        mean = F.avg_pool2d(
+            F.pad(full, (0, 0, before, after)), (self.size, 1), stride=1
+        )
+        mean = mean.squeeze(1).index_select(1, self.kept).view_as(x)
+        return x / (self.k + self.alpha * mean).pow(self.beta)
+
+
+class Gate(nn.Module):
+    """Zero the silenced channels before a module that reads across channels."""
+
+    def __init__(self, inner: nn.Module, alive: Tensor):
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("alive", alive, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, ...] -> what the inner module gives."""
+        alive = self.alive.view([1, -1] + [1] * (x.ndim - 2))
+        return self.inner(x * alive.to(x.dtype))
+
+
+class PinnedShuffleUnit(ShuffleUnit):
+    """ShuffleNetV2's unit with its split sizes and its shuffle as an index map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in, H, W] -> [N, out, H', W']."""
+        if self.stride == 1:
+            left, right = x.split(self.split, 1)
+            out = torch.cat((left, self.branch2(right)), 1)
+        else:
+            out = torch.cat((self.branch1(x), self.branch2(x)), 1)
+        return out.index_select(1, self.order)
+
+
+def positions(alive: Tensor) -> Tensor:
+    return torch.nonzero(alive).flatten()
+
+
+def inverse(kept: Tensor, width: int) -> Tensor:
+    """For each of `width` places its index among `kept`, or len(kept) for a zero."""
+    source = torch.full((width,), len(kept), device=kept.device)
+    source[kept] = torch.arange(len(kept), device=kept.device)
+    return source
+
+
+def take(x: Tensor, source: Tensor) -> Tensor:
+    """Pick channels of `x`; index C picks a channel of zeros."""
+    padding = [0, 0] * (x.ndim - 2) + [0, 1]
+    return F.pad(x, padding).index_select(1, source)
+
+
+def _restore(alive: Tensor, within: Tensor) -> Tensor:
+    """`within` thins out the kept places of `alive`."""
+    result = torch.zeros_like(alive)
+    result[positions(alive)[within]] = True
+    return result

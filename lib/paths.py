@@ -1,0 +1,80 @@
+"""Where things lie on disk, whatever the working directory, and writing them safely.
+
+Environment variables: `PRUNING_DATA` moves the data root, `PRUNING_RUNS` the folder of
+runs (figures then go there too, so that tests never touch the committed ones).
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+PUBLISHED = ROOT / "data" / "published"
+RESULTS = ROOT / "data" / "results"
+
+
+def data_root(root: str | Path | None = None) -> Path:
+    """The folder of the data sets: `root`, else `PRUNING_DATA`, else `data/`."""
+    return Path(root or os.environ.get("PRUNING_DATA") or ROOT / "data").resolve()
+
+
+def runs_root() -> Path:
+    """The folder for everything a run makes: `PRUNING_RUNS`, else `data/runs/`."""
+    return Path(os.environ.get("PRUNING_RUNS") or ROOT / "data" / "runs").resolve()
+
+
+def figures_root() -> Path:
+    """`figures/`, or a folder beside the runs when `PRUNING_RUNS` moved those."""
+    moved = os.environ.get("PRUNING_RUNS")
+    return Path(moved).resolve() / "figures" if moved else ROOT / "figures"
+
+
+def shown(path: str | Path) -> str:
+    """`path` as notebooks print it: relative to the repository if it lies there."""
+    path = Path(path).resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
+def write_atomic(path: str | Path, write: Callable[[Path], Any]) -> Path:
+    """Let `write(tmp)` fill a temporary file beside `path`, then move it into place.
+
+    A reader sees the old file or the whole new one, never half of it; on an error
+    nothing is left behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.suffix)
+    os.close(handle)
+    tmp = Path(name)
+    try:
+        write(tmp)
+        tmp.chmod(0o644)
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+    return path
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write `text` to `path` atomically (UTF-8)."""
+    return write_atomic(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write `value` as indented JSON, atomically; NaN and infinity are refused."""
+    return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON; a missing or broken file is one error that names it."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, expected JSON")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None

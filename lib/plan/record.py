@@ -1,0 +1,61 @@
+"""The plan itself: plain data on what a pruned network keeps."""
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lib import paths
+
+
+@dataclass
+class Plan:
+    """Kept output channels per layer, and more.
+
+    `keep[layer]`: sorted indices of the output channels that stay; a layer that is not
+    named stays whole. `scatter`: layers whose kept outputs are written back into the
+    full-width residual stream. `drop`: blocks replaced by the identity. `resolution`:
+    side of the square input in pixels, None for the native one.
+    """
+
+    keep: dict[str, list[int]] = field(default_factory=dict)
+    scatter: set[str] = field(default_factory=set)
+    drop: list[str] = field(default_factory=list)
+    resolution: int | None = None
+
+    def __post_init__(self):
+        self.keep = {n: sorted(int(i) for i in k) for n, k in self.keep.items()}
+        self.scatter = set(self.scatter)
+        self.drop = list(self.drop)
+        for name in self.scatter - self.keep.keys():
+            raise ValueError(f"plan: '{name}' is to be scattered but keeps everything")
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as JSON, atomically."""
+        return paths.write_json(
+            path,
+            {
+                "keep": self.keep,
+                "scatter": sorted(self.scatter),
+                "drop": self.drop,
+                "resolution": self.resolution,
+            },
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read a plan; a file that is not one is refused by name."""
+        raw = paths.read_json(path)
+        known = {"keep", "scatter", "drop", "resolution"}
+        if not isinstance(raw, dict) or not isinstance(raw.get("keep"), dict):
+            raise ValueError(f"{path}: not a plan, expected an object with 'keep'")
+        if extra := raw.keys() - known:
+            raise ValueError(f"{path}: unknown plan entries {sorted(extra)}")
+        try:
+            return cls(**raw)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a plan ({error})") from None
+
+
+def nearest_name(name: str, known) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; nearest: '{close[0]}'" if close else ""

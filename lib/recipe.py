@@ -1,0 +1,137 @@
+"""How a network is trained: the settings, checked, and what follows from them."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of one training run; bad ones are refused in one line.
+
+    epochs: passes over the training set. lr: peak learning rate. batch_size: images a
+    step. optimizer: "sgd" (Nesterov momentum) or "adam". schedule: "cosine" to zero,
+    "step" (times `gamma` at each of `milestones`, in epochs) or "constant". warmup:
+    epochs of linear increase. weight_decay: on all parameters, or without norms and
+    biases when `decay_norms` is False. resolution: side of the images in pixels, None
+    for their own. augment: random crop and flip. seed: order, crops, dropout.
+    """
+
+    epochs: int
+    lr: float = 0.1
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    decay_norms: bool = True
+    schedule: str = "cosine"
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
+    warmup: float = 0.0
+    label_smoothing: float = 0.0
+    aux_weight: float = 0.3
+    augment: bool = True
+    resolution: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        _require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        _require(0 < self.lr < math.inf, "lr", self.lr, "a positive number")
+        _require(self.optimizer in {"sgd", "adam"}, "optimizer", self.optimizer,
+                 "'sgd' or 'adam'")  # fmt: skip
+        known = {"cosine", "step", "constant"}
+        _require(self.schedule in known, "schedule", self.schedule, f"one of {known}")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay,
+                 "0 or more")  # fmt: skip
+        _require(0 <= self.label_smoothing < 1, "label_smoothing",
+                 self.label_smoothing, "in [0, 1)")  # fmt: skip
+        _require(0 <= self.warmup <= max(self.epochs, 0), "warmup", self.warmup,
+                 "between 0 and epochs")  # fmt: skip
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+def _require(fine: bool, name: str, value, wanted: str) -> None:
+    if not fine:
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def rate_at(recipe: Recipe, epoch: float) -> float:
+    """The learning rate at a moment counted in epochs from 0 (fractions are steps)."""
+    if epoch < recipe.warmup:
+        return recipe.lr * max(epoch / recipe.warmup, 1e-3)
+    if recipe.schedule == "step":
+        passed = sum(epoch >= milestone for milestone in recipe.milestones)
+        return recipe.lr * recipe.gamma**passed
+    if recipe.schedule == "constant":
+        return recipe.lr
+    span = max(recipe.epochs - recipe.warmup, 1e-9)
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (epoch - recipe.warmup) / span))
+
+
+def make_optimizer(
+    model: nn.Module, recipe: Recipe, device: torch.device
+) -> torch.optim.Optimizer:
+    """SGD or Adam over the parameters that require a gradient.
+
+    On a GPU the rate is a tensor, so that a captured step follows the schedule.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("no parameter requires a gradient, there is nothing to train")
+    groups = [{"params": trained, "weight_decay": recipe.weight_decay}]
+    if not recipe.decay_norms:
+        decayed = [p for p in trained if p.ndim > 1]
+        rest = [p for p in trained if p.ndim <= 1]
+        groups = [
+            {"params": decayed, "weight_decay": recipe.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+    on_gpu = device.type == "cuda"
+    lr = torch.tensor(recipe.lr, device=device) if on_gpu else recipe.lr
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=lr, fused=True, capturable=on_gpu)
+    nesterov = recipe.nesterov and recipe.momentum > 0
+    return torch.optim.SGD(
+        groups, lr=lr, momentum=recipe.momentum, nesterov=nesterov, fused=True
+    )
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The named device, else a GPU where there is one, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch sees no GPU")
+    return device
+
+
+def pick_precision(precision: str, device: torch.device, model: nn.Module) -> str:
+    """What to compute in: as named, or bfloat16 where the hardware has it.
+
+    A float64 model always keeps its own precision.
+    """
+    if precision not in {"auto", "float32", "bfloat16"}:
+        raise ValueError(
+            f"precision must be 'auto', 'float32' or 'bfloat16', got {precision!r}"
+        )
+    if next(model.parameters()).dtype != torch.float32:
+        return "float32"
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if _cpu_has_bf16() else "float32"
+
+
+def _cpu_has_bf16() -> bool:
+    return any(
+        getattr(torch.cpu, name, bool)()
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )

@@ -1,0 +1,126 @@
+"""Tables and figures: the last step of every notebook and of every profile.
+
+    python -m lib.report --profile quick
+
+prints the table of a profile that has run.
+"""
+
+import argparse
+import json
+
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from lib import paths
+
+KEYS = ["net", "dataset", "method", "rate", "residual", "epochs"]
+RESULT_COLUMNS = [
+    "method", "net", "dataset", "seed", "profile", "rate", "residual", "epochs",
+    "base", "before", "after", "macs", "params", "macs_down", "params_down", "seconds",
+    "images_per_s", "precision", "device", "torch", "revision",
+]  # fmt: skip
+QUICK = "quick"  # its numbers teach, they are not results
+
+
+def collect_rows(profile: str) -> pd.DataFrame:
+    """One row per pruned network over all metrics.json of a profile."""
+    rows = []
+    for path in sorted((paths.runs_root() / profile).rglob("metrics.json")):
+        metrics = paths.read_json(path)
+        measured_with = {
+            key: metrics["environment"][key] for key in ("device", "torch", "revision")
+        }
+        rows += [{**row, **measured_with} for row in metrics["rows"]]
+    return pd.DataFrame(rows)
+
+
+def summarise(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard deviation over seeds; accuracies and reductions in percent."""
+    if rows.empty:
+        return rows
+    keys = [key for key in KEYS if key in rows]
+    grouped = rows.groupby(keys, sort=False, dropna=False)
+    table = grouped.agg(
+        n=("seed", "nunique"), base=("base", "mean"), before=("before", "mean"),
+        after=("after", "mean"), sd=("after", "std"),
+        macs_down=("macs_down", "mean"), params_down=("params_down", "mean"),
+    )  # fmt: skip
+    table.insert(4, "delta", table["after"] - table["base"])
+    return table.reset_index()
+
+
+def format_table(table: pd.DataFrame) -> str:
+    """The summary as a Markdown table, two decimals; an empty s.d. means one seed."""
+    shown = table.copy()
+    for column in shown.select_dtypes("float"):
+        shown[column] = [
+            "" if pd.isna(value) else f"{value:.2f}" for value in shown[column]
+        ]
+    lines = ["| " + " | ".join(shown.columns) + " |", "|" + "---|" * len(shown.columns)]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in shown.values.tolist()]
+    return "\n".join(lines)
+
+
+def save_figure(name: str, figure: Figure, numbers: pd.DataFrame) -> None:
+    """Write `figures/NAME.png` and beside it the numbers it shows, `NAME.csv`."""
+    folder = paths.figures_root()
+    paths.write_atomic(
+        folder / f"{name}.png",
+        lambda tmp: figure.savefig(
+            tmp, dpi=130, bbox_inches="tight", metadata={"Software": None}
+        ),
+    )
+    paths.write_text(folder / f"{name}.csv", numbers.to_csv(index=False))
+
+
+def figure_name(name: str, run: str) -> str:
+    """`NAME` for the quick profile, `NAME_PROFILE` for another, so both can stand."""
+    profile = run.split("/")[0]
+    return name if profile == QUICK else f"{name}_{profile}"
+
+
+def set_style() -> None:
+    """The look of every figure: one theme, a palette safe for colour-blind readers."""
+    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
+
+
+def publish_results(profile: str, rows: pd.DataFrame) -> None:
+    """Write the rows of a full profile to `data/results/PROFILE.csv`, one per run."""
+    columns = [column for column in RESULT_COLUMNS if column in rows]
+    path = paths.RESULTS / f"{profile}.csv"
+    text = rows[columns].to_csv(index=False, float_format="%.4f", lineterminator="\n")
+    paths.write_text(path, text)
+    print(f"wrote {paths.shown(path)}")
+
+
+def main() -> None:
+    """Print the table of a profile; keep it beside the runs, publish a full one."""
+    parser = argparse.ArgumentParser(
+        description="Print the results table of a profile."
+    )
+    parser.add_argument("--profile", default=QUICK)
+    profile = parser.parse_args().profile
+    rows = collect_rows(profile)
+    if rows.empty:
+        raise SystemExit(
+            f"no results yet: run `make reproduce PROFILE={profile}` first"
+        )
+    table = format_table(summarise(rows))
+    print(f"\n{table}\n")
+    print(
+        "base, before, after: top-1 on the test set in percent, unpruned, pruned and\n"
+        "recalibrated, fine-tuned (last epoch); macs_down, params_down: reduction in\n"
+        "percent, 1 MAC = 1 multiply-add of a convolution or linear layer; n: seeds."
+    )
+    folder = paths.runs_root() / profile
+    paths.write_text(folder / "table.md", table + "\n")
+    paths.write_text(
+        folder / "table.json", json.dumps(rows.to_dict("records"), indent=1)
+    )
+    if profile != QUICK:
+        publish_results(profile, rows)
+
+
+if __name__ == "__main__":
+    main()

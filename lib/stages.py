@@ -1,0 +1,151 @@
+"""The stages between notebooks: a baseline, and recovery after pruning.
+
+Each keeps what it makes in the folder of its profile and finds it there the next time;
+what was found, and what had to be made, is printed.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from lib import cost, data, models, paths, settings, surgery, train
+from lib.data import ImageSet
+from lib.plan import Plan
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Images to train on, to decide by, and to report once."""
+
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
+
+
+def load_sets(dataset: str, *, n_train: int = 0) -> Sets:
+    """Training, validation (a tenth of the training images, fixed) and test images.
+
+    `n_train` limits the training images (stratified); 0 means all of them.
+    """
+    rest, val = data.split_validation(data.load(dataset, "train"))
+    if n_train:
+        rest = rest.take(min(n_train, len(rest)))
+    return Sets(rest, val, data.load(dataset, "test"))
+
+
+def make_baseline(
+    sets: Sets,
+    *,
+    run: str,
+    net: str,
+    pretrained: bool,
+    epochs: int,
+    lr: float,
+    seed: int,
+) -> nn.Module:
+    """The unpruned network: published weights, or trained here, once per profile.
+
+    `run` is the name of the run that asks; its first part is the profile. A stored
+    baseline is used when its recipe, data and seed are the same.
+    """
+    channels, classes = sets.train.shape[0], len(sets.train.classes)
+    if pretrained:
+        print(f"baseline: {net} with published weights")
+        return models.build(
+            net, num_classes=classes, in_channels=channels, pretrained=True
+        )
+    settings.seed_everything(seed)
+    model = models.build(net, num_classes=classes, in_channels=channels)
+    name = f"{sets.train.name}-{net}-{epochs}epochs-seed{seed}.pt"
+    path = profile_folder(run) / "baselines" / name
+    known = path.is_file()
+    print(f"baseline: {'reading' if known else 'training, into'} {paths.shown(path)}")
+    train.fit(
+        model, sets.train, sets.val, epochs=epochs, lr=lr, seed=seed,
+        checkpoint=path, label=f"{net} baseline",
+    )  # fmt: skip
+    return model
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A pruned and fine-tuned network and the row that describes it."""
+
+    model: nn.Module
+    row: dict
+
+
+def recover(
+    model: nn.Module,
+    plan: Plan,
+    sets: Sets,
+    *,
+    run: str,
+    method: str,
+    net: str,
+    base_top1: float,
+    seed: int,
+    epochs: int,
+    lr: float,
+    **extra,
+) -> Recovered:
+    """Shrink, recalibrate, fine-tune, measure; everything is kept under `run`.
+
+    Writes `METHOD/plan.json` and `METHOD/finetune.pt`, which together rebuild the
+    network. The row has accuracy on the test set before pruning (`base_top1`, in
+    percent), after recalibration (`before`) and after fine-tuning (`after`, last
+    epoch), MACs and parameters from the shrunk network, and `extra` columns.
+    """
+    folder = run_folder(run) / "-".join([method, *map(str, extra.values())])
+    shape = sets.train.shape
+    base = cost.count(model, shape)
+    plan.save(folder / "plan.json")
+    small = surgery.shrink(model, plan, shape)
+    side = plan.resolution
+    train.recalibrate(small, sets.train, resolution=side, seed=seed)
+    before = train.evaluate(small, sets.test, resolution=side)["top1"]
+    history = train.fit(
+        small, sets.train, sets.val, epochs=epochs, lr=lr, seed=seed, resolution=side,
+        checkpoint=folder / "finetune.pt", label=folder.name,
+    )  # fmt: skip
+    after = train.evaluate(small, sets.test, resolution=side)["top1"]
+    here = (shape[0], side, side) if side else shape
+    spent = cost.count(small, here)
+    row = {
+        "method": method, "net": net, "dataset": sets.train.name, "seed": seed,
+        "profile": run.split("/")[0], **extra, "epochs": epochs,
+        "base": base_top1, "before": before, "after": after,
+        "macs": spent.macs, "params": spent.params, **spent.down_from(base),
+        "seconds": history.seconds, "images_per_s": history.images_per_s,
+        "precision": history.precision,
+    }  # fmt: skip
+    return Recovered(small, row)
+
+
+def write_metrics(
+    run: str, cfg: settings.Settings, *, rows: list[dict], **measured
+) -> Path:
+    """Write the run's metrics.json: settings, environment, rows, what else counts."""
+    content = {
+        "run": run,
+        "settings": cfg.as_dict(),
+        "environment": settings.environment(),
+        "rows": rows,
+        **measured,
+    }
+    path = paths.write_json(run_folder(run) / "metrics.json", content)
+    print(f"wrote {paths.shown(path)}")
+    return path
+
+
+def run_folder(run: str) -> Path:
+    """The folder of a run, `PROFILE/NOTEBOOK[/VARIED]` below the runs."""
+    if Path(run).is_absolute() or ".." in Path(run).parts or not run:
+        raise ValueError(f"run must be a relative name such as 'quick/x', got {run!r}")
+    return paths.runs_root() / run
+
+
+def profile_folder(run: str) -> Path:
+    """The folder of the profile that a run belongs to."""
+    return run_folder(run.split("/")[0])

@@ -1,0 +1,318 @@
+"""Acting on a plan: `mask` silences what a plan removes, `shrink` cuts it out.
+
+Both return a copy of the model. Their outputs agree in evaluation for every plan; the
+shrunk network holds no mask, no hook and no zeroed channel. Where channels are moved
+about inside a network (zero-padded shortcuts, channel shuffles, responses normalised
+across channels), small modules with integer index maps take that step's place.
+"""
+
+import copy
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleUnit
+
+from lib.graph import Graph, Group, build_graph, droppable_blocks
+from lib.movers import GappedLRN, Gate, PinnedShuffleUnit, Remap, Scatter, positions
+from lib.plan import Kept, Plan, resolve
+
+
+def channel_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> list[Group]:
+    """The groups of layers whose output channels must be kept together.
+
+    `input_shape` is (C, H, W). See `lib.graph.Group`; `group.fixed` says why a group
+    cannot be pruned at all.
+    """
+    return build_graph(model, input_shape).groups
+
+
+def droppable(model: nn.Module, input_shape: tuple[int, int, int]) -> list[str]:
+    """Names of the blocks that `Plan.drop` may replace by the identity."""
+    return droppable_blocks(build_graph(model, input_shape), model)
+
+
+def mask(model: nn.Module, plan: Plan, input_shape: tuple[int, int, int]) -> nn.Module:
+    """A full-size copy in which every removed channel is zero and read by nobody.
+
+    Raises `ValueError` for a plan that does not fit, naming the layers.
+    """
+    graph = build_graph(model, input_shape)
+    kept = resolve(graph, plan, model)
+    masked = copy.deepcopy(model)
+    modules = dict(masked.named_modules())
+    with torch.no_grad():
+        _zero_rows(graph, _rows_when_masked(graph, kept), modules)
+        _zero_columns(graph, kept, modules)
+    for name, labels in _readers(graph).items():
+        alive = kept.units[graph.unit_of(labels)]
+        if not alive.all():
+            _replace(masked, name, Gate(modules[name], alive))
+    return masked
+
+
+def shrink(
+    model: nn.Module, plan: Plan, input_shape: tuple[int, int, int]
+) -> nn.Module:
+    """A physically smaller copy of the same class.
+
+    Parameters keep their names (a scattered layer's BatchNorm becomes the first item of
+    a pair), `requires_grad`, dtype, device and memory format; train/eval mode is kept.
+    `plan.resolution`, if set, is checked to pass through the result. Warns when the
+    plan removes nothing. Raises `ValueError` for a plan that does not fit.
+    """
+    graph = build_graph(model, input_shape)
+    kept = resolve(graph, plan, model)
+    if kept.is_whole() and plan.resolution is None:
+        warnings.warn("the plan removes nothing", stacklevel=2)
+    cuts = _cut_tensors(graph, kept, dict(model.named_modules()))
+    small = copy.deepcopy(model, _memo_of(model, cuts))
+    modules = dict(small.named_modules())
+    _resize_modules(graph, kept, modules)
+    _replace_movers(graph, kept, small, modules)
+    _insert_scatters(graph, kept, small, modules)
+    for block in kept.dropped:
+        _replace(small, block, nn.Identity())
+    _check_runs(small, input_shape, plan.resolution)
+    return small
+
+
+def shrunk_from(
+    model: nn.Module, plan: Plan, input_shape: tuple[int, int, int], state: dict
+) -> nn.Module:
+    """The pruned network of a checkpoint: `plan` applied to `model`, then `state`."""
+    small = shrink(model, plan, input_shape)
+    small.load_state_dict(state)
+    return small
+
+
+# -- mask ---------------------------------------------------------------------------
+
+
+def _rows_when_masked(graph: Graph, kept: Kept) -> dict[str, Tensor]:
+    """Rows per layer; a dropped block's last layers fall silent altogether."""
+    rows = dict(kept.rows)
+    for name, layer in graph.layers.items():
+        if name not in rows:
+            rows[name] = torch.ones(len(layer.outputs), dtype=torch.bool)
+    for block in kept.dropped:
+        target = graph.values[graph.calls[block][1]]
+        ends = graph.unit_of(target.labels).flatten()
+        for name, layer in graph.layers.items():
+            if name.startswith(f"{block}."):
+                rows[name] &= ~torch.isin(graph.unit_of(layer.outputs), ends)
+    return rows
+
+
+def _zero_rows(graph: Graph, rows: dict[str, Tensor], modules: dict) -> None:
+    dead = torch.zeros(graph.num_labels, dtype=torch.bool)
+    for name, alive in rows.items():
+        layer, module = graph.layers[name], modules[name]
+        for tensor in (module.weight, module.bias):
+            if tensor is not None:
+                tensor[~alive] = 0
+        dead[layer.outputs[~alive]] = True
+    for name, labels in graph.norms.items():
+        gone = dead[labels] & (labels >= 0)
+        module = modules[name]
+        if isinstance(module, nn.LocalResponseNorm | nn.PReLU):
+            continue
+        if module.weight is not None:
+            module.weight[gone] = 0
+            module.bias[gone] = 0
+        elif bool(gone.any()):
+            module.running_mean[gone] = 0
+
+
+def _zero_columns(graph: Graph, kept: Kept, modules: dict) -> None:
+    for name, layer in graph.layers.items():
+        alive = kept.units[graph.unit_of(layer.inputs)]
+        if alive.all():
+            continue
+        weight = modules[name].weight
+        if layer.groups == 1:
+            weight[:, ~alive] = 0
+        elif not layer.depthwise:
+            for block, part in zip(
+                weight.chunk(layer.groups), alive.chunk(layer.groups), strict=True
+            ):
+                block[:, ~part] = 0
+
+
+def _readers(graph: Graph) -> dict[str, Tensor]:
+    """Modules without weights that read several channels at once."""
+    readers = {name: remap.inputs for name, remap in graph.remaps.items()}
+    for node in graph.nodes:
+        if node.op.endswith("LRN") or node.op == "LocalResponseNorm":
+            if node.module in graph.norms:
+                readers[node.module] = graph.norms[node.module]
+    return readers
+
+
+# -- shrink -------------------------------------------------------------------------
+
+
+def _cut_tensors(graph: Graph, kept: Kept, modules: dict) -> dict[int, Tensor]:
+    """Every parameter and buffer that changes size, already cut, by its id."""
+    cuts: dict[int, Tensor] = {}
+    for name, rows in kept.rows.items():
+        columns = kept.units[graph.unit_of(graph.layers[name].inputs)]
+        cuts.update(_cut_layer(modules[name], graph.layers[name], rows, columns))
+    for name, alive in _norm_rows(graph, kept).items():
+        for tensor in _channel_tensors(modules[name]):
+            cuts[id(tensor)] = _cut(tensor, alive, 0)
+    for path, (dim, labels) in graph.vectors.items():
+        owner, _, attribute = path.rpartition(".")
+        tensor = getattr(modules[owner], attribute)
+        cuts[id(tensor)] = _cut(tensor, kept.units[graph.unit_of(labels)], dim)
+    return cuts
+
+
+def _cut_layer(module, layer, rows: Tensor, columns: Tensor) -> dict[int, Tensor]:
+    cuts = {}
+    if layer.groups == 1:
+        weight = _cut(_cut(module.weight, rows, 0), columns, 1)
+    elif layer.depthwise:
+        weight = _cut(module.weight, rows, 0)
+    else:
+        parts = zip(
+            module.weight.detach().chunk(layer.groups),
+            rows.chunk(layer.groups),
+            columns.chunk(layer.groups),
+            strict=True,
+        )
+        weight = torch.cat([_cut(_cut(w, r, 0), c, 1) for w, r, c in parts])
+    cuts[id(module.weight)] = weight
+    if module.bias is not None:
+        cuts[id(module.bias)] = _cut(module.bias, rows, 0)
+    return cuts
+
+
+def _cut(tensor: Tensor, alive: Tensor, dim: int) -> Tensor:
+    if alive.all():
+        return tensor.detach()
+    return tensor.detach().index_select(dim, positions(alive).to(tensor.device))
+
+
+def _norm_rows(graph: Graph, kept: Kept) -> dict[str, Tensor]:
+    """Kept channels of every norm; behind a scattered layer, those of that layer."""
+    alive = {n: kept.units[graph.unit_of(x)] for n, x in graph.norms.items()}
+    pairs = graph.norm_pairs() if kept.scatter else {}
+    for name in kept.scatter:
+        if name in pairs:
+            alive[pairs[name]] = kept.rows[name]
+    return alive
+
+
+def _channel_tensors(module: nn.Module) -> list[Tensor]:
+    names = ("weight", "bias", "running_mean", "running_var")
+    tensors = [getattr(module, name, None) for name in names]
+    return [t for t in tensors if t is not None and t.numel() > 1]
+
+
+def _memo_of(model: nn.Module, cuts: dict[int, Tensor]) -> dict:
+    """A `deepcopy` memo that puts the cut tensors in place, each copied only once."""
+    memo = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        cut = cuts.get(id(tensor))
+        if cut is None or cut.shape == tensor.shape:
+            continue
+        if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+            cut = cut.contiguous(memory_format=torch.channels_last)
+        if isinstance(tensor, nn.Parameter):
+            cut = nn.Parameter(cut, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = cut
+    return memo
+
+
+def _resize_modules(graph: Graph, kept: Kept, modules: dict) -> None:
+    for name in kept.rows:
+        layer, module = graph.layers[name], modules[name]
+        rows = int(kept.rows[name].sum())
+        columns = int(kept.units[graph.unit_of(layer.inputs)].sum())
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = rows, columns
+        else:
+            module.out_channels, module.in_channels = rows, columns
+            module.groups = columns if layer.depthwise else module.groups
+    for name, alive in _norm_rows(graph, kept).items():
+        module = modules[name]
+        if hasattr(module, "num_features"):
+            module.num_features = int(alive.sum())
+        elif isinstance(module, nn.PReLU) and module.num_parameters > 1:
+            module.num_parameters = int(alive.sum())
+
+
+def _replace_movers(graph: Graph, kept: Kept, small: nn.Module, modules: dict) -> None:
+    for name, remap in graph.remaps.items():
+        read = kept.units[graph.unit_of(remap.inputs)]
+        write = kept.units[graph.unit_of(remap.outputs)]
+        if not (read.all() and write.all()):
+            device = _device(small)
+            moved = Remap(modules[name], read.to(device), write.to(device))
+            _replace(small, name, moved)
+    for name, labels in graph.norms.items():
+        alive = kept.units[graph.unit_of(labels)]
+        if isinstance(modules[name], nn.LocalResponseNorm) and not alive.all():
+            _replace(small, name, GappedLRN(modules[name], alive.to(_device(small))))
+    for name, unit in graph.shuffles.items():
+        _pin_shuffle(modules[name], graph, kept, unit)
+
+
+def _pin_shuffle(module: ShuffleUnit, graph: Graph, kept: Kept, unit) -> None:
+    """Turn split sizes and shuffle of one ShuffleNetV2 unit into numbers."""
+    read = kept.units[graph.unit_of(unit.inputs)]
+    write = kept.units[graph.unit_of(unit.outputs)]
+    if isinstance(module, PinnedShuffleUnit):
+        left, order = module.split[0] if module.split else 0, module.order.cpu()
+    elif bool(read.all()) and bool(write.all()):
+        return
+    else:
+        left = len(read) // 2
+        order = torch.arange(len(write)).view(2, -1).t().flatten()
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    joined = write[place]  # kept channels in the order of the concatenation
+    rank = joined.cumsum(0) - 1
+    module.split = (
+        [int(read[:left].sum()), int(read[left:].sum())] if module.stride == 1 else []
+    )
+    device = _device(module)
+    module.register_buffer("order", rank[order][write].to(device), persistent=False)
+    module.__class__ = PinnedShuffleUnit
+
+
+def _insert_scatters(graph: Graph, kept: Kept, small: nn.Module, modules: dict) -> None:
+    pairs = graph.norm_pairs() if kept.scatter else {}
+    for name in sorted(kept.scatter):
+        rows = kept.rows[name]
+        if rows.all():
+            continue
+        end = pairs.get(name, name)
+        scatter = Scatter(positions(rows).to(_device(small)), len(rows))
+        _replace(small, end, nn.Sequential(modules[end], scatter))
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    module.train(model.get_submodule(name).training)
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _check_runs(small: nn.Module, input_shape, resolution: int | None) -> None:
+    """Trace the result: a size written into the model's own code shows up here."""
+    try:
+        build_graph(small, input_shape)
+    except ValueError as error:
+        raise ValueError(f"the shrunk network does not run; {error}") from error
+    if resolution is not None:
+        try:
+            build_graph(small, (input_shape[0], resolution, resolution))
+        except ValueError as error:
+            raise ValueError(
+                f"resolution {resolution} does not fit this network; {error}"
+            ) from error

@@ -1,0 +1,325 @@
+"""Training, evaluation and recalibration: one `fit` for every stage.
+
+A checkpoint is written after every epoch; a run that was killed takes up there and, on
+a CPU, ends with bit-identical weights. On a GPU the whole step is one CUDA graph and
+nothing is synchronised before the epoch's end.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lib import paths
+from lib.data import ImageSet, batches, count_batches
+from lib.progress import Report
+from lib.recipe import Recipe, make_optimizer, pick_device, pick_precision, rate_at
+from lib.step import EagerStep, GraphStep
+
+
+@dataclass
+class History:
+    """What a fit did: one row per epoch, and on what.
+
+    `rows`: epoch, loss, top1 and val_top1 in percent, lr, seconds, images_per_s.
+    `resumed` is the number of epochs taken over from a checkpoint.
+    """
+
+    rows: list[dict] = field(default_factory=list)
+    device: str = "cpu"
+    precision: str = "float32"
+    resumed: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Training time of all epochs, without validation."""
+        return sum(row["seconds"] for row in self.rows)
+
+    @property
+    def images_per_s(self) -> float:
+        """Median training throughput over the epochs."""
+        rates = sorted(row["images_per_s"] for row in self.rows)
+        return rates[len(rates) // 2] if rates else 0.0
+
+
+def fit(
+    model: nn.Module,
+    train_set: ImageSet,
+    val_set: ImageSet | None = None,
+    *,
+    epochs: int,
+    checkpoint: str | Path | None = None,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+    deterministic: bool = False,
+    label: str = "fit",
+    **settings,
+) -> History:
+    """Train `model` in place for `epochs`; the last epoch's weights are what counts.
+
+    `settings` are the fields of `lib.recipe.Recipe` (lr, batch_size, schedule, ...).
+    `val_set`, where given, is measured after every epoch and decides nothing.
+    `checkpoint`: file written after every epoch and taken up when it belongs to the
+    same recipe, data and starting weights; another one is put aside. `precision`:
+    "auto" (bfloat16 autocast where the hardware has it), "float32" or "bfloat16".
+    Parameters that do not require a gradient stay as they are.
+
+    Raises `ValueError` for bad settings and when the loss stops being finite.
+    """
+    recipe = Recipe(epochs=epochs, **settings)
+    device = pick_device(device)
+    precision = pick_precision(precision, device, model)
+    model.to(device, memory_format=torch.channels_last)
+    _check_sets(model, train_set, val_set)
+    optimizer = make_optimizer(model, recipe, device)
+    history = History(device=str(device), precision=precision)
+    identity = _identify(model, recipe, train_set)
+    history.rows = _resume(checkpoint, identity, model, optimizer)
+    history.resumed = len(history.rows)
+    make_step = GraphStep if device.type == "cuda" else EagerStep
+    step = make_step(model, optimizer, recipe, precision)
+    steps = count_batches(train_set, recipe.batch_size, train=True)
+    report = Report(recipe, steps, label, done=history.resumed)
+    train_set = train_set.to(device)
+    with report, _determinism(deterministic):
+        for epoch in range(history.resumed, recipe.epochs):
+            row = _run_epoch(model, train_set, step, recipe, epoch, report)
+            if val_set is not None:
+                row["val_top1"] = evaluate(
+                    model, val_set, resolution=recipe.resolution
+                )["top1"]
+            history.rows.append(row)
+            _save(checkpoint, identity, model, optimizer, history.rows)
+            report.epoch_done(row)
+    return history
+
+
+def evaluate(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    resolution: int | None = None,
+    batch_size: int = 500,
+) -> dict[str, float]:
+    """`top1`, `top5` in percent and mean cross-entropy `loss`, in full precision.
+
+    Every image counts once, whatever the size of the last batch. The model's device
+    and train/eval mode stay; with fewer than 6 classes top5 is 100 by definition.
+    """
+    device = next(model.parameters()).device
+    dtype = next(model.parameters()).dtype
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    stream = batches(
+        images, batch_size, resolution=resolution, device=device, dtype=dtype
+    )
+    with _modes_kept(model), torch.inference_mode():
+        model.eval()
+        for x, y in stream:
+            totals += _count_batch(model(x), y)
+    loss, top1, top5 = (totals / len(images)).tolist()
+    return {"top1": 100 * top1, "top5": 100 * top5, "loss": loss}
+
+
+def recalibrate(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    resolution: int | None = None,
+    batch_size: int = 128,
+    num_batches: int | None = None,
+    augment: bool = True,
+    seed: int = 0,
+) -> None:
+    """Measure the running statistics of every BatchNorm anew, over one pass.
+
+    The exact average over the batches of one epoch (or of `num_batches`), under the
+    training augmentation: plain images give statistics that training never saw. Only
+    BatchNorms are put in training mode, weights stay bit-identical.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    norms = [m for m in norms if m.track_running_stats]
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    momenta = {norm: norm.momentum for norm in norms}
+    stream = batches(
+        images, batch_size, train=True, augment=augment, seed=seed,
+        resolution=resolution, device=device, dtype=dtype,
+    )  # fmt: skip
+    with _modes_kept(model), torch.no_grad():
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average
+            norm.train()
+        try:
+            for done, (x, _) in enumerate(stream):
+                if num_batches is not None and done >= num_batches:
+                    break
+                model(x)
+        finally:
+            for norm, momentum in momenta.items():
+                norm.momentum = momentum
+
+
+# -- one epoch ----------------------------------------------------------------------
+
+
+def _run_epoch(model, train_set, step, recipe: Recipe, epoch: int, report) -> dict:
+    stream = batches(
+        train_set, recipe.batch_size, train=True, augment=recipe.augment,
+        seed=recipe.seed, epoch=epoch, resolution=recipe.resolution,
+        device=train_set.images.device, dtype=next(model.parameters()).dtype,
+    )  # fmt: skip
+    steps = count_batches(train_set, recipe.batch_size, train=True)
+    model.train()
+    step.start_epoch()
+    start = time.perf_counter()
+    with torch.random.fork_rng(devices=_cuda_devices(train_set)):
+        torch.manual_seed(
+            recipe.seed * 1_000_003 + epoch
+        )  # dropout, after a resume too
+        for i, (x, y) in enumerate(stream):
+            rate = rate_at(recipe, epoch + i / steps)
+            step.set_rate(rate)
+            step(x, y)
+            report.step_done(step)
+    loss, top1, seen = step.totals()  # the epoch's only synchronisation on a GPU
+    seconds = time.perf_counter() - start
+    if not loss < float("inf"):  # NaN too
+        raise ValueError(
+            f"diverged in epoch {epoch + 1} of {recipe.epochs}: the loss is {loss}. "
+            f"Lower lr ({recipe.lr:g}) or add warmup epochs ({recipe.warmup:g})"
+        )
+    return {
+        "epoch": epoch + 1, "loss": loss, "top1": top1, "val_top1": None, "lr": rate,
+        "seconds": seconds, "images_per_s": seen / seconds,
+    }  # fmt: skip
+
+
+def _count_batch(output: Tensor, y: Tensor) -> Tensor:
+    """[sum of losses, hits at rank 1, hits up to rank 5] of one batch."""
+    loss = F.cross_entropy(output.float(), y, reduction="sum")
+    ranks = output.topk(min(5, output.shape[1]), dim=1).indices == y[:, None]
+    return torch.stack([loss.double(), ranks[:, 0].sum(), ranks.any(1).sum()])
+
+
+# -- checkpoints --------------------------------------------------------------------
+
+
+def _identify(model: nn.Module, recipe: Recipe, train_set: ImageSet) -> dict:
+    """What a checkpoint must agree on to be taken up."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    data = f"{train_set.name}, {len(train_set)} images"
+    return {**asdict(recipe), "data": data, "start": digest.hexdigest()[:16]}
+
+
+def _resume(checkpoint, identity: dict, model: nn.Module, optimizer) -> list[dict]:
+    """Load the last finished epoch into model and optimizer; the rows so far."""
+    if checkpoint is None or not Path(checkpoint).is_file():
+        return []
+    checkpoint = Path(checkpoint)
+    state = load_checkpoint(checkpoint)
+    differs = [k for k, v in identity.items() if state["identity"].get(k) != v]
+    if differs:
+        aside = checkpoint.with_name(checkpoint.name + ".old")
+        os.replace(checkpoint, aside)
+        print(
+            f"{paths.shown(checkpoint)} was made with another {', '.join(differs)}; "
+            f"kept as {aside.name}, starting afresh"
+        )
+        return []
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["rows"]
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint of `fit`: identity, model, optimizer, rows; never pickled code.
+
+    A missing or damaged file is one error that names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        missing = {"identity", "model", "optimizer", "rows"} - state.keys()
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise ValueError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}); delete it to "
+            "start afresh"
+        ) from error
+    if missing:
+        raise ValueError(f"{path}: not a checkpoint of fit, it lacks {sorted(missing)}")
+    return state
+
+
+def _save(checkpoint, identity: dict, model, optimizer, rows: list[dict]) -> None:
+    if checkpoint is None:
+        return
+    state = {
+        "identity": identity,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rows": rows,
+    }
+    paths.write_atomic(checkpoint, lambda tmp: torch.save(state, tmp))
+
+
+# -- checks and settings that are put back ------------------------------------------
+
+
+def _check_sets(
+    model: nn.Module, train_set: ImageSet, val_set: ImageSet | None
+) -> None:
+    last = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    outputs = last[-1].weight.shape[0] if last else None
+    for images in filter(None, (train_set, val_set)):
+        if outputs is not None and len(images.classes) > outputs:
+            raise ValueError(
+                f"{images.name} has {len(images.classes)} classes, the network ends in "
+                f"{outputs} outputs"
+            )
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    """Put every module back into its own train/eval mode."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    """Deterministic algorithms on a GPU while inside (a CPU run always is)."""
+    before = torch.are_deterministic_algorithms_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not wanted
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def _cuda_devices(images: ImageSet) -> Sequence[int]:
+    device = images.images.device
+    return [device.index or 0] if device.type == "cuda" else []
