@@ -24,17 +24,25 @@ def l1(model: nn.Module) -> dict[str, Tensor]:
 def bn_scale(model: nn.Module) -> dict[str, Tensor]:
     """|gamma| of the BatchNorm behind each convolution (Liu et al. 2017, Slimming).
 
-    Pairs are found by order of definition: a BatchNorm belongs to the convolution
-    before it when their widths agree. Raises `ValueError` where there is no such pair.
+    Pairs are those in the traced graph; a BatchNorm that does not follow directly upon
+    a convolution (DenseNet's) scores nothing. Raises `ValueError` where there is no
+    pair, or where the forward cannot be traced.
     """
-    scores, last = {}, None
-    for name, module in model.named_modules():
-        if isinstance(module, _ConvNd):
-            last = (name, module.out_channels)
-        elif isinstance(module, _BatchNorm) and last and module.num_features == last[1]:
-            if module.weight is not None:
-                scores[last[0]] = module.weight.detach().abs()
-            last = None
+    try:
+        graph = torch.fx.symbolic_trace(model).graph
+    except Exception as error:  # fx raises many kinds; none of them means damage
+        raise ValueError(
+            f"bn_scale: the forward of {type(model).__name__} cannot be traced by "
+            f"torch.fx ({error}); use another score"
+        ) from error
+    modules, scores = dict(model.named_modules()), {}
+    for node in graph.nodes:
+        norm = modules.get(node.target) if node.op == "call_module" else None
+        if isinstance(norm, _BatchNorm) and norm.weight is not None:
+            before = node.all_input_nodes[0]
+            if before.op == "call_module" and len(before.users) == 1:
+                if isinstance(modules[before.target], _ConvNd):
+                    scores[before.target] = norm.weight.detach().abs()
     if not scores:
         raise ValueError("no convolution with a BatchNorm behind it; use another score")
     return scores

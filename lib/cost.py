@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -43,13 +45,26 @@ def count(model: nn.Module, input_shape: tuple[int, int, int]) -> Cost:
     counter = FlopCounterMode(display=False)
     try:
         model.eval()
-        with torch.no_grad(), counter:
+        with torch.inference_mode(False), torch.no_grad(), counter, _OnMeta():
             torch.func.functional_call(model, state, (x,))
     finally:
         for module, mode in modes.items():
             module.training = mode
     params = sum(p.numel() for p in model.parameters())
     return Cost(macs=counter.get_total_flops() // 2, params=params)
+
+
+class _OnMeta(TorchDispatchMode):
+    """Constants that a model makes on the CPU follow everything else to "meta"."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run one operation with all its tensors on the meta device."""
+        found = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if len({t.device.type for t in found}) > 1:
+            args, kwargs = tree_map_only(
+                torch.Tensor, lambda t: t.to("meta"), (args, kwargs)
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def latency(

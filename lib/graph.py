@@ -7,6 +7,7 @@ convolution that writes into one residual stream.
 
 from collections import defaultdict
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from scipy.sparse import coo_array
@@ -14,6 +15,8 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from lib.trace import Layer, Node, Trace, trace
+
+RELUS = {"relu", "relu_"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +26,9 @@ class Group:
     `layers` are names of modules in forward order, `size` the number of units, `index`
     the unit of every output channel of each layer (int64), `blocks` the block of every
     unit: a grouped convolution needs as many kept units in each block. `joined` lists
-    the layers that feed an addition themselves, `fixed` says why the group cannot be
-    pruned (None where it can).
+    the layers that feed an addition themselves, `scatterable` those among them whose
+    outputs can be written back full-width before it. `fixed` says why the group cannot
+    be pruned (None where it can).
     """
 
     layers: tuple[str, ...]
@@ -32,6 +36,7 @@ class Group:
     index: dict[str, Tensor]
     blocks: Tensor
     joined: frozenset[str]
+    scatterable: frozenset[str]
     fixed: str | None
 
     @property
@@ -45,8 +50,8 @@ class Graph:
 
     `layers` maps names to what each convolution and linear layer reads and makes (as
     labels), `norms`, `vectors`, `remaps` and `shuffles` the same for everything else
-    with a size, `units[label]` is the unit of a label (`unit_of` maps whole rows; the
-    last unit stands for constants and is always kept).
+    with a size, `pairs` each layer with the BatchNorm that alone reads it; `unit_of`
+    maps labels to units, the last unit stands for constants and is always kept.
     """
 
     def __init__(self, record: Trace):
@@ -59,6 +64,7 @@ class Graph:
         self.shuffles = record.units
         self.calls = record.calls
         self.num_labels = record.ledger.count
+        self.pairs: dict[str, str] = self._find_pairs()
         self._units, self.num_units = _components(
             record.ledger.count, record.ledger.ties
         )
@@ -123,12 +129,24 @@ class Graph:
             index={n: place[rows[n]] for n in names},
             blocks=partition,
             joined=frozenset(n for n in names if self._feeds_addition(n)),
+            scatterable=frozenset(n for n in names if self._is_scatterable(n)),
             fixed=fixed or clash,
         )
 
     def _feeds_addition(self, name: str) -> bool:
+        return bool(self._joined[self.layers[name].outputs].any())
+
+    def _is_scatterable(self, name: str) -> bool:
+        """Between it and the addition there is at most its own BatchNorm."""
         labels = self.layers[name].outputs
-        return bool(self._joined[labels].any()) and not bool(self._bound[labels].any())
+        if not self._feeds_addition(name) or bool(self._bound[labels].any()):
+            return False
+        pair = self.pairs.get(name)
+        return not any(
+            bool(torch.isin(row, labels).any())
+            for norm, row in self.norms.items()
+            if norm != pair
+        )
 
     def _read_blocks(self) -> list[Tensor]:
         """For each side of each grouped convolution: the block of every unit, or -1."""
@@ -147,15 +165,7 @@ class Graph:
 
     # -- pairs, blocks, cost -------------------------------------------------------
 
-    def norm_of(self, layer: str) -> str | None:
-        """The BatchNorm that alone reads `layer`'s output, or None."""
-        node = next((n for n in self.nodes if n.module == layer), None)
-        readers = [n for n in self.nodes if node and node.outputs[0] in n.inputs]
-        if len(readers) == 1 and readers[0].op.startswith("BatchNorm"):
-            return readers[0].module
-        return None
-
-    def norm_pairs(self) -> dict[str, str]:
+    def _find_pairs(self) -> dict[str, str]:
         """Each convolution or linear layer with the BatchNorm that alone reads it."""
         readers = defaultdict(list)
         for node in self.nodes:
@@ -183,12 +193,39 @@ class Graph:
         return total
 
 
+_RECENT: WeakKeyDictionary[nn.Module, tuple[tuple, Graph]] = WeakKeyDictionary()
+
+
 def build_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> Graph:
     """Trace `model` once at `input_shape` (C, H, W) on the meta device.
 
-    The model, its parameters and its train/eval mode are left as found.
+    The model, its parameters and its train/eval mode are left as found. The latest
+    graph of a model is kept as long as its structure and its plain attributes are the
+    same, since scoring, planning and shrinking ask for it one after the other.
     """
-    return Graph(trace(model, input_shape))
+    key = (tuple(input_shape), _fingerprint(model))
+    known = _RECENT.get(model)
+    if known is None or known[0] != key:
+        known = (key, Graph(trace(model, input_shape)))
+        _RECENT[model] = known
+    return known[1]
+
+
+def _fingerprint(model: nn.Module) -> tuple:
+    """Everything about the modules that a forward pass can depend on but values."""
+    rows = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        rows.append((name, id(module), type(module)))
+        for key, value in module.__dict__.items():
+            if key == "_parameters" or key == "_buffers":
+                tensors = [
+                    (k, id(v), None if v is None else v.shape) for k, v in value.items()
+                ]
+                rows.append(tuple(tensors))
+            elif key != "training" and not key.startswith("_"):
+                plain = isinstance(value, (int, float, str, tuple, list, type(None)))
+                rows.append((key, repr(value) if plain else id(value)))
+    return tuple(rows)
 
 
 def droppable_blocks(graph: Graph, model: nn.Module) -> list[str]:
@@ -221,14 +258,24 @@ def _is_residual(graph: Graph, block: str) -> bool:
 
 
 def _carries_input(graph: Graph, block: str) -> bool:
-    """An addition or concatenation of the block itself takes the block's own input."""
-    source = graph.calls[block][0]
-    return any(
-        node.module == block
-        and node.op in {"add", "add_", "cat"}
-        and source in node.inputs
-        for node in graph.nodes
-    )
+    """The block's output is its input plus (or beside) something, and nothing more.
+
+    A ReLU may follow where the input went through one as well: it changes nothing then.
+    """
+    source, target = graph.calls[block]
+    made_by = {value: node for node in graph.nodes for value in node.outputs}
+    last = made_by.get(target)
+    if last is not None and last.op in RELUS:
+        first = made_by.get(source)
+        if first is None or first.op not in RELUS:
+            return False
+        last = made_by.get(last.inputs[0])
+    if last is None or last.module != block or last.inputs.count(source) != 1:
+        return False
+    if last.op == "cat":
+        return True
+    plain = len(last.inputs) == 2 and last.kwargs.get("alpha", 1) == 1
+    return last.op in {"add", "add_"} and plain
 
 
 def _components(count: int, pairs: list[Tensor]) -> tuple[Tensor, int]:

@@ -22,7 +22,9 @@ ELEMENTWISE = ADDITIONS | set(
     "hardsigmoid hardsigmoid_ sigmoid sigmoid_ silu silu_ mish mish_ gelu tanh tanh_ "
     "elu elu_ selu celu softplus leaky_relu leaky_relu_ threshold threshold_ clamp "
     "clamp_ clamp_min clamp_min_ clamp_max pow abs neg exp sqrt rsqrt reciprocal "
-    "square rsub maximum minimum where native_dropout dropout _to_copy to clone detach alias "
+    "square rsub maximum minimum where native_dropout dropout _to_copy to clone "
+    "detach alias "
+    "_prelu_kernel prelu "
     "contiguous lift_fresh zeros_like ones_like empty_like rand_like bernoulli "
     "bernoulli_".split()
 )
@@ -230,7 +232,7 @@ def move(
     """
     full = value.labels.expand(value.shape)
     if name == "constant_pad_nd":
-        args = (args[0], args[1], CONSTANT)
+        return _pad(value, args[1])
     if name in {"view", "_unsafe_view", "_reshape_alias", "reshape"}:
         moved = full.reshape(args[1])
     else:
@@ -238,6 +240,17 @@ def move(
     pieces = list(moved) if isinstance(moved, (list, tuple)) else [moved]
     pieces = [compress(piece) for piece in pieces]
     return pieces, all(_keeps_order(value.labels, piece) for piece in pieces)
+
+
+def _pad(value: Value, amounts: Sequence[int]) -> tuple[list[Tensor], bool]:
+    """Zero padding: new constants along the channels, nothing new along the pixels."""
+    labels = value.labels
+    for i, dim in enumerate(range(labels.ndim - 1, -1, -1)[: len(amounts) // 2]):
+        before, after = amounts[2 * i], amounts[2 * i + 1]
+        if labels.shape[dim] > 1 or (dim == 1 and value.shape[1] == 1):
+            widths = [0] * (2 * (labels.ndim - 1 - dim)) + [before, after]
+            labels = torch.nn.functional.pad(labels, widths, value=CONSTANT)
+    return [labels], labels is value.labels
 
 
 def _widen(row: Tensor, ndim: int) -> Tensor:

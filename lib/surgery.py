@@ -8,14 +8,26 @@ across channels), small modules with integer index maps take that step's place.
 
 import copy
 import warnings
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleUnit
 
-from lib.graph import Graph, Group, build_graph, droppable_blocks
+from lib.graph import (
+    Graph,
+    Group,
+    build_graph,
+    droppable_blocks,
+    dropped_units,
+)
+from lib.labels import ELEMENTWISE, REDUCTIONS
 from lib.movers import GappedLRN, Gate, PinnedShuffleUnit, Remap, Scatter, positions
 from lib.plan import Kept, Plan, resolve
+
+
+# A PReLU with one slope is an operation, with more it is a leaf: not compared.
+COUNTED = (ELEMENTWISE | REDUCTIONS) - {"prelu", "_prelu_kernel"}
 
 
 def channel_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> list[Group]:
@@ -48,6 +60,9 @@ def mask(model: nn.Module, plan: Plan, input_shape: tuple[int, int, int]) -> nn.
         alive = kept.units[graph.unit_of(labels)]
         if not alive.all():
             _replace(masked, name, Gate(modules[name], alive))
+    for block in kept.dropped:
+        if not len(dropped_units(graph, block)):  # a residual block
+            _replace(masked, block, nn.Identity())
     return masked
 
 
@@ -73,7 +88,7 @@ def shrink(
     _insert_scatters(graph, kept, small, modules)
     for block in kept.dropped:
         _replace(small, block, nn.Identity())
-    _check_runs(small, input_shape, plan.resolution)
+    _check_runs(graph, kept, small, input_shape, plan.resolution)
     return small
 
 
@@ -197,7 +212,7 @@ def _cut(tensor: Tensor, alive: Tensor, dim: int) -> Tensor:
 def _norm_rows(graph: Graph, kept: Kept) -> dict[str, Tensor]:
     """Kept channels of every norm; behind a scattered layer, those of that layer."""
     alive = {n: kept.units[graph.unit_of(x)] for n, x in graph.norms.items()}
-    pairs = graph.norm_pairs() if kept.scatter else {}
+    pairs = graph.pairs
     for name in kept.scatter:
         if name in pairs:
             alive[pairs[name]] = kept.rows[name]
@@ -283,7 +298,7 @@ def _pin_shuffle(module: ShuffleUnit, graph: Graph, kept: Kept, unit) -> None:
 
 
 def _insert_scatters(graph: Graph, kept: Kept, small: nn.Module, modules: dict) -> None:
-    pairs = graph.norm_pairs() if kept.scatter else {}
+    pairs = graph.pairs
     for name in sorted(kept.scatter):
         rows = kept.rows[name]
         if rows.all():
@@ -294,25 +309,56 @@ def _insert_scatters(graph: Graph, kept: Kept, small: nn.Module, modules: dict) 
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    module.train(model.get_submodule(name).training)
-    setattr(model.get_submodule(parent), child, module)
+    """Put `module` in the place of `name`, and wherever else that instance stands."""
+    old = model.get_submodule(name)
+    module.train(old.training)
+    for path, found in list(model.named_modules(remove_duplicate=False)):
+        if found is old:
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, module)
 
 
 def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _check_runs(small: nn.Module, input_shape, resolution: int | None) -> None:
-    """Trace the result: a size written into the model's own code shows up here."""
+def _check_runs(graph: Graph, kept: Kept, small, input_shape, resolution) -> None:
+    """Trace the result: sizes written into the model's own code show up here."""
     try:
-        build_graph(small, input_shape)
+        after = build_graph(small, input_shape)
     except ValueError as error:
         raise ValueError(f"the shrunk network does not run; {error}") from error
-    if resolution is not None:
-        try:
-            build_graph(small, (input_shape[0], resolution, resolution))
-        except ValueError as error:
-            raise ValueError(
-                f"resolution {resolution} does not fit this network; {error}"
-            ) from error
+    modules = dict(small.named_modules())
+    same = {n for n in modules if not _is_changed(n, modules)} - set(kept.dropped)
+    before, now = (_operations(g, same) for g in (graph, after))
+    for module, operation in (before - now) + (now - before):
+        raise ValueError(
+            f"'{module}' computes with the number of its channels (in "
+            f"'{operation[0]}'), so a smaller copy of it would compute something else"
+        )
+    if resolution is None:
+        return
+    try:
+        build_graph(small, (input_shape[0], resolution, resolution))
+    except ValueError as error:
+        raise ValueError(
+            f"resolution {resolution} does not fit this network; {error}"
+        ) from error
+
+
+def _is_changed(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Was it, or what holds it, put there by surgery?"""
+    parts = name.split(".")
+    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    ours = (Remap, Scatter, GappedLRN, PinnedShuffleUnit)
+    return any(isinstance(modules[path], ours) for path in paths if path in modules)
+
+
+def _operations(graph: Graph, modules: set[str]) -> Counter:
+    """How often each module runs which operation, with the numbers it uses."""
+    found = Counter()
+    for node in graph.nodes:
+        if node.module in modules and node.op in COUNTED:
+            numbers = tuple(a for a in node.args if isinstance(a, (int, float)))
+            found[node.module, (node.op, *numbers)] += 1
+    return found

@@ -23,6 +23,7 @@ from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleUnit
 from lib import labels as rules
 from lib.labels import Ledger, Operand, Value
 
+BATCH = 2  # images in the pass: one would make batch and channels hard to tell apart
 LEAVES = (_ConvNd, nn.Linear, _BatchNorm, nn.LocalResponseNorm, nn.PReLU, _DropoutNd)
 
 
@@ -159,7 +160,7 @@ class Trace(TorchDispatchMode):
         else:
             self.ledger.tie(layer.inputs, inputs)
         if self.evaluating:
-            layer.positions.append(y[0].numel() // out)
+            layer.positions.append(y.numel() // (BATCH * out))
         shape = [1] * y.ndim
         shape[dim] = out
         return layer.outputs.view(shape)
@@ -168,7 +169,10 @@ class Trace(TorchDispatchMode):
         if value is None or value.labels is None:
             return None
         labels = self.ledger.row(value, 1, x.shape[1], self._where())
-        if name in self.norms:
+        if name in self.norms and len(self.norms[name]) != len(labels):
+            for row in (self.norms[name], labels):
+                self.ledger.freeze(row, f"'{name}' serves two different widths")
+        elif name in self.norms:
             self.ledger.tie(self.norms[name], labels)
         else:
             self.norms[name] = labels
@@ -201,9 +205,13 @@ class Trace(TorchDispatchMode):
         if labels.numel() == target.shape[1] and bool((labels >= 0).all()):
             outputs = labels.flatten()
         else:  # padded or mixed: what comes out is a new channel that others may join
-            outputs = known.outputs if known else self.ledger.fresh(target.shape[1])
+            again = known is not None and len(known.outputs) == target.shape[1]
+            outputs = known.outputs if again else self.ledger.fresh(target.shape[1])
             target.labels = outputs.view([1, -1] + [1] * (len(target.shape) - 2))
-        if known:
+        if known and len(known.inputs) != len(inputs):
+            for row in (known.inputs, known.outputs, inputs, outputs):
+                self.ledger.freeze(row, f"'{name}' serves two different widths")
+        elif known:
             self.ledger.tie(known.inputs, inputs)
             self.ledger.tie(known.outputs, outputs)
         else:
@@ -246,7 +254,7 @@ class Trace(TorchDispatchMode):
         elif name == "cat":
             dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
             row = ledger.cat([self._operand(t) for t in args[0]], dim, where)
-        elif name in rules.MOVES and operands[0].labels is not None:
+        elif name in rules.MOVES and _is_plain_move(operands, tensors):
             return self._move(name, func, operands[0].value, args, kwargs)
         else:
             row = None
@@ -296,16 +304,33 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> Trace:
     finally:
         for module, mode in modes.items():
             module.training = mode
+    _freeze_shared(record, model)
     record._alive.clear()
     record._known.clear()
     return record
+
+
+def _freeze_shared(record: Trace, model: nn.Module) -> None:
+    """Two layers with one and the same parameter cannot be cut in two ways."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    for names in owners.values():
+        for name in names if len(names) > 1 else []:
+            quoted = " and ".join(f"'{other}'" for other in names)
+            reason = f"a parameter is shared by {quoted}"
+            layer = record.layers.get(name)
+            rows = [layer.inputs, layer.outputs] if layer else [record.norms.get(name)]
+            for row in rows:
+                record.ledger.freeze(row, reason)
 
 
 def _run_pass(record: Trace, model: nn.Module, input_shape) -> None:
     tensors = dict(_meta_state(model))
     record._parameters = {id(t): n for n, t in tensors.items()}
     record._known.clear()
-    x = torch.empty(2, *input_shape, device="meta", dtype=_dtype(model))
+    x = torch.empty(BATCH, *input_shape, device="meta", dtype=_dtype(model))
     labels = record.ledger.fresh(x.shape[1]).view([1, -1] + [1] * (x.ndim - 2))
     record.ledger.freeze(labels, "they are the channels of the input images")
     record._put(x, labels)
@@ -314,7 +339,7 @@ def _run_pass(record: Trace, model: nn.Module, input_shape) -> None:
         hooks.register_module_forward_hook(record._leave, with_kwargs=True),
     ]
     try:
-        with torch.no_grad(), record:
+        with torch.inference_mode(False), torch.no_grad(), record:
             output = torch.func.functional_call(model, tensors, (x,))
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -351,6 +376,8 @@ def _dtype(model: nn.Module) -> torch.dtype:
 def _is_leaf(module: nn.Module) -> bool:
     if not isinstance(module, LEAVES) or isinstance(module, _ConvTransposeNd):
         return False
+    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+        return False  # one slope for all channels is an element-wise operation
     if isinstance(module, (nn.LocalResponseNorm, _DropoutNd)):
         return True
     plain = any(
@@ -359,6 +386,12 @@ def _is_leaf(module: nn.Module) -> bool:
         if base.__module__.startswith("torch.nn.modules")
     )
     return plain and (isinstance(module, _BatchNorm) or "weight" in module._parameters)
+
+
+def _is_plain_move(operands: list[Operand], tensors: list[Tensor]) -> bool:
+    """Channels are followed; an index that the pass itself computed has no values."""
+    known_index = all(t.device.type != "meta" for t in tensors[1:])
+    return operands[0].labels is not None and known_index
 
 
 def _tensors(items) -> list[Tensor]:
@@ -392,5 +425,6 @@ def _run(name: str, func, args: tuple, kwargs: dict, tensors: list[Tensor]):
 def _run_leaf(name: str, func, args: tuple, kwargs: dict):
     """Inside a leaf module only the output's shape matters; a norm's is its input's."""
     if "batch_norm" in name:
-        return tuple(torch.empty_like(args[0]) for _ in func._schema.returns)
+        made = [torch.empty_like(args[0]) for _ in func._schema.returns]
+        return tuple(made) if len(made) > 1 else made[0]
     return func(*args, **kwargs)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lib import cost
 from lib.graph import Graph, Group, build_graph
 from lib.plan.record import Plan, nearest_name
 from lib.plan.resolve import resolve
@@ -43,12 +44,15 @@ def from_scores(
     """
     _check_request(rate, macs, scope, residual)
     graph = build_graph(model, input_shape)
-    _check_scores(graph, scores)
+    _check_scores(graph, scores, model)
     for name in rate.keys() - scores.keys() if isinstance(rate, Mapping) else ():
         raise ValueError(f"rate: '{name}' has no scores{nearest_name(name, scores)}")
     pools = _make_pools(graph, scores, residual)
     if macs is not None:
-        removed = _meet_macs(graph, pools, macs, scope)
+        other = cost.count(model, input_shape).macs - _macs_of(
+            graph, pools, [0] * len(pools)
+        )
+        removed = _meet_macs(graph, pools, macs, scope, other)
     elif scope == "global":
         removed = _lowest(_global_order(pools), pools, rate)
     else:
@@ -83,16 +87,16 @@ def _make_pools(graph: Graph, scores: Scores, residual: str) -> list[_Pool]:
     pools, refused = [], []
     for group in graph.groups:
         scored = [n for n in group.layers if n in scores]
-        alone = [n for n in scored if n in group.joined and residual == "scatter"]
+        alone = [n for n in scored if n in group.scatterable and residual == "scatter"]
         if residual == "keep" and group.joined:
             continue
         if scored and group.fixed:
             refused.append(f"{', '.join(scored)}: {group.fixed}")
-        elif alone and len(alone) < len(scored):
+        elif residual == "scatter" and group.joined and len(alone) < len(scored):
             rest = ", ".join(n for n in scored if n not in alone)
             refused.append(
-                f"{rest}: cannot be scattered, their channels are also tied "
-                "by something other than an addition"
+                f"{rest}: cannot be scattered, something other than its own BatchNorm "
+                "stands between it and the addition"
             )
         elif alone:
             pools += [
@@ -164,26 +168,35 @@ def _lowest(order: list[int], pools: list[_Pool], rate: float) -> list[int]:
     return removed
 
 
-def _meet_macs(graph: Graph, pools: list[_Pool], share: float, scope: str) -> list[int]:
-    """Remove steps in order until MACs are within 1 % of `share` of the full count."""
+def _meet_macs(
+    graph: Graph, pools: list[_Pool], share: float, scope: str, other: int
+) -> list[int]:
+    """Remove steps in order until MACs are within 1 % of `share` of the full count.
+
+    `other` counts the MACs that no layer here owns (functional convolutions).
+    """
     order = _global_order(pools) if scope == "global" else _share_order(pools)
-    full = _macs_of(graph, pools, [0] * len(pools))
+
+    def macs_of(counts: list[int]) -> int:
+        return other + _macs_of(graph, pools, counts)
+
+    full = macs_of([0] * len(pools))
     goal, tolerance = share * full, 0.01 * share * full
     low, high = 0, len(order)
     while low < high:  # the longest prefix that stays at or above the goal
         middle = (low + high + 1) // 2
-        above = _macs_of(graph, pools, _tally(order[:middle], pools)) >= goal
+        above = macs_of(_tally(order[:middle], pools)) >= goal
         low, high = (middle, high) if above else (low, middle - 1)
     removed = _tally(order[:low], pools)
     for i in order[low : low + 256]:  # finer: skip steps that would overshoot
-        if _macs_of(graph, pools, removed) <= goal + tolerance:
+        if macs_of(removed) <= goal + tolerance:
             break
         trial = [n + (j == i) for j, n in enumerate(removed)]
-        if _macs_of(graph, pools, trial) >= goal - tolerance:
+        if macs_of(trial) >= goal - tolerance:
             removed = trial
-    reached = _macs_of(graph, pools, removed) / full
+    reached = macs_of(removed) / full
     if abs(reached - share) > 0.01 * share:
-        least = _macs_of(graph, pools, [p.most for p in pools]) / full
+        least = macs_of([p.most for p in pools]) / full
         raise ValueError(
             f"macs={share:g} cannot be met within 1 %: the nearest is {reached:.4f}, "
             f"the least these scores allow is {least:.4f} of the MACs"
@@ -234,11 +247,22 @@ def _check_request(rate, macs, scope: str, residual: str) -> None:
         raise ValueError(f"macs is the share of MACs to keep, in (0, 1], got {macs}")
 
 
-def _check_scores(graph: Graph, scores: Scores) -> None:
+def _refuse_name(graph: Graph, name: str, model: nn.Module) -> None:
+    module = dict(model.named_modules()).get(name)
+    if module is None:
+        nearest = nearest_name(name, graph.layers)
+        raise ValueError(f"scores: the network has no layer '{name}'{nearest}")
+    raise ValueError(
+        f"scores: '{name}' ({type(module).__name__}) does not run as a plain "
+        "convolution or linear layer, so it cannot be pruned; leave it out of "
+        "the scores"
+    )
+
+
+def _check_scores(graph: Graph, scores: Scores, model: nn.Module) -> None:
     for name, values in scores.items():
         if name not in graph.layers:
-            nearest = nearest_name(name, graph.layers)
-            raise ValueError(f"scores: no layer '{name}' runs in the net{nearest}")
+            _refuse_name(graph, name, model)
         size = len(graph.layers[name].outputs)
         if tuple(values.shape) != (size,):
             raise ValueError(

@@ -1,6 +1,7 @@
 """The plan itself: plain data on what a pruned network keeps."""
 
 import difflib
+import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,9 +24,12 @@ class Plan:
     resolution: int | None = None
 
     def __post_init__(self):
-        self.keep = {n: sorted(int(i) for i in k) for n, k in self.keep.items()}
-        self.scatter = set(self.scatter)
-        self.drop = list(self.drop)
+        self.keep = {name: _read_indices(name, k) for name, k in self.keep.items()}
+        self.scatter = set(_read_names("scatter", self.scatter))
+        self.drop = _read_names("drop", self.drop)
+        side = self.resolution
+        if side is not None and (type(side) is not int or side < 1):
+            raise ValueError(f"plan: resolution must be a positive int, got {side!r}")
         for name in self.scatter - self.keep.keys():
             raise ValueError(f"plan: '{name}' is to be scattered but keeps everything")
 
@@ -59,3 +63,21 @@ class Plan:
 def nearest_name(name: str, known) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; nearest: '{close[0]}'" if close else ""
+
+
+def _read_indices(name: str, indices) -> list[int]:
+    """Channel indices as sorted plain integers; numpy's and torch's are welcome."""
+    try:
+        if isinstance(indices, str):
+            raise TypeError
+        return sorted(operator.index(i) for i in indices)
+    except TypeError:
+        raise ValueError(
+            f"plan: '{name}' must keep a list of integers, got {indices!r}"
+        ) from None
+
+
+def _read_names(entry: str, names) -> list[str]:
+    if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"plan: '{entry}' must be a list of names, got {names!r}")
+    return list(names)

@@ -134,6 +134,11 @@ def _intersect(group: Group, cut: list[str], plan: Plan) -> Tensor:
 def _check_scatter(graph, group: Group, name: str, plan: Plan, cut: list[str]) -> None:
     if name not in group.joined:
         raise ValueError(f"plan: '{name}' feeds no addition, so it cannot be scattered")
+    if name not in group.scatterable:
+        raise ValueError(
+            f"plan: '{name}' cannot be scattered: more than its own BatchNorm stands "
+            "between it and the addition"
+        )
     if cut:
         raise ValueError(
             f"plan: '{name}' is scattered into the stream that {', '.join(cut)} "

@@ -1,0 +1,108 @@
+"""Scores of the baselines: values, which layers get one, and which do not."""
+
+import pytest
+import torch
+from torch import nn
+
+from lib import baselines, models
+
+
+def test_l1_is_the_mean_absolute_weight():
+    model = models.build("resnet8")
+    scores = baselines.l1(model)
+    weight = model.layer1[0].conv1.weight
+    expected = torch.stack([w.abs().mean() for w in weight])
+    torch.testing.assert_close(scores["layer1.0.conv1"], expected)
+    assert not scores["conv1"].requires_grad
+
+
+@pytest.mark.parametrize("score", [baselines.l1, baselines.uniform])
+@pytest.mark.parametrize(
+    ("name", "options", "classifiers"),
+    [
+        ("lenet", {}, {"ip2"}),
+        ("resnet20_b", {}, {"linear"}),
+        ("squeezenet1_1", {}, {"classifier.1"}),
+        ("alexnet", {}, {"classifier.6"}),
+        ("googlenet", {"aux_logits": True}, {"fc", "aux1.fc2", "aux2.fc2"}),
+        ("inception_v3", {"aux_logits": True}, {"fc", "AuxLogits.fc"}),
+    ],
+)
+def test_every_layer_but_the_classifiers(score, name, options, classifiers):
+    if options:
+        options = {"init_weights": False} | options
+    model = models.build(name, **options)
+    layers = {
+        n: m.weight.shape[:1]
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Conv2d | nn.Linear) and n not in classifiers
+    }
+    scores = score(model)
+    assert {n: s.shape for n, s in scores.items()} == layers
+    assert all(s.is_floating_point() for s in scores.values())
+
+
+def test_bn_scale_reads_the_norm_behind_each_convolution():
+    model = models.build("resnet20")
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.normal_()
+    scores = baselines.bn_scale(model)
+    convs = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    assert scores.keys() == convs
+    torch.testing.assert_close(scores["conv1"], model.bn1.weight.abs())
+    last = model.layer3[2]
+    torch.testing.assert_close(scores["layer3.2.conv2"], last.bn2.weight.abs())
+
+
+def test_bn_scale_of_convolutions_defined_before_their_norms():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+            self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.bn2(self.conv2(self.bn1(self.conv1(x))))
+
+    model = Net()
+    with torch.no_grad():
+        model.bn1.weight.fill_(1)
+        model.bn2.weight.fill_(2)
+    try:
+        scores = baselines.bn_scale(model)
+    except ValueError:
+        return
+    assert {n: s.mean().item() for n, s in scores.items()} == {"conv1": 1, "conv2": 2}
+
+
+def test_bn_scale_without_a_norm():
+    with pytest.raises(ValueError, match="BatchNorm"):
+        baselines.bn_scale(models.build("lenet"))
+
+
+def test_random_comes_from_its_seed_alone():
+    model = models.build("resnet8")
+    before = torch.get_rng_state()
+    first, again = baselines.random(model, 3), baselines.random(model, 3)
+    torch.manual_seed(99)
+    third = baselines.random(model, 3)
+    other = baselines.random(model, 4)
+    torch.set_rng_state(before)
+    for name, values in first.items():
+        assert torch.equal(values, again[name]) and torch.equal(values, third[name])
+        assert not torch.equal(values, other[name])
+        assert 0 <= values.min() and values.max() < 1
+
+
+def test_random_does_not_touch_the_global_generator():
+    model = models.build("resnet8")
+    before = torch.get_rng_state()
+    baselines.random(model, 0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_model_without_layers():
+    with pytest.raises(ValueError, match="Sequential has no convolution"):
+        baselines.l1(nn.Sequential(nn.ReLU()))

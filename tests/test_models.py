@@ -1,0 +1,594 @@
+"""Nets by name: published sizes and counts, published weights, and every refusal."""
+
+import io
+import math
+import urllib.error
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lib import models, paths
+from lib.models import layers, weights
+
+# name: (classes, input channels, MACs, parameters); BatchNorm and biases cost no MAC
+PUBLISHED = {
+    "lenet": (10, 1, 2_293_000, 431_080),
+    "cifarnet": (10, 3, 12_354_176, 145_578),
+    "resnet8": (10, 3, 12_239_488, 75_290),
+    "resnet20": (10, 3, 40_551_040, 269_722),
+    "resnet32": (10, 3, 68_862_592, 464_154),
+    "resnet44": (10, 3, 97_174_144, 658_586),
+    "resnet56": (10, 3, 125_485_696, 853_018),
+    "resnet110": (10, 3, 252_887_680, 1_727_962),
+    "resnet8_b": (10, 3, 12_501_632, 77_850),
+    "resnet20_b": (10, 3, 40_813_184, 272_282),
+    "resnet32_b": (10, 3, 69_124_736, 466_714),
+    "resnet44_b": (10, 3, 97_436_288, 661_146),
+    "resnet56_b": (10, 3, 125_747_840, 855_578),
+    "resnet110_b": (10, 3, 253_149_824, 1_730_522),
+    "densenet40": (10, 3, 264_812_928, 1_019_722),
+    "mobilenet_v2_cifar": (10, 3, 87_976_448, 2_236_682),
+    "caffenet": (1000, 3, 724_406_816, 60_965_224),
+    "googlenet_bvlc": (1000, 3, 1_582_671_872, 6_998_552),
+}
+# the same as printed by the papers and their recounts: million MACs, parameters
+QUOTED = {
+    "lenet": (2.293, 431_080),
+    "cifarnet": (12.354, 145_578),
+    "resnet56": (125.49, 853_018),
+    "resnet110": (252.89, 1_728_000),
+    "resnet20_b": (40.81, 272_282),
+    "resnet32_b": (69.12, 466_714),
+    "resnet56_b": (125.75, 855_578),
+    "densenet40": (None, 1_019_722),
+    "mobilenet_v2_cifar": (88.0, 2_240_000),
+    "caffenet": (724.4, 60_965_000),
+    "googlenet_bvlc": (1582.7, 6_999_000),
+}
+SIZE_FREE = [
+    name for name in models.names() if name not in ("lenet", "cifarnet", "caffenet")
+]
+PRUNABLE_AT_32 = [name for name in SIZE_FREE if name != "googlenet_bvlc"]
+ACCURACY = {"resnet20": 91.73, "resnet32": 92.63, "resnet56": 93.39}
+
+
+def build_on_meta(name: str, **options) -> nn.Module:
+    with torch.device("meta"):
+        return models.build(name, **options).eval()
+
+
+def count_macs(net: nn.Module, shape: tuple[int, int, int]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        net(torch.empty(1, *shape, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def count_params(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def count_resnet_macs(blocks: int, *, projection: bool) -> int:
+    """By the layer table of He et al. 2016, sec. 4.2, written out as a sum."""
+    total = 32**2 * 27 * 16 + 64 * 10
+    for side, width, entry in ((32, 16, 16), (16, 32, 16), (8, 64, 32)):
+        total += side**2 * 9 * width * (entry + (2 * blocks - 1) * width)
+        total += side**2 * entry * width if projection and entry != width else 0
+    return total
+
+
+# --- sizes and counts ---------------------------------------------------------------
+
+
+def test_table_of_counts_covers_every_own_net():
+    assert set(PUBLISHED) == set(models.names())
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_counts(name):
+    classes, channels, macs, params = PUBLISHED[name]
+    net = build_on_meta(name, num_classes=classes, in_channels=channels)
+    assert count_params(net) == params
+    assert count_macs(net, models.input_shape(name, channels)) == macs
+
+
+@pytest.mark.parametrize("name", QUOTED)
+def test_counts_agree_with_printed_figures(name):
+    _, _, macs, params = PUBLISHED[name]
+    quoted_macs, quoted_params = QUOTED[name]
+    assert params == pytest.approx(quoted_params, rel=2e-3)
+    if quoted_macs is not None:
+        assert macs / 1e6 == pytest.approx(quoted_macs, rel=5e-4)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("depth", [8, 20, 32, 44, 56, 110])
+def test_resnet_macs_follow_the_layer_table(depth, projection):
+    name = f"resnet{depth}_b" if projection else f"resnet{depth}"
+    expected = count_resnet_macs((depth - 2) // 6, projection=projection)
+    assert PUBLISHED[name][2] == expected
+
+
+def test_densenet_macs_follow_the_layer_table():
+    total, width = 32**2 * 27 * 16, 16
+    for side in (32, 16, 8):
+        total += sum(side**2 * 9 * (width + 12 * i) * 12 for i in range(12))
+        width += 144
+        total += side**2 * width**2 if side > 8 else width * 10
+    assert PUBLISHED["densenet40"][2] == total
+
+
+@pytest.mark.parametrize(
+    ("name", "macs", "params"),
+    [("resnet50", 4_089_184_256, 25_557_032), ("alexnet", 714_188_480, 61_100_840)],
+)
+def test_torchvision_counts(name, macs, params):
+    net = build_on_meta(name, num_classes=1000)
+    assert count_params(net) == params
+    assert count_macs(net, models.input_shape(name)) == macs
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("lenet", (3, 28, 28)),
+        ("resnet56", (3, 32, 32)),
+        ("caffenet", (3, 227, 227)),
+        ("googlenet_bvlc", (3, 224, 224)),
+        ("resnet50", (3, 224, 224)),
+        ("inception_v3", (3, 299, 299)),
+        ("vit_h_14", (3, 518, 518)),
+    ],
+)
+def test_input_shape_is_the_published_one(name, shape):
+    assert models.input_shape(name) == shape
+    assert models.input_shape(name, 1, 40) == (1, 40, 40)
+
+
+# --- layers and names ---------------------------------------------------------------
+
+
+def list_akamaster_keys(blocks: int) -> set[str]:
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    places = [""] + [f"layer{s}.{b}." for s in (1, 2, 3) for b in range(blocks)]
+    keys = {"linear.weight", "linear.bias"}
+    for place in places:
+        for i in (1,) if place == "" else (1, 2):
+            keys |= {f"{place}conv{i}.weight"}
+            keys |= {f"{place}bn{i}.{what}" for what in norm}
+    return keys
+
+
+@pytest.mark.parametrize("depth", [8, 20, 56, 110])
+def test_resnet_keys_are_those_of_the_published_files(depth):
+    net = build_on_meta(f"resnet{depth}")
+    assert set(net.state_dict()) == list_akamaster_keys((depth - 2) // 6)
+
+
+def test_resnet_shortcuts_are_their_own_modules():
+    padded, projected = build_on_meta("resnet20"), build_on_meta("resnet20_b")
+    changing = {"layer2.0.shortcut", "layer3.0.shortcut"}
+    for name, module in padded.named_modules():
+        assert isinstance(module, models.PadShortcut) == (name in changing)
+    for name in changing:
+        assert not list(padded.get_submodule(name).parameters())
+        shortcut = projected.get_submodule(name)
+        assert isinstance(shortcut, nn.Conv2d) and shortcut.bias is None
+        assert (shortcut.kernel_size, shortcut.stride) == ((1, 1), (2, 2))
+    assert len(padded.get_submodule("layer1.0.shortcut")) == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(channels=st.integers(1, 8), height=st.integers(1, 9), width=st.integers(1, 9))
+def test_pad_shortcut_is_slice_and_pad(channels, height, width):
+    planes = 4 * channels
+    x = torch.randn(2, planes // 2, height, width)
+    quarter = planes // 4
+    expected = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, quarter, quarter), "constant", 0)
+    assert torch.equal(models.PadShortcut(planes // 2, planes, 2)(x), expected)
+
+
+def test_pad_shortcut_odd_and_refused_widths():
+    out = models.PadShortcut(2, 5, 1)(torch.ones(1, 2, 3, 3))
+    assert out[0, :, 0, 0].tolist() == [0, 1, 1, 0, 0]
+    with pytest.raises(ValueError, match="cannot pad 4 channels to 2"):
+        models.PadShortcut(4, 2, 2)
+
+
+def test_dense_layer_appends_and_can_be_dropped():
+    layer = models.DenseLayer(6, 4).eval()
+    x = torch.randn(2, 6, 5, 5)
+    assert layer(x).shape == (2, 10, 5, 5)
+    assert torch.equal(layer(x)[:, :6], x)
+
+
+def test_mobilenet_strides():
+    net = build_on_meta("mobilenet_v2_cifar", num_classes=10)
+    sides = [
+        features.shape[-1]
+        for features in collect_outputs(net.features, torch.empty(1, 3, 32, 32))
+    ]
+    assert [sides.count(side) for side in (32, 16, 8, 4)] == [4, 3, 7, 5]
+    assert net.features[0][0].stride == (1, 1)
+
+
+def collect_outputs(stages: nn.Sequential, x: torch.Tensor) -> list[torch.Tensor]:
+    outputs = []
+    for stage in stages:
+        x = stage(x.to("meta"))
+        outputs.append(x)
+    return outputs
+
+
+def test_caffenet_and_googlenet_layers():
+    net = build_on_meta("caffenet")
+    groups = [m.groups for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert groups == [1, 2, 1, 2, 2]
+    order = [type(module).__name__ for module in net.children()][:3]
+    assert order == ["Conv2d", "MaxPool2d", "LocalResponseNorm"]
+    google = build_on_meta("googlenet_bvlc")
+    fives = [m for n, m in google.named_modules() if n.endswith("conv5x5")]
+    assert len(fives) == 9 and all(m.kernel_size == (5, 5) for m in fives)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in google.modules())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    side=st.integers(1, 40),
+    kernel=st.integers(1, 5),
+    stride=st.integers(1, 4),
+    padding=st.integers(0, 2),
+    ceil=st.booleans(),
+)
+def test_map_side_is_torch_s_own(side, kernel, stride, padding, ceil):
+    padding = min(padding, kernel // 2)
+    pool = nn.MaxPool2d(kernel, stride, padding, ceil_mode=ceil)
+    try:
+        expected = pool(torch.zeros(1, 1, side, side)).shape[-1]
+    except RuntimeError:
+        with pytest.raises(ValueError, match="vanishes"):
+            layers.map_side(side, [pool])
+    else:
+        assert layers.map_side(side, [pool, nn.ReLU()]) == expected
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_every_own_net_can_be_traced(name):
+    torch.fx.symbolic_trace(build_on_meta(name))
+
+
+# --- running ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRUNABLE_AT_32)
+def test_size_free_nets_run_at_any_resolution(name):
+    net = build_on_meta(name, num_classes=7, in_channels=1)
+    for side in (24, 28, 32):
+        assert net(torch.empty(2, 1, side, side, device="meta")).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "side"),
+    [
+        ("lenet", 1, None),
+        ("lenet", 3, 13),
+        ("cifarnet", 3, None),
+        ("cifarnet", 1, 28),
+        ("resnet8", 3, 24),
+        ("resnet20_b", 1, 27),
+        ("densenet40", 3, 16),
+        ("mobilenet_v2_cifar", 1, 28),
+        ("caffenet", 3, 67),
+        ("googlenet_bvlc", 1, 32),
+        ("squeezenet1_1", 1, 64),
+    ],
+)
+def test_one_training_step_is_finite(name, channels, side):
+    torch.manual_seed(0)
+    net = models.build(name, num_classes=4, in_channels=channels, image_size=side)
+    images = torch.randn(2, *models.input_shape(name, channels, side))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    loss = F.cross_entropy(net(images), torch.tensor([0, 3]))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    optimizer.step()
+    with torch.inference_mode():
+        assert net.eval()(images).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "regnet_y_400mf"])
+def test_weights_come_from_the_global_generator_alone(name):
+    def draw(**options) -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        return models.build(name, **options).state_dict()
+
+    first, again, checked = draw(), draw(), draw(image_size=64)
+    for key, value in first.items():
+        assert torch.equal(value, again[key]) and torch.equal(value, checked[key])
+
+
+def test_initialisation_is_he():
+    torch.manual_seed(0)
+    net = models.build("resnet20")
+    weight = net.layer3[1].conv1.weight
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 64)), rel=0.02)
+    assert not net.linear.bias.any()
+
+
+# --- torchvision --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet18", "vgg11_bn", "densenet121", "squeezenet1_1", "alexnet"),
+        *("mobilenet_v3_small", "shufflenet_v2_x0_5", "efficientnet_b0", "mnasnet0_5"),
+        *("convnext_tiny", "swin_t", "vit_b_16", "maxvit_t", "googlenet"),
+        "inception_v3",
+    ],
+)
+def test_torchvision_nets_build(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        net = build_on_meta(name, num_classes=10, in_channels=1).train()
+    shape = models.input_shape(name, 1)
+    assert net(torch.empty(2, *shape, device="meta")).shape == (2, 10)
+
+
+def test_torchvision_options_are_passed_on():
+    assert build_on_meta("googlenet").aux1 is None
+    assert build_on_meta("googlenet", aux_logits=True).aux1 is not None
+    assert build_on_meta("resnet18", norm_layer=nn.InstanceNorm2d).bn1.affine is False
+    assert build_on_meta("mobilenet_v2_cifar", width_mult=0.5).features[0][0].stride
+
+
+@pytest.mark.parametrize("name", ["resnet18", "alexnet", "googlenet", "vit_b_32"])
+def test_first_convolution_keeps_settings_and_initialisation(name):
+    torch.manual_seed(0)
+    first, other = (
+        next(m for m in models.build(name, in_channels=c).modules() if is_conv(m))
+        for c in (3, 12)
+    )
+    kept = ("out_channels", "kernel_size", "stride", "padding", "bias")
+    for what in kept[:-1]:
+        assert getattr(first, what) == getattr(other, what)
+    assert (first.bias is None) == (other.bias is None)
+    assert other.in_channels == 12
+    # Rules by fan-in halve the spread for four times the inputs; the others keep it.
+    ratio = (other.weight.std() / first.weight.std()).item()
+    expected = 0.5 if name in ("alexnet", "vit_b_32") else 1.0
+    assert ratio == pytest.approx(expected, rel=0.03)
+
+
+def is_conv(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d)
+
+
+def test_convolution_class_is_restored():
+    before = nn.Conv2d.__init__
+    with pytest.raises(ValueError, match="no convolution with 3 input channels"):
+        with layers.widen_first_convolution(1):
+            assert nn.Conv2d(4, 2, 1).in_channels == 4
+    with pytest.raises(KeyError), layers.widen_first_convolution(1):
+        raise KeyError
+    assert nn.Conv2d.__init__ is before
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3", "squeezenet1_1"])
+def test_torchvision_weights(name, monkeypatch):
+    options = {"aux_logits": True, "init_weights": False}
+    options = options if name != "squeezenet1_1" else {}
+    state = models.build(name, num_classes=1000, **options).state_dict()
+    cls = torchvision.models.get_model_weights(name)
+    monkeypatch.setattr(cls, "get_state_dict", lambda *args, **kwargs: state)
+    net = models.build(name, num_classes=1000, pretrained=True)
+    own = net.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in own.items())
+    assert not any(key.lower().startswith("aux") for key in own)
+
+
+def test_torchvision_weights_without_network(monkeypatch):
+    def fail(*args, **kwargs):
+        raise urllib.error.URLError("no route")
+
+    cls = torchvision.models.get_model_weights("resnet18")
+    monkeypatch.setattr(cls, "get_state_dict", fail)
+    with pytest.raises(FileNotFoundError, match=r"resnet18: .*\.pth .*no route.*put"):
+        models.build("resnet18", num_classes=1000, pretrained=True)
+
+
+# --- refusals -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnt56", {}, r"unknown net 'resnt56', did you mean resnet56"),
+        ("zzz", {}, r"unknown net 'zzz'; own nets: lenet, cifarnet, .*googlenet_bvlc"),
+        ("fcn_resnet50", {}, "'fcn_resnet50' is a torchvision net, but not for"),
+        ("fasterrcnn_resnet50_fpn", {}, "not for classifying"),
+        ("r3d_18", {}, "not for classifying"),
+        ("resnet20", {"num_classes": 0}, "num_classes=0, expected a whole number"),
+        ("resnet18", {"in_channels": -1}, "in_channels=-1, expected a whole"),
+        ("resnet20", {"num_classes": 2.0}, r"num_classes=2\.0, expected a whole"),
+        ("resnet20", {"image_size": 0}, "image_size=0, expected"),
+        ("lenet", {"image_size": 8}, "image_size=8 does not work.* does is 13$"),
+        ("cifarnet", {"image_size": 7}, "the smallest that does is 8$"),
+        ("caffenet", {"image_size": 32}, "the smallest that does is 39$"),
+        ("densenet40", {"image_size": 3}, "the smallest that does is 4$"),
+        ("alexnet", {"image_size": 32}, "the smallest that does is 63$"),
+        ("vit_b_16", {"image_size": 30}, "the smallest that does is 16$"),
+        ("resnet20", {"growth": 3}, "unknown option 'growth'; it has no options"),
+        ("resnet20", {"depth": 8}, "unknown option 'depth'"),
+        ("caffenet", {"drop": 0.1}, "unknown option 'drop'; it has dropout"),
+        ("resnet44", {"pretrained": True}, "these have: resnet20, resnet32, resnet56"),
+        ("resnet20", {"pretrained": True, "num_classes": 5}, "num_classes=5.*these"),
+        ("resnet20", {"pretrained": True, "in_channels": 1}, "in_channels=1.*these"),
+        ("resnet18", {"pretrained": True}, "num_classes=10.*these have"),
+    ],
+)
+def test_build_refuses(name, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        models.build(name, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "side"), [("lenet", 13), ("cifarnet", 8)])
+def test_smallest_size_named_really_works(name, side):
+    net = models.build(name, image_size=side).eval()
+    assert net(torch.zeros(1, 3, side, side)).shape == (1, 10)
+
+
+def test_input_shape_and_depth_refuse():
+    with pytest.raises(ValueError, match="unknown net"):
+        models.input_shape("resnet57")
+    with pytest.raises(ValueError, match="image_size=0"):
+        models.input_shape("resnet20", image_size=0)
+    with pytest.raises(ValueError, match="6n \\+ 2 layers"):
+        models.CifarResNet(21)
+
+
+# --- published weights of the CIFAR nets --------------------------------------------
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("PRUNING_DATA", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def published(monkeypatch) -> bytes:
+    """A file like the published one, and its digest in the place of the real one."""
+    torch.manual_seed(1)
+    state = {f"module.{k}": v for k, v in models.build("resnet20").state_dict().items()}
+    buffer = io.BytesIO()
+    torch.save({"state_dict": state, "best_prec1": 0.0}, buffer)
+    digest = weights.hashlib.sha256(buffer.getvalue()).hexdigest()
+    monkeypatch.setitem(weights.SHA256, "resnet20", digest)
+    return buffer.getvalue()
+
+
+def answer_with(content: bytes) -> Callable[[str, Path], None]:
+    return lambda url, path: path.write_bytes(content) and None
+
+
+def list_files(root: Path) -> list[str]:
+    return sorted(p.name for p in root.rglob("*") if p.is_file())
+
+
+def test_weights_are_fetched_once(root, published, monkeypatch, capsys):
+    asked = []
+
+    def fetch(url: str, path: Path) -> None:
+        asked.append(url)
+        path.write_bytes(published)
+
+    monkeypatch.setattr(weights, "fetch", fetch)
+    first, again = (models.build("resnet20", pretrained=True) for _ in range(2))
+    assert asked == [weights.URL + "resnet20-12fca82f.th"]
+    assert asked[0].startswith("https://github.com/akamaster/pytorch_resnet_cifar10/")
+    assert list_files(root) == ["resnet20-12fca82f.th"]
+    assert capsys.readouterr().out.count("fetching https://") == 1
+    torch.manual_seed(1)
+    expected = models.build("resnet20").state_dict()
+    for net in (first, again):
+        assert all(torch.equal(expected[k], v) for k, v in net.state_dict().items())
+
+
+def test_wrong_download_is_not_kept(root, published, monkeypatch):
+    monkeypatch.setattr(weights, "fetch", answer_with(published[:-1]))
+    message = (
+        r"resnet20-12fca82f\.th .*not kept.*should be [0-9a-f]{64}, found [0-9a-f]"
+    )
+    with pytest.raises(ValueError, match=message):
+        models.build("resnet20", pretrained=True)
+    assert list_files(root) == []
+
+
+def test_corrupted_file_is_refused_and_left(root, monkeypatch):
+    monkeypatch.setattr(weights, "fetch", None)
+    path = root / "weights" / "resnet56-4bfd9763.th"
+    path.parent.mkdir()
+    path.write_bytes(b"broken")
+    with pytest.raises(ValueError, match=f"{path}: SHA-256 should be 4bfd97631478d6b6"):
+        models.build("resnet56", pretrained=True)
+    assert path.read_bytes() == b"broken"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        urllib.error.URLError("no route"),
+        urllib.error.HTTPError("u", 404, "no route", None, None),
+        TimeoutError("no route"),
+    ],
+)
+def test_no_network_names_url_and_path(root, monkeypatch, error):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(weights.urllib.request, "urlopen", fail)
+    with pytest.raises(FileNotFoundError) as caught:
+        models.build("resnet32", pretrained=True)
+    message = str(caught.value)
+    assert "\n" not in message and "no route" in message
+    assert str(root / "weights" / "resnet32-d509ac18.th") in message
+    assert weights.URL + "resnet32-d509ac18.th" in message
+    assert list_files(root) == []
+
+
+def test_fetch_copies_the_answer(root, published, monkeypatch):
+    monkeypatch.setattr(
+        weights.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(published)
+    )
+    models.build("resnet20", pretrained=True)
+    assert list_files(root) == ["resnet20-12fca82f.th"]
+
+
+def test_read_only_data_root_says_so(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PRUNING_DATA", str(tmp_path / "file"))
+    with pytest.raises(PermissionError, match=r"cannot write here .*set PRUNING_DATA"):
+        models.build("resnet20", pretrained=True)
+
+
+# --- published weights on the real test set -----------------------------------------
+
+
+def measure_top1(net: nn.Module) -> float:
+    with np.load(paths.data_root() / "cifar10" / "test.npz") as file:
+        images, labels = file["images"], torch.from_numpy(file["labels"])
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    right = 0
+    with torch.inference_mode():
+        for start in range(0, len(labels), 500):
+            batch = torch.from_numpy(images[start : start + 500]) / 255
+            batch = ((batch - mean) / std).permute(0, 3, 1, 2)  # channels_last as it is
+            guess = net(batch).argmax(1)
+            right += (guess == labels[start : start + 500]).sum().item()
+    return 100 * right / len(labels)
+
+
+@pytest.mark.cifar10
+@pytest.mark.parametrize("name", ACCURACY)
+def test_published_accuracy(name):
+    root = paths.data_root()
+    for path in (
+        root / "cifar10" / "test.npz",
+        root / "weights" / weights.FILES[name],
+    ):
+        if not path.is_file():
+            pytest.skip(f"{path} is not there")
+    net = models.build(name, pretrained=True).eval()
+    net = net.to(memory_format=torch.channels_last)
+    assert measure_top1(net) == pytest.approx(ACCURACY[name], abs=0.02)

@@ -1,0 +1,293 @@
+"""Plans: made from scores by the stated rule, checked, saved and read again."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from lib import baselines, cost, models, surgery
+from lib import plan as plans
+from lib.plan import Plan
+
+SHAPES = {"lenet": (3, 28, 28)}
+
+
+def make(name):
+    torch.manual_seed(0)
+    return models.build(name), SHAPES.get(name, (3, 32, 32))
+
+
+def plan_of(name, scores=None, **options):
+    model, shape = make(name)
+    scores = baselines.random(model, 0) if scores is None else scores
+    return plans.from_scores(model, scores, shape, **options), scores
+
+
+def lowest(scores, count):
+    """Indices of the lowest scores, the lower index first among equals."""
+    order = sorted(range(len(scores)), key=lambda i: (float(scores[i]), i))
+    return sorted(order[:count])
+
+
+def gone(plan, name, size):
+    return sorted(set(range(size)) - set(plan.keep.get(name, range(size))))
+
+
+# -- the rule ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.29, 0.5, 0.77, 0.999])
+def test_the_lowest_scores_of_each_layer_go(rate):
+    plan, scores = plan_of("lenet", rate=rate)
+    for name, values in scores.items():
+        count = min(int(rate * len(values)), len(values) - 1)
+        assert gone(plan, name, len(values)) == lowest(values, count)
+    assert "ip2" not in plan.keep
+
+
+def test_equal_scores_go_from_the_lower_index_on():
+    model, _ = make("lenet")
+    plan, _ = plan_of("lenet", baselines.uniform(model), rate=0.5)
+    assert plan.keep["conv1"] == list(range(10, 20))
+    assert plan.keep["ip1"] == list(range(250, 500))
+
+
+def test_one_channel_stays():
+    plan, scores = plan_of("lenet", rate=0.9999)
+    assert {n: len(k) for n, k in plan.keep.items()} == dict.fromkeys(scores, 1)
+    for name, values in scores.items():
+        assert plan.keep[name] == [int(values.argmax())]
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_blocks_of_a_grouped_convolution_lose_equally(scope):
+    model, shape = models.build("resnext50_32x4d"), (3, 32, 32)
+    scores = {"layer1.0.conv2": torch.rand(128), "layer2.0.conv2": torch.rand(256)}
+    plan = plans.from_scores(model, scores, shape, rate=0.5, scope=scope)
+    kept = torch.tensor(plan.keep["layer1.0.conv2"])
+    counts = torch.bincount(kept // 4, minlength=32)
+    assert len(set(counts.tolist())) == 1
+    if scope == "layer":
+        blocks = scores["layer1.0.conv2"].view(32, 4)
+        best = blocks.sort(1).indices[:, 2:] + 4 * torch.arange(32)[:, None]
+        assert kept.tolist() == best.flatten().sort().values.tolist()
+
+
+def test_tied_layers_share_the_sum_of_the_scored_members():
+    first, second = torch.rand(16), torch.rand(16)
+    scores = {"conv1": first, "layer1.2.conv2": second}
+    plan, _ = plan_of("resnet20", scores, rate=0.5)
+    stream = ["conv1", "layer1.0.conv2", "layer1.1.conv2", "layer1.2.conv2"]
+    expected = lowest(first.double() + second.double(), 8)
+    for name in stream:
+        assert gone(plan, name, 16) == expected
+    assert plan.keep.keys() == set(stream)
+
+
+def test_layers_without_a_score_stay_whole():
+    plan, _ = plan_of("resnet20", {"layer2.1.conv1": torch.rand(32)}, rate=0.25)
+    assert plan.keep.keys() == {"layer2.1.conv1"}
+    assert len(plan.keep["layer2.1.conv1"]) == 24
+
+
+def test_rates_per_layer():
+    model, _ = make("lenet")
+    rates = {"conv1": 0.2, "ip1": 0.9}
+    plan, _ = plan_of("lenet", baselines.random(model, 1), rate=rates)
+    assert {n: len(k) for n, k in plan.keep.items()} == {"conv1": 16, "ip1": 50}
+
+
+def test_tied_layers_need_one_rate():
+    scores = {"conv1": torch.rand(16), "layer1.0.conv2": torch.rand(16)}
+    with pytest.raises(ValueError, match=r"conv1, layer1\.0\.conv2"):
+        plan_of("resnet20", scores, rate={"conv1": 0.2, "layer1.0.conv2": 0.4})
+
+
+def test_residual_keep_leaves_the_stream_alone():
+    plan, _ = plan_of("resnet20", rate=0.5, residual="keep")
+    inner = {f"layer{s}.{b}.conv1" for s in (1, 2, 3) for b in range(3)}
+    assert plan.keep.keys() == inner and not plan.scatter
+
+
+def test_residual_scatter_prunes_each_layer_on_its_own():
+    plan, scores = plan_of("resnet20", rate=0.5, residual="scatter")
+    ends = {f"layer{s}.{b}.conv2" for s in (1, 2, 3) for b in range(3)}
+    assert plan.scatter == ends | {"conv1"}
+    for name, values in scores.items():
+        assert gone(plan, name, len(values)) == lowest(values, len(values) // 2)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.3, 0.62, 0.95])
+def test_global_threshold_by_brute_force(rate):
+    plan, scores = plan_of("lenet", rate=rate, scope="global")
+    ranked = sorted(
+        (float(v), n, i) for n, s in scores.items() for i, v in enumerate(s)
+    )
+    tops = {(n, int(s.argmax())) for n, s in scores.items()}
+    ranked = [(n, i) for _, n, i in ranked if (n, i) not in tops]
+    total = sum(len(s) for s in scores.values())
+    removed = set(ranked[: int(rate * total)])
+    for name, values in scores.items():
+        expected = sorted(i for n, i in removed if n == name)
+        assert gone(plan, name, len(values)) == expected
+
+
+def test_global_scope_ranks_scores_across_layers():
+    scores = {"conv1": torch.rand(20), "conv2": 1 + torch.rand(50)}
+    plan, _ = plan_of("lenet", scores, rate=0.2, scope="global")
+    assert len(plan.keep["conv1"]) == 6 and "conv2" not in plan.keep
+
+
+# -- a target in MACs ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.75, 0.4])
+@pytest.mark.parametrize(
+    ("name", "scope", "residual"),
+    [
+        ("resnet20", "layer", "tie"),
+        ("resnet20", "global", "scatter"),
+        ("resnet56", "layer", "keep"),
+        ("densenet40", "global", "tie"),
+        ("mobilenet_v2_cifar", "layer", "tie"),
+        ("googlenet", "layer", "tie"),
+    ],
+)
+def test_macs_are_met_within_one_percent(name, scope, residual, share):
+    model, shape = make(name)
+    scores = baselines.random(model, 0)
+    plan = plans.from_scores(
+        model, scores, shape, macs=share, scope=scope, residual=residual
+    )
+    small = surgery.shrink(model, plan, shape)
+    reached = cost.count(small, shape).macs / cost.count(model, shape).macs
+    assert reached == pytest.approx(share, rel=0.01)
+
+
+def test_macs_of_functional_convolutions_are_part_of_the_share():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Parameter(torch.rand(32, 3, 3, 3))
+            self.a, self.b = nn.Conv2d(32, 64, 1), nn.Conv2d(64, 32, 1)
+
+        def forward(self, x):
+            x = nn.functional.conv2d(x, self.kernel, padding=1)
+            return self.b(self.a(x).relu())
+
+    model, shape = Net(), (3, 8, 8)
+    try:
+        plan = plans.from_scores(model, {"a": torch.rand(64)}, shape, macs=0.7)
+    except ValueError:
+        return
+    small = surgery.shrink(model, plan, shape)
+    reached = cost.count(small, shape).macs / cost.count(model, shape).macs
+    assert reached == pytest.approx(0.7, rel=0.01)
+
+
+def test_macs_out_of_reach():
+    with pytest.raises(ValueError, match=r"macs=0\.01 cannot be met.*the least"):
+        plan_of("resnet20", {"conv1": torch.rand(16)}, macs=0.01)
+
+
+# -- refusals ------------------------------------------------------------------------
+
+NAN, INF = float("nan"), float("inf")
+BAD = {
+    "nan": ({"conv1": torch.full((20,), NAN)}, {"rate": 0.5}, "'conv1'.*not finite"),
+    "inf": ({"conv1": torch.full((20,), INF)}, {"rate": 0.5}, "'conv1'.*not finite"),
+    "length": ({"conv1": torch.rand(19)}, {"rate": 0.5}, "'conv1' has 20.*19"),
+    "rank": ({"conv1": torch.rand(20, 1)}, {"rate": 0.5}, "'conv1' has 20"),
+    "misspelt": ({"cnov1": torch.rand(20)}, {"rate": 0.5}, "nearest: 'conv1'"),
+    "classifier": ({"ip2": torch.rand(10)}, {"rate": 0.5}, "ip2: .*outputs of the"),
+    "both": ({}, {"rate": 0.5, "macs": 0.5}, "either rate"),
+    "none": ({}, {}, "either rate"),
+    "rate 1": ({}, {"rate": 1.0}, "rate must lie in"),
+    "rate below": ({}, {"rate": -0.1}, "rate must lie in"),
+    "rate nan": ({}, {"rate": NAN}, "rate must lie in"),
+    "rate of a layer": ({}, {"rate": {"conv1": 2.0}}, "conv1: the rate must lie in"),
+    "rate unscored": ({}, {"rate": {"conv1": 0.5}}, "'conv1' has no scores"),
+    "macs 0": ({}, {"macs": 0.0}, "share of MACs"),
+    "macs above": ({}, {"macs": 1.1}, "share of MACs"),
+    "macs nan": ({}, {"macs": NAN}, "share of MACs"),
+    "scope": ({}, {"rate": 0.5, "scope": "Layer"}, "scope must be"),
+    "residual": ({}, {"rate": 0.5, "residual": "add"}, "residual must be"),
+    "rates, global": ({}, {"rate": {}, "scope": "global"}, "takes one rate"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_requests_are_refused(kind):
+    scores, options, message = BAD[kind]
+    with pytest.raises(ValueError, match=message):
+        plan_of("lenet", scores, **options)
+
+
+@pytest.mark.parametrize("options", [{"rate": 0.0}, {"rate": 0.01}, {"macs": 1.0}])
+def test_removing_nothing_warns(options):
+    with pytest.warns(UserWarning, match="removes nothing"):
+        plan, _ = plan_of("lenet", {"conv1": torch.rand(20)}, **options)
+    assert plan == Plan()
+
+
+def test_integer_and_half_scores_are_scores():
+    plan, _ = plan_of("lenet", {"conv1": torch.arange(20)}, rate=0.5)
+    assert plan.keep["conv1"] == list(range(10, 20))
+    scores = {"conv1": torch.arange(20, dtype=torch.bfloat16).requires_grad_()}
+    assert plan_of("lenet", scores, rate=0.5)[0] == plan
+
+
+def test_scores_are_not_changed():
+    model, shape = make("resnet20")
+    scores = baselines.random(model, 0)
+    before = {n: s.clone() for n, s in scores.items()}
+    first = plans.from_scores(model, scores, shape, rate=0.5)
+    assert first == plans.from_scores(model, scores, shape, rate=0.5)
+    assert all(torch.equal(s, before[n]) for n, s in scores.items())
+
+
+# -- files ---------------------------------------------------------------------------
+
+
+def test_round_trip(tmp_path):
+    plan = Plan(
+        {"a": [3, 1], "b": range(2)}, scatter={"b"}, drop=["c.1"], resolution=24
+    )
+    assert plan.keep == {"a": [1, 3], "b": [0, 1]}
+    path = plan.save(tmp_path / "plan.json")
+    assert Plan.load(path) == plan
+    assert json.loads(path.read_text())["keep"]["a"] == [1, 3]
+
+
+def test_tensors_and_arrays_become_integers(tmp_path):
+    plan = Plan({"a": torch.tensor([2, 0]), "b": torch.arange(3).numpy()})
+    assert Plan.load(plan.save(tmp_path / "p.json")).keep == {
+        "a": [0, 2],
+        "b": [0, 1, 2],
+    }
+
+
+FILES = {
+    "list": "[]",
+    "no keep": "{}",
+    "null": '{"keep": {"a": null}}',
+    "text": '{"keep": {"a": ["x"]}}',
+    "unknown entry": '{"keep": {}, "mask": []}',
+    "scatter of nothing": '{"keep": {"a": [0]}, "scatter": ["b"]}',
+    "broken": '{"keep": ',
+    "digits in a string": '{"keep": {"a": "12"}}',
+    "fractions": '{"keep": {"a": [1.5]}}',
+    "drop is text": '{"keep": {}, "drop": "layer1"}',
+    "scatter is text": '{"keep": {"a": [0]}, "scatter": "a"}',
+    "resolution is text": '{"keep": {}, "resolution": "32"}',
+    "resolution below one": '{"keep": {}, "resolution": -1}',
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files_that_hold_no_plan_are_refused_by_name(kind, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(FILES[kind])
+    with pytest.raises(ValueError, match=r"plan\.json"):
+        Plan.load(path)

@@ -1,0 +1,332 @@
+"""Parameters, profiles, and the workflow that runs them."""
+
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+import yaml
+
+from lib import paths, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# -- check -----------------------------------------------------------------------------
+
+
+def test_checked_parameters_are_attributes():
+    cfg = settings.check(
+        run="quick/x", lr=1, rates=[0, 0.5], seeds=(0, 1), pretrained=False
+    )
+    assert (cfg.run, cfg.lr, cfg.rates, cfg.seeds) == (
+        "quick/x",
+        1.0,
+        [0.0, 0.5],
+        [0, 1],
+    )
+    assert type(cfg.lr) is float and all(type(r) is float for r in cfg.rates)
+    assert list(cfg.as_dict()) == ["run", "lr", "rates", "seeds", "pretrained"]
+
+
+WRONG = [
+    ({"sed": 0}, r"unknown parameter 'sed'; did you mean 'seed'\?"),
+    ({"xyzzy": 0}, r"unknown parameter 'xyzzy'; known: \["),
+    ({"lr": "1e-3"}, r"lr must be a float, got '1e-3', .* str .*write 1\.0e-3"),
+    ({"seed": "3"}, r"seed must be a int, got '3'"),
+    ({"seed": True}, r"seed must be a int, got True, which is a bool"),
+    ({"seed": 1.0}, r"seed must be a int, got 1\.0, which is a float"),
+    ({"seed": -1}, r"seed must lie in \[0, inf\), got -1"),
+    ({"seed": None}, r"seed must be a int, got None"),
+    ({"lr": True}, r"lr must be a float, got True, which is a bool"),
+    ({"lr": math.nan}, r"lr must lie in .*got nan"),
+    ({"lr": math.inf}, r"lr must lie in .*got inf"),
+    ({"lr": 0.0}, r"lr must lie in .*got 0\.0"),
+    ({"batch_size": 0}, r"batch_size must lie in \[1, inf\), got 0"),
+    ({"rate": 1.0}, r"rate must lie in \[0, 1\), got 1\.0"),
+    ({"rate": -0.1}, r"rate must lie in \[0, 1\), got -0\.1"),
+    ({"rates": 0.5}, r"rates must be a list .*got 0\.5"),
+    ({"rates": []}, r"rates must be a list with an entry, got \[\]"),
+    ({"rates": [0.1, 1.5]}, r"rates must lie in \[0, 1\), got 1\.5"),
+    ({"seeds": [0, "1"]}, r"seeds must be a int, got '1'"),
+    ({"methods": "l1"}, r"methods must be a list"),
+    ({"methods": [1]}, r"methods must be a str, got 1"),
+    ({"pretrained": 1}, r"pretrained must be a bool, got 1"),
+    ({"pretrained": "yes"}, r"pretrained must be a bool, got 'yes'"),
+    ({"residual": "ties"}, r"residual must be one of .*'tie'.*got 'ties'"),
+    ({"net": None}, r"net must be a str, got None"),
+]
+
+
+@pytest.mark.parametrize("values, message", WRONG, ids=[str(w[0]) for w in WRONG])
+def test_wrong_parameters_are_refused_in_one_line(values, message):
+    with pytest.raises(ValueError, match=message) as error:
+        settings.check(**values)
+    assert "\n" not in str(error.value)
+
+
+def test_every_rule_is_usable():
+    for name, rule in settings.PARAMETERS.items():
+        assert (rule.kind is list) == (name in settings.ELEMENTS)
+
+
+# -- profiles --------------------------------------------------------------------------
+
+
+def write_notebook(path: Path, parameters: str, code: str = "pass") -> None:
+    first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    book = nbformat.v4.new_notebook(cells=[first, nbformat.v4.new_code_cell(code)])
+    book.metadata["kernelspec"] = {
+        "name": "python3", "display_name": "Python 3", "language": "python",
+    }  # fmt: skip
+    nbformat.write(book, path)
+
+
+@pytest.fixture
+def books(tmp_path, monkeypatch):
+    """A folder of two notebooks; `write(text)` makes the profile `toy`."""
+    write_notebook(tmp_path / "01_first.ipynb", "run = 'x'\nseed = 0\nrates = [0.5]")
+    write_notebook(tmp_path / "02_second.ipynb", "run = 'x'\nlr = 0.1\nnovel = 1")
+    (tmp_path / "params").mkdir()
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
+    monkeypatch.setenv("PRUNING_RUNS", str(tmp_path / "runs"))
+    return lambda text: (tmp_path / "params" / "toy.yaml").write_text(text)
+
+
+def test_a_profile_gives_runs_with_folders(books, tmp_path):
+    books("01_first: {seed: [0, 2], rates: [0.1, 0.2]}\n02_second:\n")
+    runs = settings.read_profile("toy")
+    assert [run.name for run in runs] == [
+        "toy/01_first/seed0", "toy/01_first/seed2", "toy/02_second",
+    ]  # fmt: skip
+    expected = {"rates": [0.1, 0.2], "seed": 2, "run": "toy/01_first/seed2"}
+    assert runs[1].parameters == expected and runs[1].varied == {"seed": 2}
+    assert runs[1].folder == tmp_path / "runs" / "toy/01_first/seed2"
+    assert runs[2].parameters == {"run": "toy/02_second"}
+
+
+def test_two_lists_make_a_grid(books, tmp_path):
+    write_notebook(tmp_path / "01_first.ipynb", "run = 'x'\nseed = 0\nlr = 0.1")
+    books("01_first: {seed: [0, 1], lr: [0.1, 0.01, 1.0]}")
+    names = [run.name for run in settings.read_profile("toy")]
+    assert len(set(names)) == 6 and "toy/01_first/seed1-lr0.01" in names
+
+
+REFUSED = [
+    ("01_first: {sed: 1}", r"toy: 01_first declares no .*'sed'.*mean 'seed'"),
+    ("01_frist: {}", r"toy: no notebook '01_frist'; did you mean '01_first'"),
+    ("01_first: {seed: -1}", r"seed must lie in"),
+    ("01_first: {seed: [0, 1.5]}", r"seed must be a int"),
+    ("02_second: {lr: 1e-3}", r"write 1\.0e-3"),
+    ("02_second: {novel: 2}", r"unknown parameter 'novel'"),
+    ("01_first: {seed: 1", r"toy\.yaml: not valid YAML"),
+    ("01_first: {seed: [0, 0]}", r"seed"),
+    ("01_first: {seed: []}", r"seed"),
+    ("02_second: {novel: [1, 2]}", r"novel"),
+    ("- 01_first", r"toy"),
+    ("just text", r"toy"),
+    ("01_first: 5", r"01_first"),
+    ("01_first: [seed, 1]", r"01_first"),
+    ("01_first: {1: 2}", r"1"),
+    ("1: {seed: 2}", r"1"),
+]
+
+
+@pytest.mark.parametrize("text, message", REFUSED, ids=[r[0] for r in REFUSED])
+def test_a_wrong_profile_is_a_value_error(books, text, message):
+    books(text)
+    with pytest.raises(ValueError, match=message):
+        settings.read_profile("toy")
+
+
+def test_an_unknown_profile_names_the_nearest(books):
+    books("01_first:")
+    with pytest.raises(ValueError, match="no profile 'tyo'; did you mean 'toy'"):
+        settings.read_profile("tyo")
+
+
+def test_an_empty_profile_has_no_runs(books):
+    books("# nothing yet\n")
+    assert settings.read_profile("toy") == []
+
+
+def test_committed_profiles_are_yaml_with_known_parameters():
+    for path in (ROOT / "notebooks" / "params").glob("*.yaml"):
+        for changes in yaml.safe_load(path.read_text()).values():
+            assert set(changes or {}) <= set(settings.PARAMETERS)
+
+
+# -- versions --------------------------------------------------------------------------
+
+
+def test_the_code_hash_follows_every_edit(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "lib", tmp_path / "lib")
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    seen = [settings.hash_code(), settings.hash_code()]
+    assert seen[0] == seen[1]
+    with (tmp_path / "lib" / "plan" / "record.py").open("a") as file:
+        file.write("# edited\n")
+    seen.append(settings.hash_code())
+    (tmp_path / "lib" / "new.py").touch()
+    seen.append(settings.hash_code())
+    (tmp_path / "lib" / "new.py").rename(tmp_path / "lib" / "newer.py")
+    seen.append(settings.hash_code())
+    assert len(set(seen)) == 4
+
+
+def test_environment_names_versions_and_device():
+    found = settings.environment()
+    assert found["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert all(isinstance(value, str) and value for value in found.values())
+    assert {"python", "torchvision", "numpy", "device", "revision", "code"} < set(found)
+
+
+def test_a_machine_without_git_has_an_unknown_revision(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert settings.code_revision() == "unknown"
+
+
+def test_a_copy_outside_git_has_an_unknown_revision(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    assert settings.code_revision() == "unknown"
+
+
+def test_seeding_repeats_draws():
+    with torch.random.fork_rng():
+        draws = []
+        for seed in (1, 1, 2):
+            settings.seed_everything(seed)
+            draws.append(torch.rand(3))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+# -- the workflow, for real ------------------------------------------------------------
+
+DECLARED = "run: str = 'toy/x'\nseed: int = 0\nlr: float = 0.1\n"
+WORK = """
+from lib import settings, stages
+cfg = settings.check(run=run, seed=seed, lr=lr)
+if cfg.seed == 13:
+    raise RuntimeError("unlucky")
+stages.write_metrics(cfg.run, cfg, rows=[])
+"""
+BOOKS = ("00_start_here", "01_baseline", "02_surgery")
+FIRST = """
+00_start_here: {}
+01_baseline: {lr: 0.2}
+02_surgery: {seed: [1, 13]}
+"""
+SECOND = "00_start_here: {}\n01_baseline: {lr: 0.2}\n02_surgery: {seed: [1]}\n"
+
+
+class Copy:
+    """The repository's layout in a temporary folder, with toy notebooks."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.runs = root / "runs" / "toy"
+        shutil.copytree(ROOT / "lib", root / "lib")
+        (root / "notebooks" / "params").mkdir(parents=True)
+        shutil.copy(ROOT / "notebooks" / "Snakefile", root / "notebooks")
+        for book in BOOKS:
+            write_notebook(root / "notebooks" / f"{book}.ipynb", DECLARED, WORK)
+
+    def start(self, profile: str, *arguments: str) -> subprocess.Popen:
+        environment = {
+            **os.environ,
+            "PRUNING_RUNS": str(self.root / "runs"),
+            "PYTHONPATH": str(self.root),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+        }
+        return subprocess.Popen(
+            [sys.executable, "-m", "snakemake", "-s", "notebooks/Snakefile",
+             "--nolock", "--keep-going", "--cores", "2", *arguments,
+             "--config", f"profile={profile}"],
+            cwd=self.root, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def write(self, name: str, text: str) -> None:
+        (self.root / "notebooks" / "params" / f"{name}.yaml").write_text(text)
+
+
+def wait(process) -> tuple[int, str]:
+    output = process.communicate(timeout=120)[0]
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def workflow(tmp_path_factory):
+    """Four calls of Snakemake: (exit status, output) by name, and the copy."""
+    copy = Copy(tmp_path_factory.mktemp("repository"))
+    copy.write("toy", FIRST)
+    copy.write("bad", "01_baseline: {sed: 1}\n")
+    refused = copy.start("bad")
+    done = {"first": wait(copy.start("toy")), "refused": wait(refused)}
+    copy.write("toy", SECOND)
+    done["again"] = wait(copy.start("toy"))
+    copy.write("toy", SECOND.replace("lr: 0.2", "lr: 1.0e-5"))
+    done["changed"] = wait(copy.start("toy", "--dry-run", "--printshellcmds"))
+    return copy, done
+
+
+def test_workflow_runs_all_but_the_failing(workflow):
+    copy, done = workflow
+    status, output = done["first"]
+    assert status != 0 and "02_surgery/seed13" in output
+    for name in ("00_start_here", "01_baseline", "02_surgery/seed1"):
+        metrics = json.loads((copy.runs / name / "metrics.json").read_text())
+        assert metrics["run"] == metrics["settings"]["run"] == f"toy/{name}"
+        book = copy.runs / name / f"{name.split('/')[0]}.ipynb"
+        assert nbformat.read(book, 4).metadata.papermill.exception is None
+    baseline = json.loads((copy.runs / "01_baseline" / "metrics.json").read_text())
+    assert baseline["settings"]["lr"] == 0.2
+    order = [
+        copy.runs / n / "metrics.json" for n in ("01_baseline", "02_surgery/seed1")
+    ]
+    assert order[0].stat().st_mtime <= order[1].stat().st_mtime
+
+
+def test_workflow_keeps_a_failed_notebook(workflow):
+    folder = workflow[0].runs / "02_surgery" / "seed13"
+    assert [path.name for path in folder.iterdir()] == ["02_surgery.ipynb"]
+    assert "unlucky" in (folder / "02_surgery.ipynb").read_text()
+
+
+def test_workflow_hands_small_rates_on_as_numbers(workflow):
+    """papermill reads what stands after `-y` as YAML, where 1e-05 is a string."""
+    lines = workflow[1]["changed"][1].splitlines()
+    (call,) = (line for line in lines if "papermill" in line and "01_base" in line)
+    words = shlex.split(call)
+    values = yaml.safe_load(words[words.index("-y") + 1])
+    assert values["lr"] == 1e-5
+
+
+def test_workflow_has_nothing_to_do_the_second_time(workflow):
+    status, output = workflow[1]["again"]
+    assert status == 0 and "Nothing to be done" in output
+
+
+def test_workflow_reruns_only_what_depends_on_a_change(workflow):
+    status, output = workflow[1]["changed"]
+    ran = {
+        line.split("/")[-2]
+        for line in output.splitlines()
+        if line.startswith("    output: ")
+    }
+    assert status == 0 and ran == {"01_baseline", "seed1"}
+
+
+def test_workflow_refuses_a_misspelt_profile_in_one_line(workflow):
+    status, output = workflow[1]["refused"]
+    lines = [line for line in output.splitlines() if "profile refused:" in line]
+    assert status != 0 and len(lines) == 1 and "did you mean 'seed'" in lines[0]
+    assert "Traceback" not in output

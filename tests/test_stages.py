@@ -1,0 +1,280 @@
+"""The stages between notebooks: sets, baseline, recovery, metrics."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from lib import baselines, cost, models, paths, plan, settings, stages, surgery, train
+from lib.stages import Sets
+
+SHAPE = (1, 28, 28)
+
+
+@pytest.fixture(autouse=True)
+def small_and_apart(tmp_path, monkeypatch):
+    """Runs in a temporary folder, one thread."""
+    monkeypatch.setenv("PRUNING_RUNS", str(tmp_path / "runs"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def sets() -> Sets:
+    found = stages.load_sets("mnist5k", n_train=256)
+    return Sets(found.train, found.val.take(40), found.test.take(60))
+
+
+def make_baseline(sets, **changes):
+    options = dict(
+        run="toy/02", net="lenet", pretrained=False, epochs=2, lr=0.02, seed=3
+    )
+    return stages.make_baseline(sets, **(options | changes))
+
+
+def same(a, b) -> bool:
+    return all(
+        torch.equal(t, b.state_dict()[name]) for name, t in a.state_dict().items()
+    )
+
+
+def refuse_training(*arguments):
+    raise AssertionError("trained again, though it is there")
+
+
+def images_of(images) -> set[bytes]:
+    return {image.numpy().tobytes() for image in images.images}
+
+
+# -- sets ------------------------------------------------------------------------------
+
+
+def test_sets_are_disjoint_and_complete():
+    found = stages.load_sets("mnist5k")
+    assert [len(s) for s in (found.train, found.val, found.test)] == [3600, 400, 1000]
+    parts = [images_of(s) for s in (found.train, found.val, found.test)]
+    assert not parts[0] & parts[1] and not parts[1] & parts[2]
+    assert not parts[0] & parts[2]
+
+
+@pytest.mark.parametrize("n_train", [50, 1000, 99999])
+def test_validation_does_not_depend_on_the_training_size(n_train):
+    whole, part = (
+        stages.load_sets("mnist5k"),
+        stages.load_sets("mnist5k", n_train=n_train),
+    )
+    assert torch.equal(whole.val.images, part.val.images)
+    assert torch.equal(whole.test.labels, part.test.labels)
+    assert len(part.train) == min(n_train, 3600)
+    assert images_of(part.train) <= images_of(whole.train)
+    spread = part.train.labels.bincount()
+    assert spread.max() - spread.min() <= 1
+    again = stages.load_sets("mnist5k", n_train=n_train)
+    assert torch.equal(part.train.images, again.train.images)
+
+
+# -- baseline --------------------------------------------------------------------------
+
+
+def test_a_baseline_is_trained_once_and_then_read(sets, capsys, monkeypatch):
+    first = make_baseline(sets)
+    assert "training, into" in capsys.readouterr().out
+    monkeypatch.setattr(train, "_run_epoch", refuse_training)
+    second = make_baseline(sets, run="toy/another/seed1")
+    assert "reading" in capsys.readouterr().out
+    assert same(first, second)
+    files = list((paths.runs_root() / "toy" / "baselines").iterdir())
+    assert [f.name for f in files] == ["mnist5k-lenet-2epochs-seed3.pt"]
+
+
+def test_profiles_and_seeds_have_their_own_baselines(sets):
+    nets = [
+        make_baseline(sets, epochs=1, seed=seed, run=run)
+        for seed, run in [(0, "a/x"), (1, "a/x"), (0, "b/x")]
+    ]
+    assert not same(nets[0], nets[1])
+    assert same(nets[0], nets[2]), "but the seed alone decides the weights"
+    found = sorted(
+        p.relative_to(paths.runs_root()) for p in paths.runs_root().rglob("*.pt")
+    )
+    assert [f.parts[0] for f in found] == ["a", "a", "b"]
+
+
+def test_a_baseline_with_another_rate_is_not_said_to_be_read(sets, capsys):
+    make_baseline(sets, epochs=1)
+    capsys.readouterr()
+    make_baseline(sets, epochs=1, lr=0.01)
+    printed = capsys.readouterr().out
+    assert "starting afresh" not in printed or "reading" not in printed
+
+
+def test_two_rates_do_not_evict_each_other(sets, monkeypatch):
+    for lr in (0.02, 0.01):
+        make_baseline(sets, epochs=1, lr=lr)
+    monkeypatch.setattr(train, "_run_epoch", refuse_training)
+    for lr in (0.02, 0.01):
+        make_baseline(sets, epochs=1, lr=lr)
+
+
+def test_missing_published_weights_are_refused(sets):
+    with pytest.raises(ValueError, match=r"lenet .*no published weights"):
+        make_baseline(sets, pretrained=True)
+
+
+# -- recovery --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    torch.manual_seed(0)
+    return models.build("resnet8", in_channels=1)
+
+
+def make_plan(model, resolution=None):
+    made = plan.from_scores(model, baselines.l1(model), SHAPE, rate=0.5)
+    made.resolution = resolution
+    return made
+
+
+def recover(model, made, sets, **changes):
+    options = dict(
+        run="toy/02_surgery", method="l1", net="resnet8", base_top1=12.5, seed=1,
+        epochs=1, lr=0.02,
+    )  # fmt: skip
+    return stages.recover(model, made, sets, **(options | changes))
+
+
+@pytest.mark.parametrize("resolution", [None, 20])
+def test_plan_and_checkpoint_rebuild_the_network(sets, resnet, resolution):
+    made = make_plan(resnet, resolution)
+    before = {name: t.clone() for name, t in resnet.state_dict().items()}
+    done = recover(resnet, made, sets, rate=0.5)
+    for name, tensor in resnet.state_dict().items():
+        assert torch.equal(before[name], tensor), "the model given is left alone"
+    folder = paths.runs_root() / "toy/02_surgery/l1-0.5"
+    assert sorted(p.name for p in folder.iterdir()) == ["finetune.pt", "plan.json"]
+    read = plan.Plan.load(folder / "plan.json")
+    assert read == made
+    state = train.load_checkpoint(folder / "finetune.pt")["model"]
+    fresh = models.build("resnet8", in_channels=1)
+    rebuilt = surgery.shrunk_from(fresh, read, SHAPE, state)
+    side = resolution or 28
+    x = torch.randn(3, 1, side, side)
+    with torch.no_grad():
+        torch.testing.assert_close(rebuilt.eval()(x), done.model.eval()(x))
+
+
+@pytest.mark.parametrize("resolution", [None, 20])
+def test_the_row_says_what_was_measured(sets, resnet, resolution):
+    made = make_plan(resnet, resolution)
+    done = recover(resnet, made, sets, rate=0.5, residual="tie")
+    row, side = done.row, resolution or 28
+    base = cost.count(resnet, SHAPE)
+    spent = cost.count(surgery.shrink(resnet, made, SHAPE), (1, side, side))
+    assert (row["macs"], row["params"]) == (spent.macs, spent.params)
+    assert row["macs_down"] == pytest.approx(100 * (1 - spent.macs / base.macs))
+    assert row["params_down"] == pytest.approx(100 * (1 - spent.params / base.params))
+    after = train.evaluate(done.model, sets.test, resolution=resolution)["top1"]
+    assert (row["base"], row["after"]) == (12.5, after)
+    small = surgery.shrink(resnet, made, SHAPE)
+    train.recalibrate(small, sets.train, resolution=resolution, seed=1)
+    before = train.evaluate(small, sets.test, resolution=resolution)["top1"]
+    assert row["before"] == before
+    named = {
+        k: row[k] for k in ("method", "net", "dataset", "seed", "profile", "epochs")
+    }
+    assert named == {
+        "method": "l1", "net": "resnet8", "dataset": "mnist5k", "seed": 1,
+        "profile": "toy", "epochs": 1,
+    }  # fmt: skip
+    assert (row["rate"], row["residual"]) == (0.5, "tie")
+    assert row["seconds"] > 0 and row["images_per_s"] > 0
+    assert row["precision"] in {"float32", "bfloat16"}
+    json.dumps(row, allow_nan=False)
+
+
+def test_recovery_takes_up_what_is_there(sets, resnet, monkeypatch):
+    made = make_plan(resnet)
+    first = recover(resnet, made, sets)
+    monkeypatch.setattr(train, "_run_epoch", refuse_training)
+    again = recover(resnet, made, sets)
+    assert same(first.model, again.model) and first.row == again.row
+
+
+def test_two_seeds_of_one_run_are_both_kept(sets, resnet, monkeypatch):
+    made = make_plan(resnet)
+    for seed in (0, 1):
+        recover(resnet, made, sets, seed=seed)
+    monkeypatch.setattr(train, "_run_epoch", refuse_training)
+    for seed in (0, 1):
+        recover(resnet, made, sets, seed=seed)
+
+
+def test_recovery_without_fine_tuning_rebuilds_too(sets, resnet):
+    done = recover(resnet, make_plan(resnet), sets, epochs=0)
+    assert done.row["after"] == done.row["before"] and done.row["seconds"] == 0
+    folder = paths.runs_root() / "toy/02_surgery/l1"
+    state = train.load_checkpoint(folder / "finetune.pt")["model"]
+    read = plan.Plan.load(folder / "plan.json")
+    rebuilt = surgery.shrunk_from(resnet, read, SHAPE, state)
+    assert same(rebuilt, done.model)
+
+
+# -- metrics and names -----------------------------------------------------------------
+
+
+def test_metrics_hold_settings_versions_and_rows(capsys):
+    cfg = settings.check(run="toy/x", seed=1, lr=0.1, rates=[0.5])
+    file = stages.write_metrics("toy/x", cfg, rows=[{"after": 1.0}], seconds=2.5)
+    assert file == paths.runs_root() / "toy" / "x" / "metrics.json"
+    content = paths.read_json(file)
+    assert content["settings"] == {"run": "toy/x", "seed": 1, "lr": 0.1, "rates": [0.5]}
+    assert content["environment"] == settings.environment()
+    assert content["rows"] == [{"after": 1.0}] and content["seconds"] == 2.5
+    assert "metrics.json" in capsys.readouterr().out
+
+
+def test_metrics_that_are_not_numbers_leave_the_old_file():
+    cfg = settings.check(run="toy/x")
+    file = stages.write_metrics("toy/x", cfg, rows=[])
+    with pytest.raises(ValueError):
+        stages.write_metrics("toy/x", cfg, rows=[{"after": math.nan}])
+    assert paths.read_json(file)["rows"] == []
+    assert len(list(file.parent.iterdir())) == 1
+
+
+BAD_NAMES = ["..", "../x", "quick/../../x", "/tmp/x", "", "."]
+
+
+@pytest.mark.parametrize("run", BAD_NAMES)
+def test_runs_stay_below_the_folder_of_runs(sets, run):
+    calls = [
+        lambda: stages.run_folder(run),
+        lambda: stages.write_metrics(run, settings.check(run=run), rows=[]),
+        lambda: make_baseline(sets, run=run, epochs=0),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="run must be a relative name"):
+            call()
+    assert not paths.runs_root().exists()
+
+
+@pytest.mark.parametrize("place", ["../../../..", "{folder}"])
+def test_methods_stay_in_the_folder_of_the_run(sets, resnet, tmp_path, place):
+    with pytest.raises(ValueError):
+        recover(
+            resnet,
+            make_plan(resnet),
+            sets,
+            method=f"{place}/outside".format(folder=tmp_path),
+            epochs=0,
+        )
+    assert not (tmp_path / "outside").exists()
+
+
+def test_folders_of_runs():
+    assert stages.run_folder("quick/02/seed1") == paths.runs_root() / "quick/02/seed1"
+    assert stages.profile_folder("quick/02/seed1") == paths.runs_root() / "quick"
