@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
+
+from lib.meta import dtype_of, meta_state, tensors_in, to_meta
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,8 @@ def count(model: nn.Module, input_shape: tuple[int, int, int]) -> Cost:
     model is left as found.
     """
     modes = {module: module.training for module in model.modules()}
-    state = {
-        name: t.to("meta") if t.is_floating_point() else t
-        for name, t in [*model.named_parameters(), *model.named_buffers()]
-    }
-    x = torch.empty(1, *input_shape, device="meta", dtype=_dtype(model))
+    state = dict(meta_state(model))
+    x = torch.empty(1, *input_shape, device="meta", dtype=dtype_of(model))
     counter = FlopCounterMode(display=False)
     try:
         model.eval()
@@ -59,12 +57,11 @@ class _OnMeta(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run one operation with all its tensors on the meta device."""
-        found = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        if len({t.device.type for t in found}) > 1:
-            args, kwargs = tree_map_only(
-                torch.Tensor, lambda t: t.to("meta"), (args, kwargs)
-            )
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        devices = {t.device.type for t in tensors_in((*args, *kwargs.values()))}
+        if len(devices) > 1:
+            args, kwargs = to_meta(args), to_meta(kwargs)
+        return func(*args, **kwargs)
 
 
 def latency(
@@ -84,7 +81,7 @@ def latency(
             f"need repeats and batch_size >= 1, got {repeats}, {batch_size}"
         )
     device = next(model.parameters()).device
-    x = torch.randn(batch_size, *input_shape, device=device, dtype=_dtype(model))
+    x = torch.randn(batch_size, *input_shape, device=device, dtype=dtype_of(model))
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -111,7 +108,3 @@ def _time_cuda(model: nn.Module, x: torch.Tensor) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters()), torch.get_default_dtype())

@@ -25,7 +25,6 @@ from lib.labels import ELEMENTWISE, REDUCTIONS
 from lib.movers import GappedLRN, Gate, PinnedShuffleUnit, Remap, Scatter, positions
 from lib.plan import Kept, Plan, resolve
 
-
 # A PReLU with one slope is an operation, with more it is a leaf: not compared.
 COUNTED = (ELEMENTWISE | REDUCTIONS) - {"prelu", "_prelu_kernel"}
 

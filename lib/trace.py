@@ -22,6 +22,7 @@ from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleUnit
 
 from lib import labels as rules
 from lib.labels import Ledger, Operand, Value
+from lib.meta import dtype_of, meta_state, run_leaf, run_operation, tensors_in
 
 BATCH = 2  # images in the pass: one would make batch and channels hard to tell apart
 LEAVES = (_ConvNd, nn.Linear, _BatchNorm, nn.LocalResponseNorm, nn.PReLU, _DropoutNd)
@@ -123,7 +124,7 @@ class Trace(TorchDispatchMode):
 
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         name = self.names.get(id(module))
-        inputs = _tensors((*args, *kwargs.values()))
+        inputs = tensors_in((*args, *kwargs.values()))
         if self._leaf is module:
             self._leaf = None
             self._record_leaf(name, module, inputs[0], output)
@@ -224,13 +225,13 @@ class Trace(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
         if self._leaf is not None:
-            return _run_leaf(name, func, args, kwargs)
-        tensors = _tensors((*args, *kwargs.values()))
-        output = _run(name, func, args, kwargs, tensors)
+            return run_leaf(name, func, args, kwargs)
+        tensors = tensors_in((*args, *kwargs.values()))
+        output = run_operation(name, func, args, kwargs, tensors)
         if not any(id(t) in self._known for t in tensors):
             return output
         inputs = tuple(self._known[id(t)] for t in tensors if id(t) in self._known)
-        made = _tensors((output,))
+        made = tensors_in((output,))
         labels = self._labels(name, func, args, kwargs, tensors, made)
         places = tuple(self._put(t, n) for t, n in zip(made, labels, strict=False))
         rest = tree_map_only(Tensor, lambda t: None, args)
@@ -327,10 +328,10 @@ def _freeze_shared(record: Trace, model: nn.Module) -> None:
 
 
 def _run_pass(record: Trace, model: nn.Module, input_shape) -> None:
-    tensors = dict(_meta_state(model))
+    tensors = dict(meta_state(model))
     record._parameters = {id(t): n for n, t in tensors.items()}
     record._known.clear()
-    x = torch.empty(BATCH, *input_shape, device="meta", dtype=_dtype(model))
+    x = torch.empty(BATCH, *input_shape, device="meta", dtype=dtype_of(model))
     labels = record.ledger.fresh(x.shape[1]).view([1, -1] + [1] * (x.ndim - 2))
     record.ledger.freeze(labels, "they are the channels of the input images")
     record._put(x, labels)
@@ -357,22 +358,6 @@ def _run_pass(record: Trace, model: nn.Module, input_shape) -> None:
             record.ledger.freeze(value.labels, "they are the outputs of the network")
 
 
-def _meta_state(model: nn.Module):
-    """Parameters and buffers as meta tensors; integer buffers keep their values."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point():
-            yield name, torch.empty_like(tensor, device="meta")
-        else:
-            yield name, tensor.detach().clone()
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    for tensor in model.parameters():
-        if tensor.is_floating_point():
-            return tensor.dtype
-    return torch.get_default_dtype()
-
-
 def _is_leaf(module: nn.Module) -> bool:
     if not isinstance(module, LEAVES) or isinstance(module, _ConvTransposeNd):
         return False
@@ -392,39 +377,3 @@ def _is_plain_move(operands: list[Operand], tensors: list[Tensor]) -> bool:
     """Channels are followed; an index that the pass itself computed has no values."""
     known_index = all(t.device.type != "meta" for t in tensors[1:])
     return operands[0].labels is not None and known_index
-
-
-def _tensors(items) -> list[Tensor]:
-    """The tensors among `items` and in the lists among them (quicker than a pytree)."""
-    found = []
-    for item in items:
-        if isinstance(item, Tensor):
-            found.append(item)
-        elif isinstance(item, (list, tuple)):
-            found.extend(_tensors(item))
-    return found
-
-
-def _run(name: str, func, args: tuple, kwargs: dict, tensors: list[Tensor]):
-    """The operation on the meta device, or its shape alone where that is plain.
-
-    Real tensors (constants, indices) are moved there; meta kernels of element-wise
-    operations are slow Python, so equal shapes skip them.
-    """
-    if any(t.device.type != "meta" for t in tensors):
-        if all(t.device.type != "meta" for t in tensors):
-            return func(*args, **kwargs)
-        args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
-    elif name in rules.SHAPE_KEEPING:
-        x = tensors[0]
-        if all(t.shape == x.shape and t.dtype == x.dtype for t in tensors):
-            return x if name.endswith("_") else torch.empty_like(x)
-    return func(*args, **kwargs)
-
-
-def _run_leaf(name: str, func, args: tuple, kwargs: dict):
-    """Inside a leaf module only the output's shape matters; a norm's is its input's."""
-    if "batch_norm" in name:
-        made = [torch.empty_like(args[0]) for _ in func._schema.returns]
-        return tuple(made) if len(made) > 1 else made[0]
-    return func(*args, **kwargs)

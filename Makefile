@@ -1,0 +1,65 @@
+# `make help` lists what can be asked for. Every target first makes .venv from the
+# lock if it is not there yet (.ci/setup).
+SHELL := bash
+.DEFAULT_GOAL := help
+.PHONY: help venv reproduce lab test bench check notebooks lock clean
+
+PROFILE ?= quick
+CORES ?= 1
+ARGS ?=
+RUNS := $(or $(PRUNING_RUNS),data/runs)
+
+# `python3` of a Jupyter kernel, `papermill` of a rule: those of .venv, always
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+unexport PYTHONPATH PYTHONHOME
+export PYTHON
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | \
+	  while IFS=$$'\t' read -r name text; do \
+	    printf '  make %-10s %s\n' "$$name" "$$text"; done
+	@echo '  PROFILE=quick|cifar10_cpu|cifar10|imagenet  CORES=notebooks at a time'
+	@echo '  ARGS="more arguments"  PYTHON=the Python that .venv is made with'
+
+venv:
+	@.ci/setup
+
+reproduce: venv  ## run a profile (PROFILE=quick) and print its table; resumes
+	@.venv/bin/python .ci/reproduce.py $(PROFILE) --cores $(CORES) $(ARGS)
+
+lab: venv  ## open the notebooks in JupyterLab
+	@jupyter lab notebooks $(ARGS)
+
+# one run for both; a fresh folder keeps tests away from your runs and figures
+test: venv  ## unit tests, then every committed notebook against its outputs
+	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
+	PRUNING_RUNS=$$runs TQDM_DISABLE=1 .venv/bin/python -m pytest -q \
+	  tests notebooks --ignore=tests/benchmarks --nbval-lax --nbval-current-env \
+	  --nbval-cell-timeout=600 --nbval-kernel-startup-timeout=120 \
+	  $(if $(MAKE_TERMOUT),,--color=no) $(ARGS)
+
+bench:  ## speed and comparison scripts in tests/benchmarks
+	@.ci/setup bench
+	@for script in tests/benchmarks/[a-z]*.py; do \
+	  echo "== $$script"; .venv/bin/python "$$script" $(ARGS) || exit 1; done
+
+check: venv  ## ruff over library, tests and notebooks
+	@ruff check lib tests notebooks .ci $(ARGS)
+
+# committed notebooks are executed ones: in order, from nothing, without run metadata
+notebooks: venv  ## execute the notebooks anew, in place, as they are committed
+	@rm -rf '$(RUNS)/quick'; for book in notebooks/[0-9]*.ipynb; do \
+	  echo "$$book"; TQDM_DISABLE=1 papermill "$$book" "$$book" -k python3 \
+	    --no-progress-bar --log-level ERROR || exit 1; done
+	@nbstripout --keep-output --keep-count --drop-empty-cells --extra-keys \
+	  "metadata.widgets metadata.papermill cell.metadata.papermill cell.metadata.execution" \
+	  notebooks/[0-9]*.ipynb
+
+lock:  ## write requirements.lock anew from pyproject.toml (needs uv)
+	@uv pip compile pyproject.toml --extra test --extra bench --extra gpu \
+	  --universal --python-version 3.11 --fork-strategy fewest --no-header \
+	  --no-annotate --no-emit-index-url --quiet -o requirements.lock
+
+clean:  ## forget the runs of a profile (PROFILE=quick); data sets stay
+	@case '$(PROFILE)' in ''|*/*|.*) echo 'clean: PROFILE must be a name'; exit 1;; esac
+	rm -rf '$(RUNS)/$(PROFILE)'

@@ -1,0 +1,65 @@
+"""Running a model's code on the meta device: shapes without numbers."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from lib.labels import SHAPE_KEEPING
+
+
+def meta_state(model: nn.Module):
+    """Parameters and buffers as meta tensors; integer buffers keep their values."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point():
+            yield name, torch.empty_like(tensor, device="meta")
+        else:
+            yield name, tensor.detach().clone()
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The floating type of the model's parameters."""
+    for tensor in model.parameters():
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.get_default_dtype()
+
+
+def to_meta(tree):
+    """The same nest of arguments with every tensor on the meta device."""
+    return tree_map_only(Tensor, lambda t: t.to("meta"), tree)
+
+
+def tensors_in(items) -> list[Tensor]:
+    """The tensors among `items` and in the lists among them (quicker than a pytree)."""
+    found = []
+    for item in items:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (list, tuple)):
+            found.extend(tensors_in(item))
+    return found
+
+
+def run_operation(name: str, func, args: tuple, kwargs: dict, tensors: list[Tensor]):
+    """The operation on the meta device, or its shape alone where that is plain.
+
+    Real tensors (constants, indices) are moved there; meta kernels of element-wise
+    operations are slow Python, so equal shapes skip them.
+    """
+    if any(t.device.type != "meta" for t in tensors):
+        if all(t.device.type != "meta" for t in tensors):
+            return func(*args, **kwargs)
+        args, kwargs = to_meta(args), to_meta(kwargs)
+    elif name in SHAPE_KEEPING:
+        x = tensors[0]
+        if all(t.shape == x.shape and t.dtype == x.dtype for t in tensors):
+            return x if name.endswith("_") else torch.empty_like(x)
+    return func(*args, **kwargs)
+
+
+def run_leaf(name: str, func, args: tuple, kwargs: dict):
+    """Inside a leaf module only the output's shape matters; a norm's is its input's."""
+    if "batch_norm" in name:
+        made = [torch.empty_like(args[0]) for _ in func._schema.returns]
+        return tuple(made) if len(made) > 1 else made[0]
+    return func(*args, **kwargs)
