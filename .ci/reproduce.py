@@ -12,6 +12,7 @@ import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -78,7 +79,7 @@ def start_snakemake(profile, arguments):
     command += [*arguments, "--config", f"profile={profile}"]
     environment = {**os.environ, MARK: str(RUNS), "TQDM_DISABLE": "1"}
     terminal = f"/proc/{os.getpid()}/fd/1"  # epochs report here, past the notebooks
-    if os.path.exists(terminal):
+    if os.path.exists(terminal) and not stat.S_ISREG(os.fstat(1).st_mode):
         environment.setdefault("PRUNING_PROGRESS", terminal)
     return subprocess.Popen(
         command,

@@ -14,7 +14,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 PUBLISHED = ROOT / "data" / "published"
-RESULTS = ROOT / "data" / "results"
 
 
 def data_root(root: str | Path | None = None) -> Path:
@@ -25,6 +24,12 @@ def data_root(root: str | Path | None = None) -> Path:
 def runs_root() -> Path:
     """The folder for everything a run makes: `PRUNING_RUNS`, else `data/runs/`."""
     return Path(os.environ.get("PRUNING_RUNS") or ROOT / "data" / "runs").resolve()
+
+
+def results_root() -> Path:
+    """`data/results/`, or a folder beside the runs when `PRUNING_RUNS` moved those."""
+    moved = os.environ.get("PRUNING_RUNS")
+    return Path(moved).resolve() / "results" if moved else ROOT / "data" / "results"
 
 
 def figures_root() -> Path:
@@ -53,6 +58,8 @@ def write_atomic(path: str | Path, write: Callable[[Path], Any]) -> Path:
     try:
         write(tmp)
         tmp.chmod(0o644)
+        with open(tmp, "rb") as written:
+            os.fsync(written.fileno())  # the content before the name
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
@@ -76,5 +83,5 @@ def read_json(path: str | Path) -> Any:
         raise FileNotFoundError(f"{path}: no such file, expected JSON")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None

@@ -38,7 +38,10 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "milestones", tuple(self.milestones))
+        for name, value in vars(self).items():
+            if hasattr(value, "item"):  # a numpy number, which no checkpoint can hold
+                object.__setattr__(self, name, value.item())
+        object.__setattr__(self, "milestones", tuple(map(float, self.milestones)))
         _require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         _require(0 < self.lr < math.inf, "lr", self.lr, "a positive number")
@@ -53,7 +56,7 @@ class Recipe:
                  self.label_smoothing, "in [0, 1)")  # fmt: skip
         _require(0 <= self.warmup <= max(self.epochs, 0), "warmup", self.warmup,
                  "between 0 and epochs")  # fmt: skip
-        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        _require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2**31)")
 
 
 def _require(fine: bool, name: str, value, wanted: str) -> None:

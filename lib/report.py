@@ -6,13 +6,12 @@ prints the table of a profile that has run.
 """
 
 import argparse
-import json
 
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from lib import paths
+from lib import paths, settings
 
 KEYS = ["net", "dataset", "method", "rate", "residual", "epochs"]
 RESULT_COLUMNS = [
@@ -20,18 +19,23 @@ RESULT_COLUMNS = [
     "base", "before", "after", "macs", "params", "macs_down", "params_down", "seconds",
     "images_per_s", "precision", "device", "torch", "revision",
 ]  # fmt: skip
+MADE_WITH = ("device", "torch", "revision")
 QUICK = "quick"  # its numbers teach, they are not results
 
 
 def collect_rows(profile: str) -> pd.DataFrame:
     """One row per pruned network over all metrics.json of a profile."""
     rows = []
-    for path in sorted((paths.runs_root() / profile).rglob("metrics.json")):
+    for run in settings.read_profile(profile):
+        path = run.folder / "metrics.json"
+        if not path.is_file():
+            continue
         metrics = paths.read_json(path)
-        measured_with = {
-            key: metrics["environment"][key] for key in ("device", "torch", "revision")
-        }
-        rows += [{**row, **measured_with} for row in metrics["rows"]]
+        try:
+            made_with = {key: metrics["environment"][key] for key in MADE_WITH}
+            rows += [{**row, **made_with} for row in metrics["rows"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not the metrics of a run ({error!r})") from None
     return pd.DataFrame(rows)
 
 
@@ -40,6 +44,8 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     if rows.empty:
         return rows
     keys = [key for key in KEYS if key in rows]
+    if "epochs" in rows:
+        rows = rows.assign(epochs=rows["epochs"].astype("Int64"))
     grouped = rows.groupby(keys, sort=False, dropna=False)
     table = grouped.agg(
         n=("seed", "nunique"), base=("base", "mean"), before=("before", "mean"),
@@ -53,13 +59,17 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
 def format_table(table: pd.DataFrame) -> str:
     """The summary as a Markdown table, two decimals; an empty s.d. means one seed."""
     shown = table.copy()
-    for column in shown.select_dtypes("float"):
-        shown[column] = [
-            "" if pd.isna(value) else f"{value:.2f}" for value in shown[column]
-        ]
+    for column in shown:
+        shown[column] = [_format_value(value) for value in shown[column]]
     lines = ["| " + " | ".join(shown.columns) + " |", "|" + "---|" * len(shown.columns)]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in shown.values.tolist()]
     return "\n".join(lines)
+
+
+def _format_value(value) -> str:
+    if pd.isna(value):
+        return ""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def save_figure(name: str, figure: Figure, numbers: pd.DataFrame) -> None:
@@ -88,7 +98,7 @@ def set_style() -> None:
 def publish_results(profile: str, rows: pd.DataFrame) -> None:
     """Write the rows of a full profile to `data/results/PROFILE.csv`, one per run."""
     columns = [column for column in RESULT_COLUMNS if column in rows]
-    path = paths.RESULTS / f"{profile}.csv"
+    path = paths.results_root() / f"{profile}.csv"
     text = rows[columns].to_csv(index=False, float_format="%.4f", lineterminator="\n")
     paths.write_text(path, text)
     print(f"wrote {paths.shown(path)}")
@@ -115,9 +125,7 @@ def main() -> None:
     )
     folder = paths.runs_root() / profile
     paths.write_text(folder / "table.md", table + "\n")
-    paths.write_text(
-        folder / "table.json", json.dumps(rows.to_dict("records"), indent=1)
-    )
+    paths.write_text(folder / "table.json", rows.to_json(orient="records", indent=1))
     if profile != QUICK:
         publish_results(profile, rows)
 

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import math
 import platform
+import shutil
 import subprocess
 import types
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ PARAMETERS = {
     "dataset": NAME,
     "net": NAME,
     "pretrained": Rule(bool),
-    "seed": COUNT,
+    "seed": Rule(int, 0, 2**31),
     "seeds": Rule(list),
     "n_train": COUNT,
     "batch_size": Rule(int, 1),
@@ -153,9 +154,11 @@ def read_profile(profile: str) -> list[Run]:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path.name}: not valid YAML ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name}: expected notebooks with their parameters")
     runs = []
     for notebook, changes in content.items():
-        runs += expand_runs(profile, notebook, changes or {})
+        runs += expand_runs(profile, str(notebook), changes or {})
     return runs
 
 
@@ -166,6 +169,8 @@ def expand_runs(profile: str, notebook: str, changes: dict[str, Any]) -> list[Ru
         raise ValueError(
             f"{profile}: no notebook '{notebook}'{_nearest(notebook, books)}"
         )
+    if not isinstance(changes, dict) or not all(isinstance(n, str) for n in changes):
+        raise ValueError(f"{profile}: {notebook} needs parameters as 'name: value'")
     declared = declared_parameters(notebook)
     grid = {}
     for name, value in changes.items():
@@ -174,10 +179,14 @@ def expand_runs(profile: str, notebook: str, changes: dict[str, Any]) -> list[Ru
                 f"{profile}: {notebook} declares no parameter '{name}'"
                 f"{_nearest(name, declared)}"
             )
-        if isinstance(value, list) and PARAMETERS[name].kind is not list:
-            grid[name] = [check_value(name, item) for item in value]
-        else:
+        if not isinstance(value, list) or _is_list(name):
             check_value(name, value)
+            continue
+        grid[name] = [check_value(name, item) for item in value]
+        if not value or len({str(item) for item in value}) < len(value):
+            raise ValueError(
+                f"{profile}: {notebook} needs different values of '{name}', got {value}"
+            )
     fixed = {name: value for name, value in changes.items() if name not in grid}
     runs = []
     for chosen in itertools.product(*grid.values()):
@@ -186,6 +195,10 @@ def expand_runs(profile: str, notebook: str, changes: dict[str, Any]) -> list[Ru
         run = "/".join(filter(None, [profile, notebook, tag]))
         runs.append(Run(notebook, {**fixed, **varied, "run": run}, varied))
     return runs
+
+
+def _is_list(name: str) -> bool:
+    return name in PARAMETERS and PARAMETERS[name].kind is list
 
 
 def declared_parameters(notebook: str) -> set[str]:
@@ -197,7 +210,7 @@ def declared_parameters(notebook: str) -> set[str]:
 
 
 def hash_code() -> str:
-    """A hash of every file of `lib/`: runs are stale when it changes."""
+    """A hash of every Python file of `lib/`: runs are stale when it changes."""
     digest = hashlib.sha256()
     for path in sorted((paths.ROOT / "lib").rglob("*.py")):
         digest.update(path.relative_to(paths.ROOT).as_posix().encode())
@@ -240,6 +253,9 @@ def code_revision() -> str:
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(paths.ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    if shutil.which("git") is None:
+        return "unknown"
 
     revision = git("log", "-1", "--format=%h", "--", "lib")
     changed = git("status", "--porcelain", "--", "lib")

@@ -4,6 +4,7 @@ Each keeps what it makes in the folder of its profile and finds it there the nex
 what was found, and what had to be made, is printed.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import nn
 from lib import cost, data, models, paths, settings, surgery, train
 from lib.data import ImageSet
 from lib.plan import Plan
+from lib.recipe import pick_device
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,14 @@ def make_baseline(
     channels, classes = sets.train.shape[0], len(sets.train.classes)
     if pretrained:
         print(f"baseline: {net} with published weights")
-        return models.build(
+        model = models.build(
             net, num_classes=classes, in_channels=channels, pretrained=True
         )
+        return model.to(pick_device(None))
     settings.seed_everything(seed)
     model = models.build(net, num_classes=classes, in_channels=channels)
-    name = f"{sets.train.name}-{net}-{epochs}epochs-seed{seed}.pt"
+    data_tag = f"{sets.train.name}-{len(sets.train)}images"
+    name = f"{data_tag}-{net}-{epochs}epochs-lr{lr:g}-seed{seed}.pt"
     path = profile_folder(run) / "baselines" / name
     known = path.is_file()
     print(f"baseline: {'reading' if known else 'training, into'} {paths.shown(path)}")
@@ -70,10 +74,11 @@ def make_baseline(
 
 @dataclass(frozen=True)
 class Recovered:
-    """A pruned and fine-tuned network and the row that describes it."""
+    """A pruned and fine-tuned network, the row that describes it, its folder."""
 
     model: nn.Module
     row: dict
+    folder: Path
 
 
 def recover(
@@ -92,18 +97,20 @@ def recover(
 ) -> Recovered:
     """Shrink, recalibrate, fine-tune, measure; everything is kept under `run`.
 
-    Writes `METHOD/plan.json` and `METHOD/finetune.pt`, which together rebuild the
-    network. The row has accuracy on the test set before pruning (`base_top1`, in
-    percent), after recalibration (`before`) and after fine-tuning (`after`, last
-    epoch), MACs and parameters from the shrunk network, and `extra` columns.
+    Writes `plan.json` and `finetune.pt`, which together rebuild the network, into a
+    folder named after method, extra columns and seed. The row has accuracy on the
+    test set before pruning (`base_top1`, in percent), after recalibration over 100
+    batches (`before`) and after fine-tuning (`after`, last epoch), MACs and parameters
+    of the shrunk network, and the `extra` columns.
     """
-    folder = run_folder(run) / "-".join([method, *map(str, extra.values())])
+    tag = "-".join([method, *map(str, extra.values()), f"seed{seed}"])
+    folder = run_folder(f"{run}/{tag}")
     shape = sets.train.shape
     base = cost.count(model, shape)
     plan.save(folder / "plan.json")
     small = surgery.shrink(model, plan, shape)
     side = plan.resolution
-    train.recalibrate(small, sets.train, resolution=side, seed=seed)
+    train.recalibrate(small, sets.train, resolution=side, seed=seed, num_batches=100)
     before = train.evaluate(small, sets.test, resolution=side)["top1"]
     history = train.fit(
         small, sets.train, sets.val, epochs=epochs, lr=lr, seed=seed, resolution=side,
@@ -120,7 +127,7 @@ def recover(
         "seconds": history.seconds, "images_per_s": history.images_per_s,
         "precision": history.precision,
     }  # fmt: skip
-    return Recovered(small, row)
+    return Recovered(small, row, folder)
 
 
 def write_metrics(
@@ -141,11 +148,12 @@ def write_metrics(
 
 def run_folder(run: str) -> Path:
     """The folder of a run, `PROFILE/NOTEBOOK[/VARIED]` below the runs."""
-    if Path(run).is_absolute() or ".." in Path(run).parts or not run:
-        raise ValueError(f"run must be a relative name such as 'quick/x', got {run!r}")
+    if not re.fullmatch(r"[\w=-][\w.=-]*(/[\w=-][\w.=-]*)*", run):
+        raise ValueError(f"a run needs a plain name such as 'quick/x', got {run!r}")
     return paths.runs_root() / run
 
 
 def profile_folder(run: str) -> Path:
     """The folder of the profile that a run belongs to."""
+    run_folder(run)  # refuses what is not a name
     return run_folder(run.split("/")[0])

@@ -60,7 +60,7 @@ class EagerStep:
         outputs = list(output) if isinstance(output, tuple) else [output]
         smooth = self.recipe.label_smoothing
         losses = [
-            F.cross_entropy(out.float(), y, label_smoothing=smooth)
+            F.cross_entropy(_at_least_float32(out), y, label_smoothing=smooth)
             for out in outputs
             if out is not None
         ]
@@ -68,6 +68,10 @@ class EagerStep:
         for extra in losses[1:]:
             loss = loss + self.recipe.aux_weight * extra
         return loss, outputs[0]
+
+
+def _at_least_float32(output: Tensor) -> Tensor:
+    return output.float() if output.dtype == torch.bfloat16 else output
 
 
 class GraphStep(EagerStep):

@@ -6,7 +6,9 @@ nothing is synchronised before the epoch's end.
 """
 
 import hashlib
+import itertools
 import os
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,8 +48,8 @@ class History:
     @property
     def images_per_s(self) -> float:
         """Median training throughput over the epochs."""
-        rates = sorted(row["images_per_s"] for row in self.rows)
-        return rates[len(rates) // 2] if rates else 0.0
+        rates = [row["images_per_s"] for row in self.rows]
+        return statistics.median(rates) if rates else 0.0
 
 
 def fit(
@@ -81,7 +83,7 @@ def fit(
     _check_sets(model, train_set, val_set)
     optimizer = make_optimizer(model, recipe, device)
     history = History(device=str(device), precision=precision)
-    identity = _identify(model, recipe, train_set)
+    identity = _identify(model, recipe, train_set, precision)
     history.rows = _resume(checkpoint, identity, model, optimizer)
     history.resumed = len(history.rows)
     make_step = GraphStep if device.type == "cuda" else EagerStep
@@ -89,7 +91,7 @@ def fit(
     steps = count_batches(train_set, recipe.batch_size, train=True)
     report = Report(recipe, steps, label, done=history.resumed)
     train_set = train_set.to(device)
-    with report, _determinism(deterministic):
+    with report, _determinism(deterministic), _modes_kept(model):
         for epoch in range(history.resumed, recipe.epochs):
             row = _run_epoch(model, train_set, step, recipe, epoch, report)
             if val_set is not None:
@@ -99,6 +101,8 @@ def fit(
             history.rows.append(row)
             _save(checkpoint, identity, model, optimizer, history.rows)
             report.epoch_done(row)
+    if not history.rows:
+        _save(checkpoint, identity, model, optimizer, [])
     return history
 
 
@@ -146,6 +150,10 @@ def recalibrate(
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     norms = [m for m in norms if m.track_running_stats]
+    if num_batches is not None and num_batches < 1:
+        raise ValueError(f"num_batches must be at least 1, got {num_batches}")
+    if not norms:
+        return
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     momenta = {norm: norm.momentum for norm in norms}
     stream = batches(
@@ -182,9 +190,7 @@ def _run_epoch(model, train_set, step, recipe: Recipe, epoch: int, report) -> di
     step.start_epoch()
     start = time.perf_counter()
     with torch.random.fork_rng(devices=_cuda_devices(train_set)):
-        torch.manual_seed(
-            recipe.seed * 1_000_003 + epoch
-        )  # dropout, after a resume too
+        _seed_dropout(recipe.seed * 1_000_003 + epoch, train_set)
         for i, (x, y) in enumerate(stream):
             rate = rate_at(recipe, epoch + i / steps)
             step.set_rate(rate)
@@ -203,9 +209,16 @@ def _run_epoch(model, train_set, step, recipe: Recipe, epoch: int, report) -> di
     }  # fmt: skip
 
 
+def _seed_dropout(seed: int, images: ImageSet) -> None:
+    """The same dropout in an epoch, whether or not the run was taken up before it."""
+    torch.default_generator.manual_seed(seed)
+    if images.images.is_cuda:
+        torch.cuda.manual_seed(seed)
+
+
 def _count_batch(output: Tensor, y: Tensor) -> Tensor:
     """[sum of losses, hits at rank 1, hits up to rank 5] of one batch."""
-    loss = F.cross_entropy(output.float(), y, reduction="sum")
+    loss = F.cross_entropy(output, y, reduction="sum")
     ranks = output.topk(min(5, output.shape[1]), dim=1).indices == y[:, None]
     return torch.stack([loss.double(), ranks[:, 0].sum(), ranks.any(1).sum()])
 
@@ -213,15 +226,31 @@ def _count_batch(output: Tensor, y: Tensor) -> Tensor:
 # -- checkpoints --------------------------------------------------------------------
 
 
-def _identify(model: nn.Module, recipe: Recipe, train_set: ImageSet) -> dict:
+def _identify(
+    model: nn.Module, recipe: Recipe, train_set: ImageSet, precision: str
+) -> dict:
     """What a checkpoint must agree on to be taken up."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    facts = [train_set.mean, train_set.std, train_set.pad, train_set.flip]
+    return {
+        **asdict(recipe),
+        "precision": precision,
+        "data": _digest(str(facts), train_set.images, train_set.labels),
+        "trained": _digest(" ".join(trained)),
+        "start": _digest(
+            " ".join(model.state_dict().keys()), *model.state_dict().values()
+        ),
+    }
+
+
+def _digest(text: str, *tensors: Tensor) -> str:
+    """A short hash of a text and of tensors, their shapes included."""
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        digest.update(str(tuple(tensor.shape)).encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy())
-    data = f"{train_set.name}, {len(train_set)} images"
-    return {**asdict(recipe), "data": data, "start": digest.hexdigest()[:16]}
+    return digest.hexdigest()[:16]
 
 
 def _resume(checkpoint, identity: dict, model: nn.Module, optimizer) -> list[dict]:
@@ -232,7 +261,9 @@ def _resume(checkpoint, identity: dict, model: nn.Module, optimizer) -> list[dic
     state = load_checkpoint(checkpoint)
     differs = [k for k, v in identity.items() if state["identity"].get(k) != v]
     if differs:
-        aside = checkpoint.with_name(checkpoint.name + ".old")
+        numbers = itertools.count(1)
+        names = (checkpoint.with_name(f"{checkpoint.name}.old{i}") for i in numbers)
+        aside = next(name for name in names if not name.exists())
         os.replace(checkpoint, aside)
         print(
             f"{paths.shown(checkpoint)} was made with another {', '.join(differs)}; "
@@ -240,7 +271,11 @@ def _resume(checkpoint, identity: dict, model: nn.Module, optimizer) -> list[dic
         )
         return []
     model.load_state_dict(state["model"])
+    own = ("lr", "fused", "foreach", "capturable")  # belong to the device, not the run
+    groups = [{k: g[k] for k in own if k in g} for g in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
+    for group, kept in zip(optimizer.param_groups, groups, strict=True):
+        group.update(kept)
     return state["rows"]
 
 
@@ -308,15 +343,16 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
 def _determinism(wanted: bool) -> Iterator[None]:
     """Deterministic algorithms on a GPU while inside (a CPU run always is)."""
     before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not wanted
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not wanted
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
         torch.backends.cudnn.benchmark = benchmark
 
 

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from lib import paths, report
+from lib import paths, report, settings
 
+RUNS: dict[str, list[settings.Run]] = {}  # what the profile of a test declares
 ENVIRONMENT = {"device": "CPU", "torch": "2.11", "revision": "abc", "python": "3.11"}
 
 
@@ -17,7 +18,8 @@ ENVIRONMENT = {"device": "CPU", "torch": "2.11", "revision": "abc", "python": "3
 def folders(tmp_path, monkeypatch):
     """Runs and published results in a temporary folder."""
     monkeypatch.setenv("PRUNING_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(settings, "read_profile", lambda profile: RUNS.get(profile, []))
+    RUNS.clear()
     return tmp_path
 
 
@@ -33,6 +35,8 @@ def make_row(method="l1", seed=0, after=80.0, **more) -> dict:
 
 def write_run(name: str, rows: list[dict], **metrics):
     content = {"run": name, "environment": ENVIRONMENT, "rows": rows} | metrics
+    profile, notebook = name.split("/")[:2]
+    RUNS.setdefault(profile, []).append(settings.Run(notebook, {"run": name}, {}))
     return paths.write_json(paths.runs_root() / name / "metrics.json", content)
 
 
@@ -104,6 +108,7 @@ def test_rows_with_different_columns_share_a_table():
 def test_a_run_found_twice_is_not_counted_twice():
     """A run whose folder got another name stays on disk beside the new one."""
     write_run("toy/02_surgery", [make_row(seed=0, after=60.0)])
+    RUNS.clear()
     write_run("toy/02_surgery/seed0", [make_row(seed=0, after=80.0)])
     write_run("toy/02_surgery/seed1", [make_row(seed=1, after=80.0)])
     table = report.summarise(report.collect_rows("toy"))
@@ -137,20 +142,20 @@ def test_main_prints_keeps_and_publishes(monkeypatch, capsys, folders):
     folder = paths.runs_root() / "toy"
     assert (folder / "table.md").read_text() == table + "\n"
     assert len(json.loads((folder / "table.json").read_text())) == 4
-    published = pd.read_csv(folders / "results" / "toy.csv")
+    published = pd.read_csv(folders / "runs" / "results" / "toy.csv")
     assert len(published) == 4
     assert list(published) == report.RESULT_COLUMNS
     assert published["after"].tolist() == [80, 82, 87, 70.25]
     assert published["macs"].dtype == "int64"
-    again = (folders / "results" / "toy.csv").read_bytes()
+    again = (folders / "runs" / "results" / "toy.csv").read_bytes()
     run_main(monkeypatch, "--profile", "toy")
-    assert (folders / "results" / "toy.csv").read_bytes() == again
+    assert (folders / "runs" / "results" / "toy.csv").read_bytes() == again
 
 
 def test_quick_is_not_published(monkeypatch, folders):
     write_run("quick/x", ROWS)
     run_main(monkeypatch)
-    assert not (folders / "results").exists()
+    assert not (folders / "runs" / "results").exists()
 
 
 def test_kept_table_is_strict_json(monkeypatch):

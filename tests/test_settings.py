@@ -43,7 +43,7 @@ WRONG = [
     ({"seed": "3"}, r"seed must be a int, got '3'"),
     ({"seed": True}, r"seed must be a int, got True, which is a bool"),
     ({"seed": 1.0}, r"seed must be a int, got 1\.0, which is a float"),
-    ({"seed": -1}, r"seed must lie in \[0, inf\), got -1"),
+    ({"seed": -1}, r"seed must lie in \[0, 2.*\), got -1"),
     ({"seed": None}, r"seed must be a int, got None"),
     ({"lr": True}, r"lr must be a float, got True, which is a bool"),
     ({"lr": math.nan}, r"lr must lie in .*got nan"),

@@ -637,7 +637,7 @@ def test_another_run_is_put_aside_and_said(tmp_path, capsys, name):
     history = fit(model, images, checkpoint=file, **options)
     printed = capsys.readouterr().out
     assert history.resumed == 0 and f"another {name}" in printed
-    assert (tmp_path / "run.pt.old").read_bytes() == old
+    assert (tmp_path / "run.pt.old1").read_bytes() == old
     fit(fresh, images, **options)
     assert_same(state_of(fresh), state_of(model))
 
