@@ -44,7 +44,8 @@ def run_operation(name: str, func, args: tuple, kwargs: dict, tensors: list[Tens
     """The operation on the meta device, or its shape alone where that is plain.
 
     Real tensors (constants, indices) are moved there; meta kernels of element-wise
-    operations are slow Python, so equal shapes skip them.
+    operations are slow Python, so equal shapes skip them; a view of the input stands in
+    for the output.
     """
     if any(t.device.type != "meta" for t in tensors):
         if all(t.device.type != "meta" for t in tensors):
@@ -53,13 +54,13 @@ def run_operation(name: str, func, args: tuple, kwargs: dict, tensors: list[Tens
     elif name in SHAPE_KEEPING:
         x = tensors[0]
         if all(t.shape == x.shape and t.dtype == x.dtype for t in tensors):
-            return x if name.endswith("_") else torch.empty_like(x)
+            return x if name.endswith("_") else x.detach()
     return func(*args, **kwargs)
 
 
 def run_leaf(name: str, func, args: tuple, kwargs: dict):
     """Inside a leaf module only the output's shape matters; a norm's is its input's."""
     if "batch_norm" in name:
-        made = [torch.empty_like(args[0]) for _ in func._schema.returns]
+        made = [args[0].detach() for _ in func._schema.returns]
         return tuple(made) if len(made) > 1 else made[0]
     return func(*args, **kwargs)

@@ -24,6 +24,7 @@ from lib.graph import (
 from lib.labels import ELEMENTWISE, REDUCTIONS
 from lib.movers import GappedLRN, Gate, PinnedShuffleUnit, Remap, Scatter, positions
 from lib.plan import Kept, Plan, resolve
+from lib.trace import Node, trace
 
 # A PReLU with one slope is an operation, with more it is a leaf: not compared.
 COUNTED = (ELEMENTWISE | REDUCTIONS) - {"prelu", "_prelu_kernel"}
@@ -324,12 +325,12 @@ def _device(model: nn.Module) -> torch.device:
 def _check_runs(graph: Graph, kept: Kept, small, input_shape, resolution) -> None:
     """Trace the result: sizes written into the model's own code show up here."""
     try:
-        after = build_graph(small, input_shape)
+        after = trace(small, input_shape)
     except ValueError as error:
         raise ValueError(f"the shrunk network does not run; {error}") from error
     modules = dict(small.named_modules())
     same = {n for n in modules if not _is_changed(n, modules)} - set(kept.dropped)
-    before, now = (_operations(g, same) for g in (graph, after))
+    before, now = (_operations(x.nodes, same) for x in (graph, after))
     for module, operation in (before - now) + (now - before):
         raise ValueError(
             f"'{module}' computes with the number of its channels (in "
@@ -338,7 +339,7 @@ def _check_runs(graph: Graph, kept: Kept, small, input_shape, resolution) -> Non
     if resolution is None:
         return
     try:
-        build_graph(small, (input_shape[0], resolution, resolution))
+        trace(small, (input_shape[0], resolution, resolution))
     except ValueError as error:
         raise ValueError(
             f"resolution {resolution} does not fit this network; {error}"
@@ -353,10 +354,10 @@ def _is_changed(name: str, modules: dict[str, nn.Module]) -> bool:
     return any(isinstance(modules[path], ours) for path in paths if path in modules)
 
 
-def _operations(graph: Graph, modules: set[str]) -> Counter:
+def _operations(nodes: list[Node], modules: set[str]) -> Counter:
     """How often each module runs which operation, with the numbers it uses."""
     found = Counter()
-    for node in graph.nodes:
+    for node in nodes:
         if node.module in modules and node.op in COUNTED:
             numbers = tuple(a for a in node.args if isinstance(a, (int, float)))
             found[node.module, (node.op, *numbers)] += 1

@@ -102,7 +102,7 @@ def test_rows_with_different_columns_share_a_table():
     text = report.format_table(report.summarise(pd.DataFrame([*ROWS, plain])))
     assert "scop" in text
     assert "nan" not in text.lower()
-    assert "| 3 |" in text and "3.00" not in text, "epochs are whole numbers"
+    assert "| 3 |" in text and "| 3.00 |" not in text, "epochs are whole numbers"
 
 
 def test_a_run_found_twice_is_not_counted_twice():

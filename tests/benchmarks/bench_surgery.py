@@ -123,7 +123,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(2)
     warnings.simplefilter("ignore")
     if options.profile:
         for name in options.nets:
@@ -132,7 +131,8 @@ def main() -> None:
     tp = find_torch_pruning()
     heads = ["ours", "trace", "plan", "shrink", "ours min"]
     heads += ["theirs", "min", "ratio"] if tp else []
-    print(f"seconds, median of {options.repeats}, {SHAPE[1]} px, 2 threads")
+    threads = torch.get_num_threads()
+    print(f"seconds, median of {options.repeats}, {SHAPE[1]} px, {threads} threads")
     print(f"{'net':14}", *(f"{head:>8}" for head in heads))
     for name in options.nets:
         bench(name, tp, options.repeats)
