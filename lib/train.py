@@ -23,7 +23,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lib import paths
 from lib.data import ImageSet, batches, count_batches
 from lib.progress import Report
-from lib.recipe import Recipe, make_optimizer, pick_device, pick_precision, rate_at
+from lib.recipe import (
+    Recipe,
+    make_optimizer,
+    pick_device,
+    pick_layout,
+    pick_precision,
+    rate_at,
+)
 from lib.step import EagerStep, GraphStep
 
 
@@ -79,7 +86,8 @@ def fit(
     recipe = Recipe(epochs=epochs, **settings)
     device = pick_device(device)
     precision = pick_precision(precision, device, model)
-    model.to(device, memory_format=torch.channels_last)
+    layout = pick_layout(model, device)
+    model.to(device, memory_format=layout)
     _check_sets(model, train_set, val_set)
     optimizer = make_optimizer(model, recipe, device)
     history = History(device=str(device), precision=precision)
@@ -93,7 +101,7 @@ def fit(
     train_set = train_set.to(device)
     with report, _determinism(deterministic), _modes_kept(model):
         for epoch in range(history.resumed, recipe.epochs):
-            row = _run_epoch(model, train_set, step, recipe, epoch, report)
+            row = _run_epoch(model, train_set, step, recipe, epoch, report, layout)
             if val_set is not None:
                 row["val_top1"] = evaluate(
                     model, val_set, resolution=recipe.resolution
@@ -120,6 +128,7 @@ def evaluate(
     """
     device = next(model.parameters()).device
     dtype = next(model.parameters()).dtype
+    layout = pick_layout(model, device)
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     stream = batches(
         images, batch_size, resolution=resolution, device=device, dtype=dtype
@@ -127,7 +136,7 @@ def evaluate(
     with _modes_kept(model), torch.inference_mode():
         model.eval()
         for x, y in stream:
-            totals += _count_batch(model(x), y)
+            totals += _count_batch(model(x.contiguous(memory_format=layout)), y)
     loss, top1, top5 = (totals / len(images)).tolist()
     return {"top1": 100 * top1, "top5": 100 * top5, "loss": loss}
 
@@ -155,6 +164,7 @@ def recalibrate(
     if not norms:
         return
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    layout = pick_layout(model, device)
     momenta = {norm: norm.momentum for norm in norms}
     stream = batches(
         images, batch_size, train=True, augment=augment, seed=seed,
@@ -170,7 +180,7 @@ def recalibrate(
             for done, (x, _) in enumerate(stream):
                 if num_batches is not None and done >= num_batches:
                     break
-                model(x)
+                model(x.contiguous(memory_format=layout))
         finally:
             for norm, momentum in momenta.items():
                 norm.momentum = momentum
@@ -179,7 +189,9 @@ def recalibrate(
 # -- one epoch ----------------------------------------------------------------------
 
 
-def _run_epoch(model, train_set, step, recipe: Recipe, epoch: int, report) -> dict:
+def _run_epoch(
+    model, train_set, step, recipe: Recipe, epoch: int, report, layout
+) -> dict:
     stream = batches(
         train_set, recipe.batch_size, train=True, augment=recipe.augment,
         seed=recipe.seed, epoch=epoch, resolution=recipe.resolution,
@@ -194,7 +206,7 @@ def _run_epoch(model, train_set, step, recipe: Recipe, epoch: int, report) -> di
         for i, (x, y) in enumerate(stream):
             rate = rate_at(recipe, epoch + i / steps)
             step.set_rate(rate)
-            step(x, y)
+            step(x.contiguous(memory_format=layout), y)
             report.step_done(step)
     loss, top1, seen = step.totals()  # the epoch's only synchronisation on a GPU
     seconds = time.perf_counter() - start

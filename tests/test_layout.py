@@ -1,0 +1,106 @@
+"""House rules that keep the repository readable: floors, sizes, executed notebooks."""
+
+import ast
+import json
+import re
+
+import pytest
+
+from lib import paths, settings
+
+# Each module imports only from those before it; a folder counts as one module.
+FLOORS = """
+paths labels meta trace graph cost settings sources data models plan baselines movers
+surgery recipe step progress train stages report
+""".split()
+TOP = {"notebooks", "lib", "data", "figures", "tests", "environment.yml", "README.md"}
+TOOLS = {"pyproject.toml", "Makefile", "requirements.lock", "LICENSE", "CITATION.cff"}
+MODULES = sorted((paths.ROOT / "lib").rglob("*.py"))
+NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("[0-9]*.ipynb"))
+PROFILES = sorted(path.stem for path in (paths.NOTEBOOKS / "params").glob("*.yaml"))
+
+
+def list_imports(path) -> set[str]:
+    """Names of the modules of `lib` that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "lib":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "")[:4] == "lib.":
+            found.add(node.module.split(".")[1])
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_floors_only_look_down(path):
+    own = path.relative_to(paths.ROOT / "lib").parts[0].removesuffix(".py")
+    if own == "__init__":
+        return
+    assert own in FLOORS, f"say in FLOORS where lib/{own} stands"
+    below = {*FLOORS[: FLOORS.index(own)], own}
+    assert list_imports(path) <= below, "an import runs back up"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_modules_stay_short_enough_to_read(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_the_top_level_is_the_one_agreed_on():
+    names = {p.name for p in paths.ROOT.iterdir() if not p.name.startswith(".")}
+    names = {name for name in names if not name.endswith((".egg-info", "__pycache__"))}
+    assert names - {"build"} <= TOP | TOOLS and TOP <= names
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda p: p.stem)
+def notebook(request):
+    return request.param, json.loads(request.param.read_text(encoding="utf-8"))
+
+
+def code_cells(book) -> list[dict]:
+    return [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+
+
+def test_notebooks_are_committed_as_executed_in_order(notebook):
+    counts = [cell["execution_count"] for cell in code_cells(notebook[1])]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+def test_notebooks_are_small_and_without_traces_of_a_machine(notebook):
+    path, book = notebook
+    assert path.stat().st_size < 500_000 and "widgets" not in book["metadata"]
+    outputs = json.dumps([cell["outputs"] for cell in code_cells(book)])
+    assert not re.search(r"/(root|tmp|home|work|Users)/", outputs)
+    assert not any(o["output_type"] == "error" for c in code_cells(book)
+                   for o in c["outputs"])  # fmt: skip
+
+
+def test_notebooks_pin_something_and_read_well(notebook):
+    sources = ["".join(cell["source"]) for cell in code_cells(notebook[1])]
+    assert sum("NBVAL_CHECK_OUTPUT" in source for source in sources) >= 2
+    for source in sources:
+        assert max(map(len, source.splitlines())) <= 88, source
+        assert len(source.splitlines()) <= 40
+
+
+def test_parameters_are_declared_and_have_rules(notebook):
+    path, book = notebook
+    tagged = [
+        c for c in code_cells(book) if "parameters" in c["metadata"].get("tags", [])
+    ]
+    assert len(tagged) == 1
+    assert settings.declared_parameters(path.stem) <= settings.PARAMETERS.keys()
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_profiles_name_only_what_notebooks_declare(profile):
+    runs = settings.read_profile(profile)
+    assert len({run.name for run in runs}) == len(runs) > 0
+
+
+def test_the_readme_lists_every_notebook_and_profile():
+    readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
+    for path in NOTEBOOKS:
+        assert f"notebooks/{path.name}" in readme
+    for profile in PROFILES:
+        assert f"`{profile}`" in readme
