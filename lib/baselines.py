@@ -11,12 +11,12 @@ from torch.nn.modules.conv import _ConvNd
 
 
 def l1(model: nn.Module) -> dict[str, Tensor]:
-    """Mean absolute weight of each filter (Li et al. 2017, up to a constant a layer).
+    """L1 norm of each filter, the sum of its absolute weights (Li et al. 2017, eq. 1).
 
-    The mean, unlike the sum, can be compared between layers and summed over tied ones.
+    Larger filters have larger norms: fit to rank within a layer, not between layers.
     """
     return {
-        name: module.weight.detach().abs().flatten(1).mean(1)
+        name: module.weight.detach().abs().flatten(1).sum(1)
         for name, module in prunable_layers(model).items()
     }
 
