@@ -5,7 +5,7 @@ SHELL := bash
 .PHONY: help venv reproduce lab test bench check notebooks lock clean
 
 PROFILE ?= quick
-CORES ?= 1
+CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 ARGS ?=
 RUNS := $(or $(PRUNING_RUNS),data/runs)
 
@@ -18,7 +18,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | \
 	  while IFS=$$'\t' read -r name text; do \
 	    printf '  make %-10s %s\n' "$$name" "$$text"; done
-	@echo '  PROFILE=quick|cifar10_cpu|cifar10|imagenet  CORES=notebooks at a time'
+	@echo '  PROFILE=quick|cifar10_cpu|cifar10|imagenet  CORES=processors to use'
 	@echo '  ARGS="more arguments"  PYTHON=the Python that .venv is made with'
 
 venv:

@@ -187,7 +187,7 @@ def show_results(profile):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("profile", help="quick, or a name in notebooks/params")
-    parser.add_argument("--cores", default="1")
+    parser.add_argument("--cores", default="all")
     options, more = parser.parse_known_args()
     files = (ROOT / "notebooks/params").glob("*.yaml")
     known = sorted({"quick", *(path.stem for path in files)})  # quick: the defaults

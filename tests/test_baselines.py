@@ -7,11 +7,11 @@ from torch import nn
 from lib import baselines, models
 
 
-def test_l1_is_the_mean_absolute_weight():
+def test_l1_is_the_sum_of_absolute_weights():
     model = models.build("resnet8")
     scores = baselines.l1(model)
     weight = model.layer1[0].conv1.weight
-    expected = torch.stack([w.abs().mean() for w in weight])
+    expected = torch.stack([w.abs().sum() for w in weight])
     torch.testing.assert_close(scores["layer1.0.conv1"], expected)
     assert not scores["conv1"].requires_grad
 
