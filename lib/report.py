@@ -60,16 +60,17 @@ def format_table(table: pd.DataFrame) -> str:
     """The summary as a Markdown table, two decimals; an empty s.d. means one seed."""
     shown = table.copy()
     for column in shown:
-        shown[column] = [_format_value(value) for value in shown[column]]
+        digits = "g" if column == "rate" else ".2f"
+        shown[column] = [_format_value(value, digits) for value in shown[column]]
     lines = ["| " + " | ".join(shown.columns) + " |", "|" + "---|" * len(shown.columns)]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in shown.values.tolist()]
     return "\n".join(lines)
 
 
-def _format_value(value) -> str:
+def _format_value(value, digits: str) -> str:
     if pd.isna(value):
         return ""
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return f"{value:{digits}}" if isinstance(value, float) else str(value)
 
 
 def save_figure(name: str, figure: Figure, numbers: pd.DataFrame) -> None:

@@ -89,7 +89,7 @@ def test_table_is_markdown():
     assert len(lines) == 4 and {line.count("|") for line in lines} == {15}
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
     assert cells == [
-        "resnet8", "mnist5k", "l1", "0.50", "tie", "3", "3", "90.00", "50.00", "83.00",
+        "resnet8", "mnist5k", "l1", "0.5", "tie", "3", "3", "90.00", "50.00", "83.00",
         "-7.00", "3.61", "60.00", "40.00",
     ]  # fmt: skip
     assert "|  |" in lines[3], "one seed has no deviation"
