@@ -18,7 +18,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | \
 	  while IFS=$$'\t' read -r name text; do \
 	    printf '  make %-10s %s\n' "$$name" "$$text"; done
-	@echo '  PROFILE=quick|cifar10_cpu|cifar10|imagenet  CORES=processors to use'
+	@echo '  PROFILE=quick|cifar10_cpu  CORES=processors to use'
 	@echo '  ARGS="more arguments"  PYTHON=the Python that .venv is made with'
 
 venv:

@@ -107,8 +107,21 @@ class Graph:
         members = defaultdict(list)
         for i, name in enumerate(names):
             members[int(member[i])].append(name)
+        self._fix_mixed_groups(member[len(names) :])
         blocks = self._read_blocks()
         return [self._make_group(names, rows, blocks) for names in members.values()]
+
+    def _fix_mixed_groups(self, member: Tensor) -> None:
+        """A grouped convolution that reads a concatenation balances several layers."""
+        for name, layer in self.layers.items():
+            if layer.groups == 1 or layer.depthwise:
+                continue
+            units = self.unit_of(layer.inputs)
+            units = units[units < self.num_units]
+            if len(member[units].unique()) > 1:
+                reason = f"'{name}' is grouped and reads them together with others"
+                for unit in units.tolist():
+                    self._reasons.setdefault(unit, reason)
 
     def _make_group(self, names: list[str], rows, blocks) -> Group:
         units = torch.unique(torch.cat([rows[n] for n in names]))

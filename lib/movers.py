@@ -88,6 +88,7 @@ class PinnedShuffleUnit(ShuffleUnit):
 
 
 def positions(alive: Tensor) -> Tensor:
+    """Indices of the True entries of a bool row, int64."""
     return torch.nonzero(alive).flatten()
 
 

@@ -61,6 +61,7 @@ class Plan:
 
 
 def nearest_name(name: str, known) -> str:
+    """The end of a message: `; nearest: '...'`, or nothing where none is near."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; nearest: '{close[0]}'" if close else ""
 
