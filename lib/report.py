@@ -86,9 +86,31 @@ def save_figure(name: str, figure: Figure, numbers: pd.DataFrame) -> None:
 
 
 def figure_name(name: str, run: str) -> str:
-    """`NAME` for the quick profile, `NAME_PROFILE` for another, so both can stand."""
-    profile = run.split("/")[0]
-    return name if profile == QUICK else f"{name}_{profile}"
+    """`NAME` for the quick profile, `NAME_PROFILE[_VARIED]` for a run of another."""
+    profile, *rest = run.split("/")
+    return name if profile == QUICK else "_".join([name, profile, *rest[1:]])
+
+
+def draw_results(rows: pd.DataFrame) -> Figure:
+    """Accuracy against MACs for every method, mean and s.d. over seeds."""
+    shown = rows.melt(
+        ["method", "macs", "seed"], ["before", "after"],
+        var_name="fine-tuning", value_name="top1",
+    )  # fmt: skip
+    figure = Figure(figsize=(6.4, 4.2))
+    axis = figure.subplots()
+    sns.lineplot(
+        shown.assign(macs=shown["macs"] / 1e6), x="macs", y="top1", hue="method",
+        style="fine-tuning", style_order=["after", "before"], markers=True,
+        errorbar="sd", err_style="bars", ax=axis,
+    )  # fmt: skip
+    axis.axhline(rows["base"].mean(), color="0.5", lw=1, ls=":")
+    sns.move_legend(axis, "upper left", bbox_to_anchor=(1, 1))
+    nets = ", ".join(f"{net} on {data}" for net, data in
+                     rows[["net", "dataset"]].drop_duplicates().to_numpy())  # fmt: skip
+    axis.set(xlabel="million MACs per image", ylabel="top-1, test (%)",
+             title=f"{nets}; dotted: unpruned; bars: s.d.")  # fmt: skip
+    return figure
 
 
 def set_style() -> None:
@@ -129,6 +151,9 @@ def main() -> None:
     paths.write_text(folder / "table.json", rows.to_json(orient="records", indent=1))
     if profile != QUICK:
         publish_results(profile, rows)
+        set_style()
+        present = [column for column in RESULT_COLUMNS[:14] if column in rows]
+        save_figure(f"results_{profile}", draw_results(rows), rows[present])
 
 
 if __name__ == "__main__":

@@ -147,6 +147,9 @@ def test_main_prints_keeps_and_publishes(monkeypatch, capsys, folders):
     assert list(published) == report.RESULT_COLUMNS
     assert published["after"].tolist() == [80, 82, 87, 70.25]
     assert published["macs"].dtype == "int64"
+    assert (paths.figures_root() / "results_toy.png").stat().st_size > 1000
+    shown = pd.read_csv(paths.figures_root() / "results_toy.csv")
+    assert shown["after"].tolist() == published["after"].tolist()
     again = (folders / "runs" / "results" / "toy.csv").read_bytes()
     run_main(monkeypatch, "--profile", "toy")
     assert (folders / "runs" / "results" / "toy.csv").read_bytes() == again
@@ -206,7 +209,11 @@ def test_a_failed_figure_keeps_the_old_one(folders, monkeypatch):
 
 @pytest.mark.parametrize(
     "run, name",
-    [("quick/02_surgery", "trade"), ("cifar10/02_surgery/seed1", "trade_cifar10")],
+    [
+        ("quick/02_surgery", "trade"),
+        ("cifar10/02_surgery", "trade_cifar10"),
+        ("cifar10/02_surgery/seed1", "trade_cifar10_seed1"),
+    ],
 )
 def test_figures_of_other_profiles_have_other_names(run, name):
     assert report.figure_name("trade", run) == name

@@ -868,7 +868,7 @@ def test_what_has_no_rule_is_refused_by_name(kind):
 
 def test_layers_that_share_a_grouped_convolution_are_refused():
     forward = lambda s, x: s.c(torch.cat([s.a(x), s.b(x)], 1))  # noqa: E731
-    parts = {"a": conv(3, 8), "b": conv(3, 8), "c": nn.Conv2d(16, 4, 3, groups=2)}
+    parts = {"a": conv(3, 8), "b": conv(3, 8), "c": nn.Conv2d(16, 8, 3, groups=2)}
     with pytest.raises(ValueError, match="a cannot be pruned: 'c' is grouped"):
         surgery.shrink(net(forward=forward, **parts), Plan({"a": [0, 1]}), TINY)
 
