@@ -1,6 +1,16 @@
-"""The closing line of `make test`: unit tests and notebook cells counted apart."""
+"""What several test files share, and the closing line of `make test`."""
 
 import pytest
+import torch
+
+
+@pytest.fixture
+def one_thread():
+    """One torch thread: for small tensors several would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def count_outcomes(reports: dict[str, list], *, notebooks: bool) -> str:

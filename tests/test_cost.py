@@ -10,14 +10,7 @@ from lib import baselines, cost, models, surgery
 from lib import plan as plans
 from lib.graph import build_graph
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors: threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(

@@ -177,10 +177,7 @@ def test_macs_of_functional_convolutions_are_part_of_the_share():
             return self.b(self.a(x).relu())
 
     model, shape = Net(), (3, 8, 8)
-    try:
-        plan = plans.from_scores(model, {"a": torch.rand(64)}, shape, macs=0.7)
-    except ValueError:
-        return
+    plan = plans.from_scores(model, {"a": torch.rand(64)}, shape, macs=0.7)
     small = surgery.shrink(model, plan, shape)
     reached = cost.count(small, shape).macs / cost.count(model, shape).macs
     assert reached == pytest.approx(0.7, rel=0.01)

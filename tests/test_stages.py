@@ -12,14 +12,13 @@ from lib.stages import Sets
 SHAPE = (1, 28, 28)
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
-def small_and_apart(tmp_path, monkeypatch):
-    """Runs in a temporary folder, one thread."""
+def runs_apart(tmp_path, monkeypatch):
+    """Runs in a temporary folder."""
     monkeypatch.setenv("PRUNING_RUNS", str(tmp_path / "runs"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

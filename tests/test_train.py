@@ -26,13 +26,7 @@ needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="no bfloat16 on this CPU")
 PRECISIONS = ["float32", pytest.param("bfloat16", marks=needs_bf16)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny nets are slower on several threads, most of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_set(n=48, classes=4, side=8, channels=3, seed=0, pad=1) -> ImageSet:
