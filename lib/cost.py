@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.meta import dtype_of, meta_state, tensors_in, to_meta
+from lib.meta import dtype_of, meta_state, modes_kept, tensors_in, to_meta
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,13 @@ def count(model: nn.Module, input_shape: tuple[int, int, int]) -> Cost:
     `input_shape` is (C, H, W). Runs on the meta device: nothing is computed, and the
     model is left as found.
     """
-    modes = {module: module.training for module in model.modules()}
     state = dict(meta_state(model))
     x = torch.empty(1, *input_shape, device="meta", dtype=dtype_of(model))
     counter = FlopCounterMode(display=False)
-    try:
+    with modes_kept(model), torch.inference_mode(False), torch.no_grad():
         model.eval()
-        with torch.inference_mode(False), torch.no_grad(), counter, _OnMeta():
+        with counter, _OnMeta():
             torch.func.functional_call(model, state, (x,))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     params = sum(p.numel() for p in model.parameters())
     return Cost(macs=counter.get_total_flops() // 2, params=params)
 
@@ -82,17 +78,12 @@ def latency(
         )
     device = next(model.parameters()).device
     x = torch.randn(batch_size, *input_shape, device=device, dtype=dtype_of(model))
-    training = {module: module.training for module in model.modules()}
-    try:
+    with modes_kept(model), torch.inference_mode():
         model.eval()
-        with torch.inference_mode():
-            for _ in range(warmup):
-                model(x)
-            timer = _time_cuda if device.type == "cuda" else _time_host
-            return statistics.median(timer(model, x) for _ in range(repeats))
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+        for _ in range(warmup):
+            model(x)
+        timer = _time_cuda if device.type == "cuda" else _time_host
+        return statistics.median(timer(model, x) for _ in range(repeats))
 
 
 def _time_host(model: nn.Module, x: torch.Tensor) -> float:

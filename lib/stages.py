@@ -5,6 +5,7 @@ what was found, and what had to be made, is printed.
 """
 
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from lib import cost, data, models, paths, settings, surgery, train
 from lib.data import ImageSet
 from lib.plan import Plan
 from lib.recipe import pick_device
+
+STARTED = time.monotonic()  # a notebook imports this module when it begins
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ def write_metrics(
         "run": run,
         "settings": cfg.as_dict(),
         "environment": settings.environment(),
+        "wall_seconds": round(time.monotonic() - STARTED, 1),
         "rows": rows,
         **measured,
     }

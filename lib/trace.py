@@ -22,7 +22,14 @@ from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleUnit
 
 from lib import labels as rules
 from lib.labels import Ledger, Operand, Value
-from lib.meta import dtype_of, meta_state, run_leaf, run_operation, tensors_in
+from lib.meta import (
+    dtype_of,
+    meta_state,
+    modes_kept,
+    run_leaf,
+    run_operation,
+    tensors_in,
+)
 
 BATCH = 2  # images in the pass: one would make batch and channels hard to tell apart
 LEAVES = (_ConvNd, nn.Linear, _BatchNorm, nn.LocalResponseNorm, nn.PReLU, _DropoutNd)
@@ -293,8 +300,7 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> Trace:
     `ValueError` naming the module in which the pass failed.
     """
     record = Trace(model)
-    modes = {module: module.training for module in model.modules()}
-    try:
+    with modes_kept(model):
         _run_pass(record, model.eval(), input_shape)
         record.evaluating = False
         wanted = {n for n, m in model.named_modules() if isinstance(m, LEAVES[:2])}
@@ -302,9 +308,6 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> Trace:
             nodes = list(record.nodes)
             _run_pass(record, model.train(), input_shape)
             record.nodes = nodes
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     _freeze_shared(record, model)
     record._alive.clear()
     record._known.clear()

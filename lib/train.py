@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib import paths
 from lib.data import ImageSet, batches, count_batches
+from lib.meta import modes_kept
 from lib.progress import Report
 from lib.recipe import (
     Recipe,
@@ -99,7 +100,7 @@ def fit(
     steps = count_batches(train_set, recipe.batch_size, train=True)
     report = Report(recipe, steps, label, done=history.resumed)
     train_set = train_set.to(device)
-    with report, _determinism(deterministic), _modes_kept(model):
+    with report, _determinism(deterministic), modes_kept(model):
         for epoch in range(history.resumed, recipe.epochs):
             row = _run_epoch(model, train_set, step, recipe, epoch, report, layout)
             if val_set is not None:
@@ -133,7 +134,7 @@ def evaluate(
     stream = batches(
         images, batch_size, resolution=resolution, device=device, dtype=dtype
     )
-    with _modes_kept(model), torch.inference_mode():
+    with modes_kept(model), torch.inference_mode():
         model.eval()
         for x, y in stream:
             totals += _count_batch(model(x.contiguous(memory_format=layout)), y)
@@ -170,7 +171,7 @@ def recalibrate(
         images, batch_size, train=True, augment=augment, seed=seed,
         resolution=resolution, device=device, dtype=dtype,
     )  # fmt: skip
-    with _modes_kept(model), torch.no_grad():
+    with modes_kept(model), torch.no_grad():
         model.eval()
         for norm in norms:
             norm.reset_running_stats()
@@ -338,17 +339,6 @@ def _check_sets(
                 f"{images.name} has {len(images.classes)} classes, the network ends in "
                 f"{outputs} outputs"
             )
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    """Put every module back into its own train/eval mode."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager
