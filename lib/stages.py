@@ -6,7 +6,7 @@ what was found, and what had to be made, is printed.
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import nn
@@ -52,7 +52,8 @@ def make_baseline(
     """The unpruned network: published weights, or trained here, once per profile.
 
     `run` is the name of the run that asks; its first part is the profile. A stored
-    baseline is used when its recipe, data and seed are the same.
+    baseline is used when its recipe, data and seed are the same. Throughput and the
+    rows of its epochs go into a JSON file beside it.
     """
     channels, classes = sets.train.shape[0], len(sets.train.classes)
     if pretrained:
@@ -68,10 +69,12 @@ def make_baseline(
     path = profile_folder(run) / "baselines" / name
     known = path.is_file()
     print(f"baseline: {'reading' if known else 'training, into'} {paths.shown(path)}")
-    train.fit(
+    history = train.fit(
         model, sets.train, sets.val, epochs=epochs, lr=lr, seed=seed,
         checkpoint=path, label=f"{net} baseline",
     )  # fmt: skip
+    speed = {"images_per_s": history.images_per_s, "seconds": history.seconds}
+    paths.write_json(path.with_suffix(".json"), {**speed, **asdict(history)})
     return model
 
 

@@ -85,8 +85,10 @@ def test_a_baseline_is_trained_once_and_then_read(sets, capsys, monkeypatch):
     second = make_baseline(sets, run="toy/another/seed1")
     assert "reading" in capsys.readouterr().out
     assert same(first, second)
-    files = list((paths.runs_root() / "toy" / "baselines").iterdir())
-    (name,) = [f.name for f in files]
+    folder = paths.runs_root() / "toy" / "baselines"
+    (name,) = [f.name for f in folder.glob("*.pt")]
+    (measured,) = [paths.read_json(f) for f in folder.glob("*.json")]
+    assert measured["images_per_s"] > 0 and len(measured["rows"]) == 2
     for part in ("mnist5k", "lenet", "2epochs", "seed3", "lr", "images"):
         assert part in name
 
