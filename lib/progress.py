@@ -42,16 +42,20 @@ class Report:
             )
 
     def epoch_done(self, row: dict) -> None:
-        self.done += 1
-        line = f"{self.label}: epoch {self.done}/{self.recipe.epochs}"
-        line += f"  loss {row['loss']:.3f}  train {row['top1']:.1f} %"
+        line = f"loss {row['loss']:.3f}  train {row['top1']:.1f} %"
         if row["val_top1"] is not None:
             line += f"  val {row['val_top1']:.1f} %"
+        self.tell(line, row["images_per_s"])
+
+    def tell(self, what: str, images_per_s: float) -> None:
+        """One more epoch is done, and `what` came of it."""
+        self.done += 1
+        line = f"{self.label}: epoch {self.done}/{self.recipe.epochs}  {what}"
         if self.bar.disable:
             print(line, flush=True)
         spent = time.perf_counter() - self.start
         left = spent / (self.done - self.skipped) * (self.recipe.epochs - self.done)
-        _announce(f"{line}  {row['images_per_s']:.0f} images/s  {left:.0f} s left")
+        _announce(f"{line}  {images_per_s:.0f} images/s  {left:.0f} s left")
 
 
 def _is_watched() -> bool:

@@ -12,11 +12,12 @@ class Recipe:
     """Settings of one training run; bad ones are refused in one line.
 
     epochs: passes over the training set. lr: peak learning rate. batch_size: images a
-    step. optimizer: "sgd" (Nesterov momentum) or "adam". schedule: "cosine" to zero,
-    "step" (times `gamma` at each of `milestones`, in epochs) or "constant". warmup:
-    epochs of linear increase. weight_decay: on all parameters, or without norms and
-    biases when `decay_norms` is False. resolution: side of the images in pixels, None
-    for their own. augment: random crop and flip. seed: order, crops, dropout.
+    step. optimizer: "sgd" (Nesterov momentum) or "adam" (`adam_betas`). schedule:
+    "cosine" to zero, "step" (times `gamma` at each of `milestones`, in epochs) or
+    "constant". warmup: epochs of linear increase. weight_decay: on all parameters, or
+    without norms and biases when `decay_norms` is False. resolution: side of the images
+    in pixels, None for their own. augment: random crop and flip. seed: order, crops,
+    dropout.
     """
 
     epochs: int
@@ -24,6 +25,7 @@ class Recipe:
     batch_size: int = 128
     optimizer: str = "sgd"
     momentum: float = 0.9
+    adam_betas: tuple[float, float] = (0.9, 0.999)
     nesterov: bool = True
     weight_decay: float = 5e-4
     decay_norms: bool = True
@@ -42,6 +44,7 @@ class Recipe:
             if hasattr(value, "item"):  # a numpy number, which no checkpoint can hold
                 object.__setattr__(self, name, value.item())
         object.__setattr__(self, "milestones", tuple(map(float, self.milestones)))
+        object.__setattr__(self, "adam_betas", tuple(map(float, self.adam_betas)))
         _require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         _require(0 < self.lr < math.inf, "lr", self.lr, "a positive number")
@@ -50,6 +53,8 @@ class Recipe:
         known = {"cosine", "step", "constant"}
         _require(self.schedule in known, "schedule", self.schedule, f"one of {known}")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        fine = len(self.adam_betas) == 2 and all(0 <= b < 1 for b in self.adam_betas)
+        _require(fine, "adam_betas", self.adam_betas, "two numbers in [0, 1)")
         _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay,
                  "0 or more")  # fmt: skip
         _require(0 <= self.label_smoothing < 1, "label_smoothing",
@@ -98,7 +103,9 @@ def make_optimizer(
     on_gpu = device.type == "cuda"
     lr = torch.tensor(recipe.lr, device=device) if on_gpu else recipe.lr
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=lr, fused=True, capturable=on_gpu)
+        return torch.optim.Adam(
+            groups, lr=lr, betas=recipe.adam_betas, fused=True, capturable=on_gpu
+        )
     nesterov = recipe.nesterov and recipe.momentum > 0
     return torch.optim.SGD(
         groups, lr=lr, momentum=recipe.momentum, nesterov=nesterov, fused=True

@@ -56,8 +56,15 @@ PARAMETERS = {
     "methods": Rule(list),
     "residual": Rule(str, choices=("tie", "scatter", "keep")),
     "resolution": COUNT,
+    "control": NAME,
+    "controls": Rule(list),
+    "control_epochs": COUNT,
+    "select_epochs": COUNT,
+    "select_images": COUNT,
+    "select_lr": Rule(float, 1e-12),
+    "repetitions": Rule(int, 1),
 }
-ELEMENTS = {"rates": SHARE, "methods": NAME, "seeds": COUNT}
+ELEMENTS = {"rates": SHARE, "methods": NAME, "controls": NAME, "seeds": COUNT}
 
 
 class Settings(types.SimpleNamespace):

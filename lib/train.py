@@ -10,7 +10,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -71,6 +71,7 @@ def fit(
     precision: str = "auto",
     deterministic: bool = False,
     label: str = "fit",
+    watch: Callable[[nn.Module], dict] | None = None,
     **settings,
 ) -> History:
     """Train `model` in place for `epochs`; the last epoch's weights are what counts.
@@ -80,6 +81,7 @@ def fit(
     `checkpoint`: file written after every epoch and taken up when it belongs to the
     same recipe, data and starting weights; another one is put aside. `precision`:
     "auto" (bfloat16 autocast where the hardware has it), "float32" or "bfloat16".
+    `watch`, where given, adds plain numbers about the model to each epoch's row.
     Parameters that do not require a gradient stay as they are.
 
     Raises `ValueError` for bad settings and when the loss stops being finite.
@@ -107,6 +109,7 @@ def fit(
                 row["val_top1"] = evaluate(
                     model, val_set, resolution=recipe.resolution
                 )["top1"]
+            row |= watch(model) if watch else {}
             history.rows.append(row)
             _save(checkpoint, identity, model, optimizer, history.rows)
             report.epoch_done(row)

@@ -1,0 +1,25 @@
+"""SCOP: a scientific control decides which channels a network relies on.
+
+Tang et al., "SCOP: Scientific Control for Reliable Neural Network Pruning", NeurIPS
+2020.
+control (what stands in for the image) -> selection (beta) -> importance -> `lib.plan`;
+diagnostics and knockoff_filter ask how good a control is.
+"""
+
+from lib.scop.blocks import block_layers
+from lib.scop.build import build_control
+from lib.scop.control import Control
+from lib.scop.selection import Betas, correlate_ranks, importance, read_scales, select
+from lib.scop.stage import learn_betas
+
+__all__ = [
+    "Betas",
+    "Control",
+    "block_layers",
+    "build_control",
+    "correlate_ranks",
+    "importance",
+    "learn_betas",
+    "read_scales",
+    "select",
+]

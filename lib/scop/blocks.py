@@ -1,0 +1,149 @@
+"""Which layers SCOP selects in: the convolutions inside blocks, found by tracing."""
+
+from collections import Counter
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lib.graph import Graph, build_graph
+from lib.trace import Node
+
+ADDITIONS = {"add", "add_"}
+
+
+def block_layers(
+    model: nn.Module, input_shape: tuple[int, int, int], *, ends: bool = True
+) -> list[str]:
+    """Names of the convolutions with a BatchNorm inside residual blocks.
+
+    Not among them: the stem, convolutions on a shortcut (the branch of an addition with
+    fewer of them), a head behind the last block, and layers tied to one of those. A
+    block is a module that adds, or of the same class as one that does (MobileNetV2's
+    stride-2 blocks do not). `ends=False` leaves out the last convolution of each block.
+    A network without additions gives every pair but those that read the images.
+
+    `input_shape` is (C, H, W). Raises `ValueError` when no convolution has a BatchNorm
+    with a scale behind it. Source: Tang et al. 2020, official code (names there).
+    """
+    graph = build_graph(model, input_shape)
+    pairs = find_pairs(graph, model)
+    blocks = _find_blocks(graph, model)
+    inside = _inside_blocks(graph, blocks)
+    inside = {name for name in inside if _stays_inside(graph, name, inside)}
+    if not _list_additions(graph):
+        inside = pairs.keys() - _readers_of_images(graph)
+    if not ends:
+        inside = inside - _block_ends(graph, blocks, inside)
+    return [name for name in pairs if name in inside]
+
+
+def find_pairs(graph: Graph, model: nn.Module) -> dict[str, str]:
+    """Convolutions with the BatchNorm (with a scale gamma) that reads them alone.
+
+    Neither has another partner in another call.
+    """
+    modules = dict(model.named_modules())
+    made_by = {value: node.module for node in graph.nodes for value in node.outputs}
+    reads = {(made_by.get(v), n.module) for n in graph.nodes for v in n.inputs}
+    sources = Counter(reader for _, reader in reads)
+    readers = Counter(source for source, _ in reads)
+    pairs = {
+        name: norm
+        for name, norm in graph.pairs.items()
+        if isinstance(modules[norm], _BatchNorm) and modules[norm].weight is not None
+        if not isinstance(modules[name], nn.Linear)
+        if readers[name] == sources[norm] == 1
+    }
+    if not pairs:
+        raise ValueError(
+            f"{type(model).__name__} has no convolution followed by a BatchNorm with a "
+            "scale; SCOP mixes between the two and cannot select here"
+        )
+    return pairs
+
+
+def _list_additions(graph: Graph) -> list[Node]:
+    """Additions of two features; that of a number joins nothing."""
+    nodes = (node for node in graph.nodes if node.op in ADDITIONS)
+    return [node for node in nodes if len(set(node.inputs)) == 2]
+
+
+def _find_blocks(graph: Graph, model: nn.Module) -> list[str]:
+    """Modules of the classes that add; one that reads the images is a whole network."""
+    modules = dict(model.named_modules())
+    first = _readers_of_images(graph)
+    adders = {node.module for node in _list_additions(graph)} - {""}
+    adders = {a for a in adders if not any(n.startswith(f"{a}.") for n in first)}
+    kinds = {type(modules[name]) for name in adders}
+    return [name for name, module in modules.items() if type(module) in kinds]
+
+
+def _inside_blocks(graph: Graph, blocks: list[str]) -> set[str]:
+    found = {n for n in graph.layers for b in blocks if n.startswith(f"{b}.")}
+    branches, shortcuts = _sort_branches(graph)
+    return (found | branches) - shortcuts
+
+
+def _sort_branches(graph: Graph) -> tuple[set[str], set[str]]:
+    """Layers on the longer and on the shorter branch of each addition."""
+    before = _ancestors(graph)
+    branches, shortcuts = set(), set()
+    for node in _list_additions(graph):
+        first, second = (before.get(value, 0) for value in node.inputs)
+        sides = [_layers_in(graph, a & ~b)
+                 for a, b in ((first, second), (second, first))]  # fmt: skip
+        short, long = sorted(sides, key=len)
+        branches |= long
+        shortcuts |= short if len(short) < len(long) else set()
+    return branches, shortcuts
+
+
+def _ancestors(graph: Graph) -> dict[int, int]:
+    """For each value the operations behind it, as bits of an integer."""
+    before: dict[int, int] = {}
+    for i, node in enumerate(graph.nodes):
+        bits = 1 << i
+        for value in node.inputs:
+            bits |= before.get(value, 0)
+        before |= dict.fromkeys(node.outputs, bits)
+    return before
+
+
+def _layers_in(graph: Graph, bits: int) -> set[str]:
+    nodes = (node for i, node in enumerate(graph.nodes) if bits >> i & 1)
+    return {node.module for node in nodes if node.module in graph.layers}
+
+
+def _stays_inside(graph: Graph, name: str, inside: set[str]) -> bool:
+    """Nothing outside the blocks is tied to it, but through an addition."""
+    group = graph.group_of[name]
+    return name in group.joined or inside.issuperset(group.layers)
+
+
+def _readers_of_images(graph: Graph) -> set[str]:
+    """Layers with no layer before them; the images may have been normalised."""
+    found, features = set(), set()
+    for node in graph.nodes:
+        later, layer = features & set(node.inputs), node.module in graph.layers
+        if layer and not later:
+            found.add(node.module)
+        if layer or later:
+            features |= set(node.outputs)
+    return found
+
+
+def _block_ends(graph: Graph, blocks: list[str], inside: set[str]) -> set[str]:
+    """Layers whose channels are those that a block hands on, or that are added."""
+    ends, homes = set(), tuple(f"{name}." for name in blocks)
+    for name in graph.calls.keys() & set(blocks):
+        target = graph.calls[name][1]
+        units = graph.unit_of(graph.values[target].labels).unique()
+        own = (n for n in graph.layers if n.startswith(f"{name}."))
+        ends |= {n for n in own if _makes(graph, n, units)}
+    loose = (n for n in inside if not n.startswith(homes))
+    return ends | {n for n in loose if n in graph.group_of[n].joined}
+
+
+def _makes(graph: Graph, name: str, units: torch.Tensor) -> bool:
+    return bool(torch.isin(graph.unit_of(graph.layers[name].outputs), units).any())

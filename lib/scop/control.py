@@ -1,0 +1,117 @@
+"""What a control is, and the arms that need no training.
+
+A control group for pruning is a batch of images that carries no information about the
+label: SCOP compares how much a network relies on a channel's response to the image with
+how much it relies on the response to the control. Arms differ in what they guarantee;
+each says so in its docstring, in these words:
+
+- *independence*: the control says nothing about the label beyond what the image says;
+- *full swap*: (X, X~) and (X~, X) are equally distributed;
+- *partial swap*: so they are when only some coordinates change places. Independence and
+  all partial swaps together make a knockoff (Candes et al. 2018, def. 3.1).
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+
+class Control(nn.Module):
+    """Makes a control batch for a batch of images; `sample` is the one way in.
+
+    Batches are normalised as `lib.data.batches` gives them, float [B, C, H, W]. Random
+    choices come from torch's global generator. `paired` is False for the arm that has
+    no control stream at all.
+    """
+
+    name = ""
+    paired = True
+
+    def __init__(self, shape: tuple[int, int, int]):
+        super().__init__()
+        self.shape = tuple(shape)
+
+    @torch.no_grad()
+    def sample(self, batch: Tensor) -> Tensor:
+        """A control for every image of `batch` [B, C, H, W]: same shape, dtype, device.
+
+        `ValueError` when the images or what the arm makes have another shape.
+        """
+        if tuple(batch.shape[1:]) != self.shape:
+            raise ValueError(
+                f"control '{self.name}' was built for images of shape "
+                f"{list(self.shape)}, got {list(batch.shape[1:])}"
+            )
+        with torch.autocast(batch.device.type, enabled=False):
+            made = self.make(batch.float()).to(batch.dtype)
+        if made.shape != batch.shape:
+            raise ValueError(
+                f"control '{self.name}' made a batch of shape {list(made.shape)} for "
+                f"images of shape {list(batch.shape)}; both must agree"
+            )
+        return made.contiguous(memory_format=torch.channels_last)
+
+    def make(self, batch: Tensor) -> Tensor:
+        """What an arm does; float32 in and out."""
+        raise NotImplementedError
+
+    def digest(self) -> str:
+        """A hash of the arm, its options and everything it learnt."""
+        facts = f"{self.name} {self.shape} {self.extra_repr()}"
+        digest = hashlib.sha256(facts.encode())
+        for name, tensor in self.state_dict().items():
+            digest.update(name.encode())
+            digest.update(
+                tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            )
+        return digest.hexdigest()[:16]
+
+
+class NoControl(Control):
+    """No control stream: each channel gets a gate `beta` behind its BatchNorm.
+
+    Guarantees nothing, there is nothing to compare with. The gate stands behind the
+    normalisation because a BatchNorm over the batch undoes any factor before it.
+    """
+
+    name = "none"
+    paired = False
+
+    def make(self, batch: Tensor) -> Tensor:
+        """Nothing sensible: this arm is not sampled."""
+        raise ValueError("control 'none' has no control images to sample")
+
+
+class Noise(Control):
+    """White Gaussian noise of the images' mean and variance per channel.
+
+    Independence holds. Neither swap holds: noise does not have the correlations of
+    images, so the full swap already gives it away.
+    """
+
+    name = "noise"
+
+    def make(self, batch: Tensor) -> Tensor:
+        """Standard normal pixels: normalised images have mean 0 and variance 1."""
+        return torch.randn_like(batch)
+
+
+class Shuffle(Control):
+    """The other images of the batch, in random order (no image is its own control).
+
+    Independence of the image holds, so independence of its label does, up to the
+    finite batch; the full swap holds; partial swaps fail, because coordinates of two
+    images are not correlated as those of one. The vendor's MindSpore port does this.
+    """
+
+    name = "shuffle"
+
+    def make(self, batch: Tensor) -> Tensor:
+        """A random cyclic permutation of the images: each gets another one's place."""
+        if len(batch) < 2:
+            raise ValueError("control 'shuffle' needs two images or more in a batch")
+        order = torch.rand(len(batch), device=batch.device).argsort()
+        made = torch.empty_like(batch)
+        made[order] = batch[order.roll(1)]
+        return made

@@ -1,0 +1,166 @@
+"""Images that never were: an unconditional GAN, as in SCOP's released code."""
+
+import copy
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lib.data import ImageSet
+from lib.scop.training import Game, Options, Trained, number
+
+
+@dataclass(frozen=True)
+class GanOptions(Options):
+    """width: channels before the last layer, of generator and critic. rescale: see
+    `Generator`. critic_steps: critic updates per update of the generator. penalty: on
+    the critic's gradient norm, at one update in `penalty_every` with so much more
+    weight. average: what is kept of the sampling weights at an update, the rest comes
+    from the player's. lr, batch_size: of both players.
+
+    The defaults train in seconds on one core; `OFFICIAL` is the size of the released
+    generator and the schedule of its source.
+    """
+
+    width: int = number(16, 1)
+    rescale: bool = True
+    critic_steps: int = number(1, 1)
+    penalty: float = number(10.0, 0)
+    penalty_every: int = number(4, 1)
+    average: float = number(0.95, 0, 1)
+    lr: float = number(2e-3, 0, above=True)
+    batch_size: int = number(32, 2)
+
+
+OFFICIAL = {
+    "width": 64, "critic_steps": 5, "penalty_every": 1, "average": 0.0, "lr": 1e-4,
+    "batch_size": 64,
+}  # fmt: skip
+
+
+class GanGame(Game):
+    """Wasserstein GAN with gradient penalty (Gulrajani et al. 2017).
+
+    The arm samples with a running average of the player's weights, which is smoother
+    than the player late in a short training.
+    """
+
+    def __init__(self, arm: "Generator"):
+        super().__init__(arm)
+        self.player = copy.deepcopy(arm.net)
+        self.critic = make_critic(arm.shape, arm.options.width)
+
+    def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Adam without much memory of the mean, for both players."""
+        players = {"player": self.player, "critic": self.critic}
+        rate = {"lr": self.arm.options.lr, "betas": (0.5, 0.9), "fused": True}
+        return {k: torch.optim.Adam(p.parameters(), **rate) for k, p in players.items()}
+
+    def step(self, x: Tensor, turn: int) -> dict[str, Tensor]:
+        """The critic's turn, and every `critic_steps` turns the generator's."""
+        real = (x * self.arm.std + self.arm.mean) * 2 - 1
+        seen = self.teach_critic(real, turn)
+        if (turn + 1) % self.arm.options.critic_steps == 0:
+            loss = -self.critic(self.arm.draw(len(x), self.player)).mean()
+            self.optimizers["player"].zero_grad()
+            loss.backward()
+            self.optimizers["player"].step()
+            self.follow(len(x))
+        return seen
+
+    @torch.no_grad()
+    def follow(self, count: int) -> None:
+        """Move the average; its BatchNorms measure what it makes itself."""
+        share = 1 - self.arm.options.average
+        pairs = zip(self.arm.net.parameters(), self.player.parameters(), strict=True)
+        for mean, weight in pairs:
+            mean.lerp_(weight, share)
+        self.arm.draw(count, self.arm.net)
+
+    def teach_critic(self, real: Tensor, turn: int) -> dict[str, Tensor]:
+        """One update; the distance it sees, and the penalty when it is due."""
+        options = self.arm.options
+        with torch.no_grad():
+            fake = self.arm.draw(len(real), self.player)
+        distance = self.critic(real).mean() - self.critic(fake).mean()
+        seen, loss = {"distance": distance}, -distance
+        if turn % options.penalty_every == 0:
+            seen["penalty"] = self.penalise(real, fake)
+            loss = loss + options.penalty_every * options.penalty * seen["penalty"]
+        self.optimizers["critic"].zero_grad()
+        loss.backward()
+        self.optimizers["critic"].step()
+        return seen
+
+    def penalise(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Mean (|gradient| - 1)^2 of the critic between real and made images."""
+        share = torch.rand(len(real), 1, 1, 1, device=real.device)
+        between = (real + share * (fake - real)).requires_grad_()
+        score = self.critic(between).sum()
+        (gradient,) = torch.autograd.grad(score, between, create_graph=True)
+        return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+class Generator(Trained):
+    """Images drawn from noise, G(z), whatever image they are the control of.
+
+    Independence holds trivially: G never sees the image. The full swap holds as far as
+    the GAN matches the distribution of images, partial swaps cannot: coordinates of two
+    unrelated images are not correlated as those of one. A fresh z for every sample.
+
+    rescale: bring pixels of the tanh, in [-1, 1], into the normalised space of images;
+    False leaves them as they are, as the released code does.
+    """
+
+    name = "generator"
+    Options = GanOptions
+    Game = GanGame
+    epochs = 3
+    sampling = ("rescale",)
+    latent = 128
+
+    def __init__(self, images: ImageSet, options: GanOptions | None = None):
+        super().__init__(images, options)
+        self.net = make_generator(self.shape, self.latent, self.options.width)
+        stats = torch.tensor([images.mean, images.std])[:, :, None, None]
+        self.register_buffer("mean", stats[0])
+        self.register_buffer("std", stats[1])
+
+    def draw(self, count: int, net: nn.Module) -> Tensor:
+        """`count` fresh images [count, C, H, W] of `net`, pixels in [-1, 1]."""
+        z = torch.randn(count, self.latent, device=self.mean.device)
+        made, (height, width) = net(z), self.shape[1:]
+        top, left = (made.shape[2] - height) // 2, (made.shape[3] - width) // 2
+        return made[:, :, top : top + height, left : left + width]
+
+    def make(self, batch: Tensor) -> Tensor:
+        """A fresh image for each; the batch gives their number only."""
+        made = self.draw(len(batch), self.net)
+        return ((made + 1) / 2 - self.mean) / self.std if self.options.rescale else made
+
+
+def make_generator(
+    shape: tuple[int, int, int], latent: int, width: int
+) -> nn.Sequential:
+    """z [B, latent] -> [B, C, 8s, 8t] in [-1, 1], the least that covers (H, W)."""
+    channels, rows, columns = shape[0], -(-shape[1] // 8), -(-shape[2] // 8)
+    start = 4 * width * rows * columns
+    layers = [nn.Linear(latent, start), nn.BatchNorm1d(start), nn.ReLU()]
+    layers.append(nn.Unflatten(1, (4 * width, rows, columns)))
+    for wide in (4 * width, 2 * width):
+        layers.append(nn.ConvTranspose2d(wide, wide // 2, 2, stride=2))
+        layers += [nn.BatchNorm2d(wide // 2), nn.ReLU()]
+    last = nn.ConvTranspose2d(width, channels, 2, stride=2)
+    return nn.Sequential(*layers, last, nn.Tanh())
+
+
+def make_critic(shape: tuple[int, int, int], width: int) -> nn.Sequential:
+    """[B, C, H, W] -> [B, 1]; no norm, the penalty is on each image's own gradient."""
+    wides = shape[0], width, 2 * width, 4 * width
+    layers = []
+    for taken, given in itertools.pairwise(wides):
+        conv = nn.Conv2d(taken, given, 3, stride=2, padding=1)
+        layers += [conv, nn.LeakyReLU(0.2)]
+    places = -(-shape[1] // 8) * -(-shape[2] // 8)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width * places, 1))

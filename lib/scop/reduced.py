@@ -1,0 +1,232 @@
+"""Controls that redraw an image's leading principal coordinates and copy the others.
+
+Principal coordinates are uncorrelated, so there is room between an image and its
+control that pixels do not leave.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from lib.data import ImageSet, batches
+from lib.kernels import mmd2
+from lib.scop.training import Game, Options, Trained, number
+
+WIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+LARGEST = 8192  # pixels times channels: the covariance then takes 512 MiB
+
+
+@dataclass(frozen=True)
+class GaussianOptions(Options):
+    """components: how many leading coordinates are redrawn. share: s_j / variance_j in
+    (0, 1], 1 for controls that are uncorrelated with the image."""
+
+    components: int = number(64, 1)
+    share: float = number(1.0, 0, 1, above=True)
+
+
+@dataclass(frozen=True)
+class DeepOptions(Options):
+    """components: as in `GaussianOptions`. width: of the machine's layers. exchange,
+    moments, decorrelation: weights of the losses (gamma, lambda, delta in the paper).
+    lr: divided by the largest weight above 1."""
+
+    components: int = number(64, 1)
+    width: int = number(320, 1)
+    exchange: float = number(1.0, 0)
+    moments: float = number(1.0, 0)
+    decorrelation: float = number(1.0, 0)
+    lr: float = number(0.01, 0, above=True)
+    batch_size: int = number(400, 4)
+
+
+class Reduced(Trained):
+    """The leading coordinates, whitened; an arm says in `redraw` what becomes of them.
+
+    ValueError: more components than have a variance, or images above 8192 values (the
+    covariance is dense).
+    """
+
+    def __init__(self, images: ImageSet, options: Options | None = None):
+        super().__init__(images, options)
+        size, kept = prod(self.shape), self.options.components
+        if not kept <= min(size, len(images) - 1):
+            raise ValueError(
+                f"components must be at most {min(size, len(images) - 1)} with "
+                f"{len(images)} images of {size} values, got {kept}"
+            )
+        if size > LARGEST:
+            raise ValueError(
+                f"control '{self.name}' needs images of at most {LARGEST} values, "
+                f"{images.name} has {size}"
+            )
+        self.register_buffer("center", torch.zeros(size))
+        self.register_buffer("axes", torch.zeros(size, kept))
+        self.register_buffer("spread", torch.ones(kept))
+
+    def prepare(self, images: ImageSet) -> None:
+        """Find the axes."""
+        center, axes, variances = find_axes(images, self.options.components)
+        if variances[-1] <= 1e-10 * variances[0]:
+            found = int((variances > 1e-10 * variances[0]).sum())
+            raise ValueError(
+                f"components must be at most {found}, no other direction of "
+                f"{images.name} has a variance; got {self.options.components}"
+            )
+        self.center.copy_(center)
+        self.axes.copy_(axes)
+        self.spread.copy_(variances.sqrt())
+
+    def whiten(self, batch: Tensor) -> Tensor:
+        """The leading coordinates [B, k] of images, mean 0 and variance 1."""
+        return (batch.flatten(1) - self.center) @ self.axes / self.spread
+
+    def redraw(self, u: Tensor) -> Tensor:
+        """Control coordinates [B, k] of whitened coordinates [B, k]."""
+        raise NotImplementedError
+
+    def make(self, batch: Tensor) -> Tensor:
+        """The image, moved along the leading axes only."""
+        u = self.whiten(batch)
+        moved = ((self.redraw(u) - u) * self.spread) @ self.axes.T
+        return batch + moved.view(batch.shape)
+
+
+class Gaussian(Reduced):
+    """Second-order knockoffs in the principal coordinates; trailing ones are copied.
+
+    Independence holds: the label is never read, the control is made of the image and
+    noise. The full swap and every partial swap of principal coordinates hold to second
+    order, exactly for Gaussian images; pixels are not the coordinates that may be
+    swapped. A coordinate z_j of variance v_j becomes (1 - share) z_j plus noise of
+    variance (2 share - share^2) v_j, that is s_j = share v_j.
+    """
+
+    name = "gaussian"
+    Options = GaussianOptions
+    sampling = ("share",)
+
+    def redraw(self, u: Tensor) -> Tensor:
+        """Shrunk, with noise that restores the variance."""
+        share = self.options.share
+        return (1 - share) * u + (2 * share - share**2) ** 0.5 * torch.randn_like(u)
+
+
+class DeepGame(Game):
+    """Deep Knockoffs' losses (Romano, Sesia, Candes 2020) on whitened coordinates."""
+
+    def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """SGD with momentum."""
+        o = self.arm.options
+        rate = o.lr / max(o.exchange, o.moments, o.decorrelation, 1.0)
+        machine = self.arm.machine.parameters()
+        return {"machine": torch.optim.SGD(machine, lr=rate, momentum=0.9)}
+
+    def step(self, x: Tensor, turn: int) -> dict[str, Tensor]:
+        """One update of the machine on one batch."""
+        u, o = self.arm.whiten(x), self.arm.options
+        made = self.arm.redraw(u)
+        losses = {
+            "exchange": measure_swaps(u, made),
+            "moments": compare_moments(u, made),
+            "decorrelation": correlate_columns(u, made).square().mean(),
+        }
+        self.optimizers["machine"].zero_grad()
+        sum(getattr(o, name) * loss for name, loss in losses.items()).backward()
+        self.optimizers["machine"].step()
+        return losses
+
+
+class Deep(Reduced):
+    """A deep knockoff machine on the leading principal coordinates, trailing copied.
+
+    Independence holds: the machine sees the image and noise, never the label. The full
+    swap and partial swaps of principal coordinates hold as far as the training brought
+    the losses down, beyond second order. The target of every correlation between a
+    whitened coordinate and its control is 0, the least that whitened Gaussian
+    coordinates allow.
+    """
+
+    name = "deep"
+    Options = DeepOptions
+    Game = DeepGame
+    epochs = 8
+    least = 4
+
+    def __init__(self, images: ImageSet, options: DeepOptions | None = None):
+        super().__init__(images, options)
+        self.machine = make_machine(self.options.components, self.options.width)
+
+    def redraw(self, u: Tensor) -> Tensor:
+        """What the machine makes of the coordinates and as much noise."""
+        return self.machine(torch.cat([u, torch.randn_like(u)], 1))
+
+
+def find_axes(images: ImageSet, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [p], leading axes [p, count] and variances [count] of normalised pixels.
+
+    float64, from the covariance of all images, summed in parts. Each axis points to
+    where its largest entry is positive.
+    """
+    size, where = prod(images.shape), images.images.device
+    total = torch.zeros(size, dtype=torch.float64, device=where)
+    second = torch.zeros(size, size, dtype=torch.float64, device=where)
+    for x, _ in batches(images, 1000, device=where):
+        rows = x.flatten(1).double()
+        total += rows.sum(0)
+        second.addmm_(rows.T, rows)
+    mean = total / len(images)
+    second.div_(len(images)).addr_(mean, mean, alpha=-1)
+    values, axes = torch.linalg.eigh(second)
+    values, axes = values[-count:].flip(0), axes[:, -count:].flip(1)
+    peaks = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+    return mean, axes * peaks.sign(), values.clamp(min=0)
+
+
+def make_machine(size: int, width: int) -> nn.Sequential:
+    """[u, noise] of [B, 2 size] -> [B, size]: six hidden layers."""
+    layers, taken = [], 2 * size
+    for _ in range(6):
+        layers += [nn.Linear(taken, width, bias=False), nn.BatchNorm1d(width)]
+        layers.append(nn.PReLU())
+        taken = width
+    return nn.Sequential(*layers, nn.Linear(width, size))
+
+
+def measure_swaps(u: Tensor, made: Tensor) -> Tensor:
+    """MMD of one half of the pairs against the other, fully and partially swapped.
+
+    u, made: [B, k]. The sum of two distances, each the root of the biased statistic;
+    which coordinates change places in the partial swap is drawn anew.
+    """
+    half = len(u) // 2
+    pairs = torch.cat([u[:half], made[:half]], 1)
+    a, b = u[half : 2 * half], made[half : 2 * half]
+    swap = torch.rand(u.shape[1], device=u.device) < 0.5
+    partly = torch.cat([torch.where(swap, b, a), torch.where(swap, a, b)], 1)
+    others = torch.cat([b, a], 1), partly
+    squares = [mmd2(pairs, other, WIDTHS, unbiased=False) for other in others]
+    return sum(square.clamp(min=1e-12).sqrt() for square in squares)
+
+
+def compare_moments(u: Tensor, made: Tensor) -> Tensor:
+    """How far mean and covariances of the controls are from those of a knockoff.
+
+    Coordinates are whitened: covariance 1 of the controls, and 0 between a coordinate
+    and the control of another one.
+    """
+    count, size = u.shape
+    one = torch.eye(size, device=u.device)
+    a, b = u - u.mean(0), made - made.mean(0)
+    own, cross = b.T @ b / count - one, a.T @ b / count * (1 - one)
+    gap = (u.mean(0) - made.mean(0)).square().sum()
+    return gap + (own.square().sum() + cross.square().sum()) / size
+
+
+def correlate_columns(u: Tensor, made: Tensor) -> Tensor:
+    """Correlation of each coordinate with its own control, [k]."""
+    a, b = u - u.mean(0), made - made.mean(0)
+    spread = (a.square().mean(0) + 1e-6).sqrt() * (b.square().mean(0) + 1e-6).sqrt()
+    return (a * b).mean(0) / spread

@@ -1,0 +1,161 @@
+"""Numbers quoted from papers: every file has one form, and print is checked by sums."""
+
+import math
+import re
+from decimal import Decimal
+
+import pandas as pd
+import pytest
+
+from lib import paths
+
+COLUMNS = [
+    "dataset", "net", "method", "variant", "quantity", "value", "unit", "table",
+    "source", "status", "note",
+]  # fmt: skip
+KEY = ["dataset", "net", "method", "variant", "quantity"]
+FILLED = [name for name in COLUMNS if name not in ("variant", "note")]
+UNITS = {"percent", "points", "count", "ratio", "M", "G", "ms"}
+STATUSES = {"read", "second-hand", "unverified"}
+FILES = sorted(paths.PUBLISHED.glob("*.csv"))
+# an absolute or home path, a folder of a checkout, a backslash, a file of notes or code
+PATH = re.compile(
+    r"(?<![\w.:/])[~.]*/\w"
+    r"|(?<![\w.-])(shared|work|home|root|tmp|data|papers|lib|notebooks)/"
+    r"|\\|\w\.(md|txt|py|ipynb|csv)\b"
+)
+MISPRINT = re.compile(r"printed (-?\d+\.\d+), base and pruned give (-?\d+\.\d+)")
+ROUNDING = Decimal("0.01")  # one unit of the last digit printed
+
+
+def read_rows(path) -> pd.DataFrame:
+    """A file as it is written: text only, an empty field is an empty string."""
+    return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+
+
+@pytest.fixture(params=FILES, ids=lambda p: p.stem)
+def rows(request) -> pd.DataFrame:
+    return read_rows(request.param)
+
+
+@pytest.fixture(scope="module")
+def scop() -> pd.DataFrame:
+    return read_rows(paths.PUBLISHED / "scop.csv")
+
+
+# -- every file ------------------------------------------------------------------------
+
+
+def test_columns_are_the_agreed_ones(rows):
+    assert list(rows.columns) == COLUMNS and len(rows) > 0
+
+
+def test_values_are_finite_numbers(rows):
+    for text in rows["value"]:
+        assert re.fullmatch(r"-?\d+(\.\d+)?", text), text
+        assert math.isfinite(float(text))
+
+
+def test_units_and_statuses_are_known(rows):
+    assert set(rows["unit"]) <= UNITS and set(rows["status"]) <= STATUSES
+
+
+def test_fields_are_filled_and_trimmed(rows):
+    for name in COLUMNS:
+        assert (rows[name] == rows[name].str.strip()).all(), name
+    for name in FILLED:
+        assert (rows[name] != "").all(), name
+
+
+def test_no_number_is_given_twice(rows):
+    assert rows[rows.duplicated(KEY, keep=False)][KEY].values.tolist() == []
+
+
+def test_no_field_names_a_path(rows):
+    cells = set(rows[COLUMNS].to_numpy().ravel())
+    assert [cell for cell in cells if PATH.search(cell)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("/work/x", True), ("see ~/notes", True), ("../paper", True),
+        ("shared/papers", True), ("C:\\x", True), ("scop.md, section 2", True),
+        ("uniform rate 0.35 gives 44.99/43.52", False), ("params/FLOPs", False),
+        ("official repository figure imagenet.PNG", False),
+        ("https://github.com/huawei-noah/Pruning", False),
+    ],
+)  # fmt: skip
+def test_paths_are_told_from_fractions_and_addresses(text, found):
+    assert bool(PATH.search(text)) == found
+
+
+# -- SCOP ------------------------------------------------------------------------------
+
+
+def find_misprints(table: pd.DataFrame) -> dict[tuple, tuple[str, Decimal]]:
+    """Gaps that are not pruned minus base: key -> (as printed, what the two give)."""
+    values = {tuple(row[:-1]): row[-1] for row in table[[*KEY, "value"]].values}
+    found = {}
+    for key, gap in values.items():
+        *place, quantity = key
+        if not quantity.endswith("_gap"):
+            continue
+        error = quantity.replace("_gap", "_error")
+        pruned, base = values[*place, error], values[*place, f"{error}_base"]
+        given = Decimal(pruned) - Decimal(base)
+        if abs(Decimal(gap) - given) > ROUNDING:
+            found[key] = gap, given
+    return found
+
+
+def test_a_gap_is_pruned_minus_base_unless_its_note_says_otherwise(scop):
+    noted = {}
+    for row in scop.itertuples():
+        if match := MISPRINT.search(row.note):
+            key = tuple(getattr(row, name) for name in KEY)
+            noted[key] = match[1], Decimal(match[2])
+    assert noted == find_misprints(scop) and len(noted) > 0
+
+
+@pytest.mark.parametrize(
+    ("gap", "wrong"),
+    [("0.58", False), ("0.57", False), ("0.56", True), ("-0.58", True)],
+)
+def test_a_wrong_gap_is_found(gap, wrong):
+    place = ["imagenet", "resnet18", "scop", "A"]
+    names = ["top1_error_base", "top1_error", "top1_gap"]
+    values = zip(names, ["30.24", "30.82", gap], strict=True)
+    table = pd.DataFrame([[*place, *v] for v in values], columns=[*KEY, "value"])
+    assert (len(find_misprints(table)) == 1) == wrong
+
+
+def test_gaps_are_points_and_the_rest_percent(scop):
+    is_gap = scop["quantity"].str.endswith("_gap")
+    assert (scop["unit"] == is_gap.map({True: "points", False: "percent"})).all()
+
+
+def test_error_rates_come_with_their_base_on_imagenet(scop):
+    table = scop[scop["table"] == "ImageNet table"]
+    assert (table["status"] == "read").all()
+    for place, group in table.groupby(KEY[:4]):
+        names = set(group["quantity"])
+        assert "macs_down" in names and names & {"top1_error", "top5_error"}, place
+        for top in ("top1", "top5"):
+            three = {f"{top}_error_base", f"{top}_error", f"{top}_gap"}
+            assert not names & three or three <= names, place
+
+
+def test_the_numbers_of_the_abstract_are_those_of_the_table(scop):
+    table = scop[scop["source"].str.contains("abstract")].set_index("quantity")
+    assert set(table["net"] + table["variant"]) == {"resnet101B"}
+    assert table["value"].to_dict() == {
+        "top1_gap": "0.01", "params_down": "57.8", "macs_down": "60.2"
+    }  # fmt: skip
+
+
+def test_what_was_not_seen_says_so(scop):
+    unseen = scop["source"].str.contains("not checked")
+    assert (unseen == (scop["status"] == "unverified")).all()
+    copied = scop["source"].str.contains("third-party copy")
+    assert (scop.loc[copied, "status"] == "second-hand").all()
