@@ -262,8 +262,8 @@ def _write_output(
     above = (mixed - centre) * scale * w + shift
     below = (knock - centre) * scale * w + shift
     if RELU:
-        above = tl.where(above > 0, above, above * 0)  # keeps NaN
-        below = tl.where(below > 0, below, below * 0)
+        above = tl.where(above < 0, 0.0, above)  # keeps NaN, as torch does
+        below = tl.where(below < 0, 0.0, below)
     tl.store(y + at, above.to(y.dtype.element_ty), mask=mask)
     tl.store(y + half + at, below.to(y.dtype.element_ty), mask=mask)
 
