@@ -1,0 +1,569 @@
+"""Controls: what each arm makes; trainings killed, read back, refused."""
+
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from lib import data, paths
+from lib.kernels import mmd2
+from lib.recipe import pick_device
+from lib.scop import reduced, swap_gan, training
+from lib.scop.build import ARMS, build_control
+from lib.scop.control import Shuffle
+from lib.scop.gan import OFFICIAL, GanOptions, Generator
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = {
+    "generator": {"width": 4, "batch_size": 32},
+    "swap_gan": {"width": 8, "block": 7, "batch_size": 32},
+    "deep": {"components": 6, "width": 16, "batch_size": 60},
+    "gaussian": {"components": 6},
+}
+TRAINED = ["generator", "swap_gan", "deep"]
+SAMPLED = [name for name in ARMS if name != "none"]
+
+
+@pytest.fixture(scope="module")
+def images():
+    return data.load("mnist5k", "train").take(200)
+
+
+def build(name, images, *, epochs=2, **options):
+    chosen = SMALL.get(name, {}) | {"device": "cpu", "epochs": epochs} | options
+    return build_control(name, images, **chosen)
+
+
+@pytest.fixture(scope="module")
+def arms(images):
+    torch.set_num_threads(1)
+    return {name: build(name, images) for name in ARMS}
+
+
+def first(images, count):
+    return next(data.batches(images, count))[0]
+
+
+def sample(arm, x, seed=0):
+    torch.manual_seed(seed)
+    return arm.sample(x)
+
+
+def same_state(a, b) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# -- every arm ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_control_has_the_images_form_and_differs_from_them(arms, images, name):
+    x = first(images, 10)
+    made = sample(arms[name], x)
+    assert made.shape == x.shape and made.dtype == x.dtype and made.device == x.device
+    assert made.is_contiguous(memory_format=torch.channels_last)
+    assert made.isfinite().all() and not torch.equal(made, x)
+    assert sample(arms[name], x.double()).dtype == torch.float64
+    assert sample(arms[name], x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_samples_follow_the_global_seed_and_leave_the_batch_alone(arms, images, name):
+    x = first(images, 10)
+    kept = x.clone()
+    made = sample(arms[name], x)
+    assert torch.equal(made, sample(arms[name], x))
+    assert not torch.equal(made, arms[name].sample(x))
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("name", ["generator", "swap_gan", "deep", "gaussian", "noise"])
+def test_a_control_depends_on_no_other_image_of_the_batch(arms, images, name):
+    x = first(images, 10)
+    other = x.clone()
+    other[1:] = x[1:].flip(0) * 2
+    assert_close(sample(arms[name], x)[0], sample(arms[name], other)[0])
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_a_built_arm_is_frozen_and_in_evaluation(arms, name):
+    arm = arms[name]
+    assert not any(m.training for m in arm.modules())
+    assert not any(p.requires_grad for p in arm.parameters())
+    assert arm.name == name
+    x = torch.zeros(4, *arm.shape, requires_grad=True)
+    if arm.paired:
+        before = arm.digest()
+        assert not arm.sample(x).requires_grad
+        assert arm.digest() == before, "sampling changed what was learnt"
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_another_image_shape_is_refused_by_name(arms, name):
+    with pytest.raises(
+        ValueError, match=rf"'{name}'.*\[1, 28, 28\], got \[3, 28, 28\]"
+    ):
+        arms[name].sample(torch.zeros(2, 3, 28, 28))
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_building_leaves_the_global_generators_alone(images, name):
+    torch.manual_seed(3)
+    np.random.seed(3)
+    before, numbers = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    build(name, images.take(64), epochs=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.random.get_state()[1].tolist() == numbers
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_building_does_not_depend_on_the_state_around_it(images, arms, name):
+    torch.manual_seed(99)
+    with torch.no_grad():
+        again = build(name, images)
+    assert same_state(arms[name], again) and arms[name].digest() == again.digest()
+    assert arms[name].digest() != build(name, images, seed=1).digest()
+
+
+def test_unknown_names_and_options_are_answered_with_the_nearest(images):
+    with pytest.raises(ValueError, match="'genrator', did you mean 'generator'"):
+        build_control("genrator", images)
+    with pytest.raises(ValueError, match=r"'generator' has no option 'widht'.*'width'"):
+        build_control("generator", images, widht=3)
+    with pytest.raises(
+        ValueError, match=r"'noise' has no option 'width'\. Known: none"
+    ):
+        build_control("noise", images, width=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("generator", {"width": 0}, r"width must be int in \[1, inf\), got 0"),
+        ("generator", {"rescale": 1}, "rescale must be bool, got 1"),
+        ("generator", {"lr": float("nan")}, r"lr must be float in \(0, inf\), got nan"),
+        ("gaussian", {"share": 0}, r"share must be float in \(0, 1\], got 0"),
+        ("gaussian", {"share": 1.5}, r"share must be float in \(0, 1\]"),
+        ("gaussian", {"components": 200}, "components must be at most 199 with 200"),
+        ("swap_gan", {"block": 5}, r"block must divide .*\[28, 28\].* got 5"),
+        ("deep", {"epochs": -1}, "epochs must be an int of 0 or more, got -1"),
+        ("deep", {"seed": 1.5}, "seed must be an int of 0 or more, got 1.5"),
+    ],
+)
+def test_values_out_of_range_are_refused(images, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, images, **options)
+
+
+def test_numpy_numbers_and_whole_floats_are_taken():
+    chosen = GanOptions(width=np.int64(3), lr=1)
+    assert type(chosen.width) is int and chosen.lr == 1.0
+
+
+# -- trainings that end early ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*TRAINED, "gaussian"])
+def test_a_second_build_reads_instead_of_training(
+    images, arms, name, tmp_path, capsys, monkeypatch
+):
+    one = build(name, images, folder=tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert f"control: training, into {file.name}" in capsys.readouterr().out
+    monkeypatch.setattr(training, "run_epoch", None)
+    monkeypatch.setattr(reduced, "find_axes", None)
+    two = build(name, images, folder=tmp_path)
+    assert capsys.readouterr().out == f"control: reading {file.name}\n"
+    assert same_state(one, two) and same_state(one, arms[name])
+    assert one.rows == two.rows and len(one.rows) == (0 if name == "gaussian" else 2)
+    assert not any(p.requires_grad for p in two.parameters()) and not two.training
+
+
+def test_what_the_training_depends_on_makes_another_file(images, tmp_path):
+    options = {"folder": tmp_path, "epochs": 0}
+    build("generator", images, **options)
+    build("generator", images, **options, rescale=False)
+    assert len(list(tmp_path.iterdir())) == 1, "rescale matters only to the sample"
+    changed = [{"seed": 1}, {"width": 5}, {"lr": 0.5}, {"epochs": 1}]
+    for n, change in enumerate(changed):
+        build("generator", images, **(options | change))
+        assert len(list(tmp_path.iterdir())) == n + 2
+    build("generator", images.subset(range(199)), **options)
+    assert len(list(tmp_path.iterdir())) == len(changed) + 2
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_training_killed_inside_an_epoch_ends_the_same(
+    images, arms, name, tmp_path, monkeypatch, capsys
+):
+    game, turns = ARMS[name].Game, []
+    steps = data.count_batches(images, SMALL[name]["batch_size"], train=True)
+    whole = game.step
+
+    def stop(self, x, turn):
+        turns.append(turn)
+        if turn == steps + 1:
+            raise KeyboardInterrupt
+        return whole(self, x, turn)
+
+    monkeypatch.setattr(game, "step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build(name, images, folder=tmp_path)
+    monkeypatch.setattr(game, "step", whole)
+    capsys.readouterr()
+    arm = build(name, images, folder=tmp_path)
+    assert "taking up after epoch 1 of 2" in capsys.readouterr().out
+    assert turns == list(range(steps + 2))
+    assert same_state(arm, arms[name])
+    assert len(list(tmp_path.iterdir())) == 1, "a temporary file was left behind"
+
+
+SCRIPT = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+from lib import data
+from lib.scop.build import build_control
+from lib.scop.gan import GanGame
+
+whole = GanGame.step
+
+def die(self, x, turn):
+    if turn == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(self, x, turn)
+
+GanGame.step = die
+images = data.load("mnist5k", "train").take(200)
+build_control("generator", images, epochs=2, width=4, batch_size=32, device="cpu",
+              folder=sys.argv[1])
+"""
+
+
+def test_a_training_ended_by_sigkill_ends_the_same(images, arms, tmp_path, capsys):
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    child = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    (file,) = tmp_path.iterdir()
+    assert len(torch.load(file, weights_only=True)["rows"]) == 1
+    arm = build("generator", images, folder=tmp_path)
+    assert "taking up after epoch 1 of 2" in capsys.readouterr().out
+    assert same_state(arm, arms["generator"])
+
+
+def damage_half(file, **_):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def damage_text(file, **_):
+    file.write_text("not a checkpoint")
+
+
+def damage_keys(file, **_):
+    torch.save({"model": {}}, file)
+
+
+def damage_shapes(file, **_):
+    state = torch.load(file, weights_only=True)
+    state["modules"]["arm.center"] = torch.zeros(3)
+    torch.save(state, file)
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_half, damage_text, damage_keys, damage_shapes]
+)
+def test_a_damaged_checkpoint_is_refused_by_name(images, tmp_path, damage):
+    build("gaussian", images, folder=tmp_path)
+    (file,) = tmp_path.iterdir()
+    damage(file)
+    with pytest.raises(ValueError, match=f"{file.name}: not a readable.*delete it"):
+        build("gaussian", images, folder=tmp_path)
+
+
+def test_a_checkpoint_of_another_control_is_refused_by_name(images, tmp_path):
+    build("gaussian", images, folder=tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.rename(tmp_path / "aside.pt")
+    build("gaussian", images, folder=tmp_path, components=5)
+    (other,) = tmp_path.glob("gaussian-*.pt")
+    other.rename(file)
+    with pytest.raises(ValueError, match=f"{file.name}: belongs to another control"):
+        build("gaussian", images, folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_loss_that_is_not_finite_names_arm_and_epoch(
+    images, name, tmp_path, monkeypatch
+):
+    game = ARMS[name].Game
+    whole = game.step
+
+    def spoil(self, x, turn):
+        losses = whole(self, x, turn)
+        late = turn * len(x) >= 200
+        return {k: v * float("nan") if late else v for k, v in losses.items()}
+
+    monkeypatch.setattr(game, "step", spoil)
+    with pytest.raises(ValueError, match=f"'{name}' diverged in epoch 2: .* nan"):
+        build(name, images, folder=tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert len(torch.load(file, weights_only=True)["rows"]) == 1
+
+
+# -- shuffle --------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(2, 40), seed=st.integers(0, 2**31))
+def test_shuffle_moves_every_image_and_loses_none(count, seed):
+    x = torch.arange(count).float().view(count, 1, 1, 1)
+    made = sample(Shuffle((1, 1, 1)), x, seed).flatten()
+    assert (made != x.flatten()).all()
+    assert torch.equal(made.sort().values, x.flatten())
+
+
+def test_shuffle_refuses_a_batch_of_one(arms, images):
+    with pytest.raises(ValueError, match="two images or more"):
+        arms["shuffle"].sample(first(images, 1))
+
+
+# -- generator ------------------------------------------------------------------------
+
+
+def test_the_generator_ignores_the_image_and_renormalises_its_pixels(arms, images):
+    arm, x = arms["generator"], first(images, 16)
+    made = sample(arm, x)
+    assert torch.equal(made, sample(arm, x.flip(0) * 3))
+    raw = sample(build("generator", images, rescale=False), x)
+    assert raw.abs().max() <= 1 and raw.std() > 0.02
+    mean, std = images.mean[0], images.std[0]
+    assert_close(made, ((raw + 1) / 2 - mean) / std)
+    assert made.min() >= -mean / std - 1e-6 and made.max() <= (1 - mean) / std + 1e-6
+
+
+def test_the_digest_knows_how_samples_are_scaled(images):
+    arm, raw = (build("generator", images, epochs=0, rescale=r) for r in (True, False))
+    assert same_state(arm, raw) and arm.digest() != raw.digest()
+
+
+@pytest.mark.parametrize("side", [8, 28, 32, 33])
+def test_the_generator_covers_any_size_and_crops_the_middle(side):
+    net = torch.zeros(9, side, side, 3, dtype=torch.uint8)
+    stats = (0.5,) * 3, (0.25,) * 3
+    names = tuple("ab")
+    labels = torch.zeros(9, dtype=torch.int64)
+    images = data.ImageSet(net, labels, names, "toy", *stats, 1, True)
+    arm = build("generator", images, epochs=0)
+    whole = arm.net(torch.zeros(1, 128))
+    assert whole.shape[2:] == (-(-side // 8) * 8,) * 2
+    torch.manual_seed(0)
+    z = torch.randn(2, 128)
+    edge = (whole.shape[2] - side) // 2
+    torch.manual_seed(0)
+    cut = arm.net(z)[:, :, edge : edge + side, edge : edge + side]
+    assert torch.equal(cut, arm.draw(2, arm.net))
+
+
+def test_the_official_generator_has_its_layers(images):
+    arm = build("generator", images, epochs=0, **OFFICIAL)
+    assert [tuple(p.shape) for p in arm.net.parameters() if p.dim() > 1] == [
+        (4096, 128), (256, 128, 2, 2), (128, 64, 2, 2), (64, 1, 2, 2)
+    ]  # fmt: skip
+
+
+def test_the_generator_comes_nearer_to_the_images(images):
+    x = first(images, 200).flatten(1)
+    start, end = (
+        sample(build("generator", images, epochs=e, width=8), first(images, 200))
+        for e in (0, 12)
+    )
+    far, near = (mmd2(x, made.flatten(1), (8.0, 16.0, 32.0)) for made in (start, end))
+    assert near < far / 2
+
+
+def test_the_penalty_is_on_the_norm_of_the_critics_gradient(images):
+    arm = Generator(images, GanOptions(width=2))
+    game = Generator.Game(arm)
+    game.critic = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 1))
+    torch.nn.init.constant_(game.critic[1].weight, 0.25)
+    real = torch.zeros(4, 1, 28, 28)
+    assert_close(game.penalise(real, real + 1), torch.tensor((0.25 * 28 - 1) ** 2))
+
+
+# -- swap_gan -------------------------------------------------------------------------
+
+
+def test_blocks_change_places_whole_and_where_they_are_told_to():
+    x, made = torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8)
+    swap = torch.zeros(2, 1, 2, 2)
+    swap[0, 0, 1, 0] = 1
+    a, b = swap_gan.swap_blocks(x, made, swap)
+    expected = torch.zeros(2, 3, 8, 8)
+    expected[0, :, 4:, :4] = 1
+    assert torch.equal(a, expected) and torch.equal(b, 1 - expected)
+
+
+def test_the_discriminator_sees_swapped_blocks_and_hints_of_the_told_ones(
+    images, monkeypatch
+):
+    arm = swap_gan.SwapGAN(images, swap_gan.SwapOptions(block=7, hint=0.5))
+    game = swap_gan.SwapGAN.Game(arm)
+    game.optimizers = game.make_optimizers()
+    seen, whole = [], game.judge.look.forward
+
+    def look(joined):
+        seen.append(joined)
+        return whole(joined)
+
+    monkeypatch.setattr(game.judge.look, "forward", look)
+    monkeypatch.setattr(arm.net, "forward", lambda x: 5 + 0 * x + 0 * sum(
+        p.sum() for p in arm.net.parameters()))  # fmt: skip
+    game.step(torch.zeros(64, 1, 28, 28), 0)
+    for call, joined in enumerate(seen):
+        first, second, told, hint = torch.pixel_shuffle(joined, 2).detach().unbind(1)
+        assert torch.equal(first + second, torch.full_like(first, 5))
+        blocks = first.unfold(1, 7, 7).unfold(2, 7, 7)
+        assert torch.equal(blocks.amin((3, 4)), blocks.amax((3, 4))), "half a block"
+        assert 0.4 < (first == 5).float().mean() < 0.6
+        assert torch.equal(hint, told * (first / 5 * 2 - 1)), "a wrong hint"
+        if call == 0:
+            assert 0.4 < told.mean() < 0.6, "the discriminator learns with hints"
+        else:
+            assert told.sum() == 0, "the generator's turn has none"
+    assert len(seen) == 2
+
+
+def test_only_blocks_without_a_hint_teach_the_discriminator(images):
+    for hint, learns in ((1.0, False), (0.5, True)):
+        torch.manual_seed(0)
+        arm = swap_gan.SwapGAN(images, swap_gan.SwapOptions(hint=hint))
+        game = swap_gan.SwapGAN.Game(arm)
+        game.optimizers = game.make_optimizers()
+        before = game.judge.look[0].weight.clone()
+        game.teach_judge(first(images, 16))
+        assert torch.equal(before, game.judge.look[0].weight) is not learns
+
+
+def test_block_correlations_agree_with_numpy():
+    torch.manual_seed(0)
+    x = torch.randn(50, 2, 8, 8)
+    made = x + torch.randn(50, 2, 8, 8)
+    found = swap_gan.correlate(x, made, 4)
+    a, b = (t.view(50, 2, 2, 4, 2, 4).mean((3, 5)).flatten(1) for t in (x, made))
+    wanted = [np.corrcoef(a[:, j], b[:, j])[0, 1] for j in range(8)]
+    assert_close(found, torch.tensor(wanted).float(), atol=0.02, rtol=0)
+
+
+def test_decorrelation_is_what_keeps_swap_gan_from_copying(images):
+    x = first(images, 200)
+    alike = [
+        swap_gan.correlate(x, sample(arm, x), 7).square().mean().item()
+        for arm in (
+            build("swap_gan", images, epochs=6, decorrelation=weight, lr=3e-3)
+            for weight in (0.0, 3.0)
+        )
+    ]
+    assert alike[0] > 0.8 and alike[1] < 0.5 * alike[0], alike
+
+
+# -- principal coordinates ------------------------------------------------------------
+
+
+def test_axes_are_the_leading_eigenvectors_of_the_covariance(images):
+    mean, axes, variances = reduced.find_axes(images, 6)
+    rows = first(images, 200).flatten(1).double()
+    cov = torch.cov(rows.T, correction=0)
+    assert_close(mean, rows.mean(0))
+    assert_close(axes.T @ axes, torch.eye(6, dtype=torch.float64))
+    assert_close(cov @ axes, axes * variances)
+    assert_close(variances, torch.linalg.eigvalsh(cov).flip(0)[:6])
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_gaussian_controls_have_the_moments_of_a_knockoff(images, share):
+    arm = build("gaussian", images, share=share)
+    x = first(images, 200).repeat(100, 1, 1, 1)
+    u, made = arm.whiten(x), arm.whiten(sample(arm, x))
+    one, count = torch.eye(6), len(x)
+    assert_close(u.T @ u / count, one, atol=1e-3, rtol=0)
+    assert_close(made.T @ made / count, one, atol=0.04, rtol=0)
+    assert_close(u.T @ made / count, (1 - share) * one, atol=0.04, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "deep"])
+def test_trailing_coordinates_are_copied(arms, images, name):
+    arm, x = arms[name], first(images, 50)
+    moved = (sample(arm, x) - x).flatten(1)
+    rest = moved - moved @ arm.axes @ arm.axes.T
+    assert moved.norm() > 1 and rest.norm() < 1e-5 * moved.norm()
+
+
+def test_directions_without_a_variance_are_refused():
+    pixels = torch.zeros(20, 4, 4, 1, dtype=torch.uint8)
+    pixels[:, 0, 0, 0] = torch.arange(20)
+    pixels[::3, 1, 1, 0] = 7
+    labels = torch.zeros(20, dtype=torch.int64)
+    images = data.ImageSet(pixels, labels, ("a",), "flat", (0.5,), (0.2,), 0, False)
+    with pytest.raises(ValueError, match="at most 2, no other direction of flat"):
+        build("gaussian", images, components=3)
+
+
+# -- deep -----------------------------------------------------------------------------
+
+
+def test_moments_and_correlations_agree_with_numpy():
+    torch.manual_seed(0)
+    u, made = torch.randn(40, 3), torch.randn(40, 3) + 1
+    both = np.cov(u.T, made.T, ddof=0)
+    own, cross = both[3:, 3:] - np.eye(3), both[:3, 3:] * (1 - np.eye(3))
+    gap = ((u.mean(0) - made.mean(0)) ** 2).sum().item()
+    wanted = gap + ((own**2).sum() + (cross**2).sum()) / 3
+    assert reduced.compare_moments(u, made).item() == pytest.approx(wanted, rel=1e-4)
+    corr = [np.corrcoef(u[:, j], made[:, j])[0, 1] for j in range(3)]
+    found = reduced.correlate_columns(u, made)
+    assert_close(found, torch.tensor(corr).float(), atol=1e-4, rtol=0)
+
+
+def test_swap_loss_is_least_for_a_copy_and_sees_dependent_coordinates():
+    torch.manual_seed(0)
+    u = torch.randn(400, 1) + 0.3 * torch.randn(400, 4)  # strongly correlated
+    same = reduced.measure_swaps(u, u.clone())
+    free = reduced.measure_swaps(u, u[torch.randperm(400)])
+    assert same < free
+
+
+def partial_swap(u, made, seed=0) -> float:
+    """Unbiased MMD of pairs against other pairs with half the coordinates swapped."""
+    half = len(u) // 2
+    swap = torch.arange(u.shape[1]) % 2 == seed
+    a, b = u[half:], made[half:]
+    other = torch.cat([torch.where(swap, b, a), torch.where(swap, a, b)], 1)
+    pairs = torch.cat([u[:half], made[:half]], 1)
+    return mmd2(pairs, other, reduced.WIDTHS).item()
+
+
+def test_the_deep_machine_learns_to_be_swapped():
+    images = data.load("mnist5k", "train").take(1000)
+    options = {"components": 8, "width": 40, "batch_size": 100}
+    arm = build("deep", images, epochs=20, **options)
+    rows = arm.rows
+    assert rows[-1]["exchange"] < rows[0]["exchange"]
+    assert rows[-1]["moments"] < 0.5 * rows[0]["moments"]
+    u = arm.whiten(first(images, 1000))
+    start = build("deep", images, epochs=0, **options)
+    torch.manual_seed(0)
+    untrained, trained = (partial_swap(u, a.redraw(u)) for a in (start, arm))
+    assert trained < 0.2 * untrained
+
+
+def test_arms_come_on_the_device_asked_for(images):
+    device = pick_device(None)
+    arm = build("generator", images, epochs=1, device=None)
+    x = first(images, 4).to(device)
+    assert arm.sample(x).device.type == device.type
