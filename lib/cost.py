@@ -43,7 +43,7 @@ def count(model: nn.Module, input_shape: tuple[int, int, int]) -> Cost:
     with modes_kept(model), torch.inference_mode(False), torch.no_grad():
         model.eval()
         with counter, _OnMeta():
-            torch.func.functional_call(model, state, (x,))
+            torch.func.functional_call(model, state, (x,), tie_weights=False)
     params = sum(p.numel() for p in model.parameters())
     return Cost(macs=counter.get_total_flops() // 2, params=params)
 

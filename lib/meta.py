@@ -11,12 +11,22 @@ from lib.labels import SHAPE_KEEPING
 
 
 def meta_state(model: nn.Module):
-    """Parameters and buffers as meta tensors; integer buffers keep their values."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point():
-            yield name, torch.empty_like(tensor, device="meta")
-        else:
-            yield name, tensor.detach().clone()
+    """Parameters and buffers as meta tensors; integer buffers keep their values.
+
+    One entry for each attribute of each module, and one meta tensor for each tensor:
+    for `functional_call(..., tie_weights=False)`, which would otherwise put back a
+    module that has two names wrongly.
+    """
+    made: dict[int, Tensor] = {}
+    for path, module in model.named_modules():
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None:
+                continue
+            if id(tensor) not in made and tensor.is_floating_point():
+                made[id(tensor)] = torch.empty_like(tensor, device="meta")
+            elif id(tensor) not in made:
+                made[id(tensor)] = tensor.detach().clone()
+            yield f"{path}.{key}" if path else key, made[id(tensor)]
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

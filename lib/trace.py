@@ -332,7 +332,7 @@ def _freeze_shared(record: Trace, model: nn.Module) -> None:
 
 def _run_pass(record: Trace, model: nn.Module, input_shape) -> None:
     tensors = dict(meta_state(model))
-    record._parameters = {id(t): n for n, t in tensors.items()}
+    record._parameters = {id(t): n for n, t in reversed(tensors.items())}
     record._known.clear()
     x = torch.empty(BATCH, *input_shape, device="meta", dtype=dtype_of(model))
     labels = record.ledger.fresh(x.shape[1]).view([1, -1] + [1] * (x.ndim - 2))
@@ -344,7 +344,7 @@ def _run_pass(record: Trace, model: nn.Module, input_shape) -> None:
     ]
     try:
         with torch.inference_mode(False), torch.no_grad(), record:
-            output = torch.func.functional_call(model, tensors, (x,))
+            output = torch.func.functional_call(model, tensors, (x,), tie_weights=False)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ValueError(

@@ -80,14 +80,17 @@ def select(
     norms = _pick_layers(model, images.shape, layers)
     device = pick_device(device)
     mixed = MixedNet(model, control.to(device), norms, images.shape)
-    history = train.fit(
-        mixed, images, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed,
-        optimizer="adam", adam_betas=(0.5, 0.9), schedule="constant",
-        weight_decay=0.0, checkpoint=checkpoint, device=device, precision=precision,
-        label=label or f"beta, control {control.name}", watch=_describe,
-    )  # fmt: skip
-    betas = mixed.read_betas()
-    _check_finite(betas)
+    try:
+        history = train.fit(
+            mixed, images, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed,
+            optimizer="adam", adam_betas=(0.5, 0.9), schedule="constant",
+            weight_decay=0.0, checkpoint=checkpoint, device=device,
+            precision=precision, label=label or f"beta, control {control.name}",
+            watch=_describe,
+        )  # fmt: skip
+    finally:  # names the layer, also where the loss was the first to show it
+        betas = mixed.read_betas()
+        _check_finite(betas)
     return Betas(betas, history=history.rows, norms=norms, paired=control.paired)
 
 
@@ -143,7 +146,7 @@ class MixedNet(nn.Module):
         super().__init__()
         self.net = copy.deepcopy(model).requires_grad_(False)
         self._control = (control,)
-        self.norms = dict(norms)
+        self.norms, self.paired = dict(norms), control.paired
         digest = torch.tensor(list(bytes.fromhex(control.digest())), dtype=torch.uint8)
         self.register_buffer("control_digest", digest)
         graph = build_graph(model, input_shape)
@@ -195,7 +198,7 @@ class MixedNorm(nn.Module):
             x, self.beta, self.norm.weight, self.norm.bias, eps=self.norm.eps,
             relu=self.relu,
         )  # fmt: skip
-        y.has_relu = self.relu
+        y.rectified = y._version if self.relu else None  # until changed in place
         return y
 
 
@@ -209,6 +212,8 @@ class GatedNorm(MixedNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, ...] to the same, each channel times its `beta`."""
+        if not self.training:
+            return self.norm(x)
         with torch.no_grad():
             self.beta.clamp_(0, 1)
         y = self.norm(x)
@@ -222,7 +227,7 @@ class _OnceRelu(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in RELU_CALLS:
             x = args[0] if args else kwargs["input"]
-            if getattr(x, "has_relu", False):
+            if getattr(x, "rectified", None) == x._version:
                 return x
         return func(*args, **kwargs)
 
@@ -250,21 +255,29 @@ def _describe(mixed: MixedNet) -> dict[str, float]:
         "beta_mean": float(every.mean()),
         "beta_sd": float(every.std()),
         "below_half": float((every < 0.5).float().mean()),
-        "rank_with_gamma": correlate_ranks(betas, scales),
+        "rank_with_gamma": correlate_ranks(betas, scales, paired=mixed.paired),
     }
 
 
-def correlate_ranks(betas: dict[str, Tensor], scales: dict[str, Tensor]) -> float:
-    """Mean Spearman correlation over layers of |gamma| (2 beta - 1) with |gamma|.
+def correlate_ranks(
+    betas: dict[str, Tensor], scales: dict[str, Tensor], *, paired: bool = True
+) -> float:
+    """Mean Spearman correlation over layers of the statistic with |gamma|.
 
-    1 means that the control decides nothing: |gamma| alone would prune the same.
+    1: the control decides nothing, |gamma| alone would prune the same. A layer in which
+    either of the two is constant counts 0. `paired` as in `Betas`.
     """
-    found = []
-    for name, beta in betas.items():
-        statistic = scales[name] * (2 * beta - 1)
-        if len(beta) > 1 and statistic.std() > 0 and scales[name].std() > 0:
-            found.append(spearmanr(statistic.numpy(), scales[name].numpy()).statistic)
-    return float(sum(found) / len(found)) if found else 1.0
+    found = [
+        _spearman(scales[name] * (2 * beta - 1 if paired else beta), scales[name])
+        for name, beta in betas.items()
+    ]
+    return sum(found) / max(len(found), 1)
+
+
+def _spearman(a: Tensor, b: Tensor) -> float:
+    if len(a) < 2 or len(a.unique()) < 2 or len(b.unique()) < 2:
+        return 0.0
+    return float(spearmanr(a.numpy(), b.numpy()).statistic)
 
 
 # -- checks --------------------------------------------------------------------------
