@@ -242,6 +242,20 @@ def _finish_moments(
 
 
 @triton.jit
+def _load_channels(
+    beta, weight, bias, mean, rstd, c, C, SCALED: tl.constexpr, MOVED: tl.constexpr,
+    ACC: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """beta, gamma, shift, mean and one over the s.d. of a block of channels."""
+    b = _load_vector(beta, c, C, True, 0.0, ACC, W)
+    w = _load_vector(weight, c, C, SCALED, 1.0, ACC, W)
+    shift = _load_vector(bias, c, C, MOVED, 0.0, ACC, W)
+    centre = _load_vector(mean, c, C, True, 0.0, ACC, W)
+    scale = _load_vector(rstd, c, C, True, 0.0, ACC, W)
+    return b, w, shift, centre, scale
+
+
+@triton.jit
 def _write_output(
     x, beta, weight, bias, mean, rstd, y, C, pairs, half, S: tl.constexpr,
     SCALED: tl.constexpr, MOVED: tl.constexpr, RELU: tl.constexpr,
@@ -251,11 +265,9 @@ def _write_output(
     c, block = _find_channels(C, W)
     r = _find_rows(block, R, WIDE, R)
     at, mask = _place(r, c, C, S, LAST), (r < pairs) & (c < C)
-    b = _load_vector(beta, c, C, True, 0.0, ACC, W)
-    w = _load_vector(weight, c, C, SCALED, 1.0, ACC, W)
-    shift = _load_vector(bias, c, C, MOVED, 0.0, ACC, W)
-    centre = _load_vector(mean, c, C, True, 0.0, ACC, W)
-    scale = _load_vector(rstd, c, C, True, 0.0, ACC, W)
+    b, w, shift, centre, scale = _load_channels(
+        beta, weight, bias, mean, rstd, c, C, SCALED, MOVED, ACC, W
+    )
     real = tl.load(x + at, mask=mask, other=0.0).to(ACC)
     knock = tl.load(x + half + at, mask=mask, other=0.0).to(ACC)
     mixed = b * real + (1 - b) * knock
@@ -295,11 +307,9 @@ def _collect_grads(
 ):  # fmt: skip
     """Sums of g and g * normal; for beta of g, 1 and normal, times (real - knock)."""
     c, split = _find_channels(C, W)
-    b = _load_vector(beta, c, C, True, 0.0, ACC, W)
-    w = _load_vector(weight, c, C, SCALED, 1.0, ACC, W)
-    shift = _load_vector(bias, c, C, MOVED, 0.0, ACC, W)
-    centre = _load_vector(mean, c, C, True, 0.0, ACC, W)
-    scale = _load_vector(rstd, c, C, True, 0.0, ACC, W)
+    b, w, shift, centre, scale = _load_channels(
+        beta, weight, bias, mean, rstd, c, C, SCALED, MOVED, ACC, W
+    )
     plain = tl.full([R, W], 0, ACC)
     along = tl.full([R, W], 0, ACC)
     if BETA:
@@ -360,11 +370,9 @@ def _write_grad(
     c, block = _find_channels(C, W)
     r = _find_rows(block, R, WIDE, R)
     at, mask = _place(r, c, C, S, LAST), (r < pairs) & (c < C)
-    b = _load_vector(beta, c, C, True, 0.0, ACC, W)
-    w = _load_vector(weight, c, C, SCALED, 1.0, ACC, W)
-    shift = _load_vector(bias, c, C, MOVED, 0.0, ACC, W)
-    centre = _load_vector(mean, c, C, True, 0.0, ACC, W)
-    scale = _load_vector(rstd, c, C, True, 0.0, ACC, W)
+    b, w, shift, centre, scale = _load_channels(
+        beta, weight, bias, mean, rstd, c, C, SCALED, MOVED, ACC, W
+    )
     plain = _load_vector(sums, c, C, True, 0.0, ACC, W) / (2 * pairs)
     along = _load_vector(sums + C, c, C, True, 0.0, ACC, W) / (2 * pairs)
     above, below, g_above, g_below, _ = _load_normal(
