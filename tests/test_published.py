@@ -1,5 +1,6 @@
 """Numbers quoted from papers: every file has one form, and print is checked by sums."""
 
+import itertools
 import math
 import re
 from decimal import Decimal
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 
 from lib import paths
+from lib.models import registry
 
 COLUMNS = [
     "dataset", "net", "method", "variant", "quantity", "value", "unit", "table",
@@ -43,6 +45,11 @@ def scop() -> pd.DataFrame:
     return read_rows(paths.PUBLISHED / "scop.csv")
 
 
+@pytest.fixture(scope="module")
+def nisp() -> pd.DataFrame:
+    return read_rows(paths.PUBLISHED / "nisp.csv")
+
+
 # -- every file ------------------------------------------------------------------------
 
 
@@ -74,6 +81,18 @@ def test_no_number_is_given_twice(rows):
 def test_no_field_names_a_path(rows):
     cells = set(rows[COLUMNS].to_numpy().ravel())
     assert [cell for cell in cells if PATH.search(cell)] == []
+
+
+def test_what_was_not_seen_says_so(rows):
+    unseen = rows["source"].str.contains("not checked")
+    assert (unseen == (rows["status"] == "unverified")).all()
+    copied = rows["source"].str.contains("third-party copy")
+    assert (rows.loc[copied, "status"] == "second-hand").all()
+
+
+def test_differences_are_points(rows):
+    difference = rows["quantity"].str.contains("_(?:gap|loss)$")
+    assert (difference == (rows["unit"] == "points")).all()
 
 
 @pytest.mark.parametrize(
@@ -154,8 +173,56 @@ def test_the_numbers_of_the_abstract_are_those_of_the_table(scop):
     }  # fmt: skip
 
 
-def test_what_was_not_seen_says_so(scop):
-    unseen = scop["source"].str.contains("not checked")
-    assert (unseen == (scop["status"] == "unverified")).all()
-    copied = scop["source"].str.contains("third-party copy")
-    assert (scop.loc[copied, "status"] == "second-hand").all()
+# -- NISP ------------------------------------------------------------------------------
+
+
+def find_disorder(table: pd.DataFrame, variants: list[str]) -> set[tuple[str, str]]:
+    """(variant, quantity) that cuts no more than the next, which halves one layer less.
+
+    Both of each such pair.
+    """
+    values = {(r.variant, r.quantity): Decimal(r.value) for r in table.itertuples()}
+    found = set()
+    for more, less in itertools.pairwise(variants):
+        for quantity in ("params_down", "macs_down"):
+            pair = (more, quantity), (less, quantity)
+            if values[pair[0]] <= values[pair[1]]:
+                found |= set(pair)
+    return found
+
+
+def test_halving_one_layer_more_cuts_more_unless_swapped(nisp):
+    rows = nisp[(nisp["net"] == "caffenet") & (nisp["method"] == "nisp")]
+    swapped = rows[rows["note"].str.contains("swapped")]
+    noted = {(row.variant, row.quantity) for row in swapped.itertuples()}
+    assert noted == find_disorder(rows, ["A", "B", "C"]) and len(noted) == 2
+
+
+def test_a_disorder_is_found():
+    values = ["60", "50", "50", "55"]
+    names = itertools.product("AB", ["params_down", "macs_down"])
+    rows = [[*name, value] for name, value in zip(names, values, strict=True)]
+    table = pd.DataFrame(rows, columns=["variant", "quantity", "value"])
+    assert find_disorder(table, ["A", "B"]) == {("A", "macs_down"), ("B", "macs_down")}
+
+
+def test_all_of_table_1_is_there(nisp):
+    table = nisp[(nisp["table"] == "Table 1") & (nisp["method"] == "nisp")]
+    places = table.groupby(["net", "variant"])["quantity"].apply(set)
+    assert {net + variant for net, variant in places.index} == {
+        "caffenetA", "caffenetB", "caffenetC", "caffenetD", "googlenet_bvlc",
+        "resnet34A", "resnet34B", "resnet50A", "resnet50B", "resnet56", "resnet110",
+    }  # fmt: skip
+    for place, names in places.items():
+        loss = names - {"params_down", "macs_down"}
+        assert len(names) == 3 and loss <= {"top1_gap", "accuracy_loss"}, place
+
+
+def test_a_loss_of_unknown_kind_says_so(nisp):
+    unknown = nisp["note"].str.contains("top-1 or top-5 is not known")
+    assert (unknown == (nisp["quantity"] == "accuracy_loss")).all() and unknown.any()
+
+
+def test_nets_are_built_here(nisp):
+    for name in set(nisp["net"]):
+        registry.check_name(name)
