@@ -43,7 +43,8 @@ class GappedLRN(nn.LocalResponseNorm):
 
     def __init__(self, whole: nn.LocalResponseNorm, alive: Tensor):
         super().__init__(whole.size, whole.alpha, whole.beta, whole.k)
-        alive = _restore(whole.alive, alive) if isinstance(whole, GappedLRN) else alive
+        if isinstance(whole, GappedLRN):
+            alive = _restore(whole.alive.cpu(), alive)
         self.register_buffer("alive", alive, persistent=False)
         self.register_buffer("kept", positions(alive), persistent=False)
         source = inverse(self.kept, len(alive))

@@ -63,8 +63,19 @@ PARAMETERS = {
     "select_images": COUNT,
     "select_lr": Rule(float, 1e-12),
     "repetitions": Rule(int, 1),
+    "alpha": Rule(float, 0.0, math.nextafter(1.0, 2.0)),
+    "feature_images": Rule(int, 2),
+    "depths": Rule(list),
+    "depth_epochs": COUNT,
+    "depth_images": COUNT,
 }
-ELEMENTS = {"rates": SHARE, "methods": NAME, "controls": NAME, "seeds": COUNT}
+ELEMENTS = {
+    "rates": SHARE,
+    "methods": NAME,
+    "controls": NAME,
+    "seeds": COUNT,
+    "depths": COUNT,
+}
 
 
 class Settings(types.SimpleNamespace):

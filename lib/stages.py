@@ -48,29 +48,37 @@ def make_baseline(
     epochs: int,
     lr: float,
     seed: int,
+    warmup: float = 0.0,
+    **options,
 ) -> nn.Module:
     """The unpruned network: published weights, or trained here, once per profile.
 
     `run` is the name of the run that asks; its first part is the profile. A stored
     baseline is used when its recipe, data and seed are the same. Throughput and the
-    rows of its epochs go into a JSON file beside it.
+    rows of its epochs go into a JSON file beside it. `warmup` is in epochs; `options`
+    go on to `models.build`.
     """
     channels, classes = sets.train.shape[0], len(sets.train.classes)
     if pretrained:
         print(f"baseline: {net} with published weights")
         model = models.build(
-            net, num_classes=classes, in_channels=channels, pretrained=True
+            net, num_classes=classes, in_channels=channels, pretrained=True, **options
         )
         return model.to(pick_device(None))
     settings.seed_everything(seed)
-    model = models.build(net, num_classes=classes, in_channels=channels)
+    model = models.build(
+        net, num_classes=classes, in_channels=channels,
+        image_size=sets.train.shape[1], **options,
+    )  # fmt: skip
     data_tag = f"{sets.train.name}-{len(sets.train)}images"
-    name = f"{data_tag}-{net}-{epochs}epochs-lr{lr:g}-seed{seed}.pt"
+    net_tag = "-".join([net, *(f"{key}{value}" for key, value in options.items())])
+    rate_tag = f"lr{lr:g}" + (f"-warmup{warmup:g}" if warmup else "")
+    name = f"{data_tag}-{net_tag}-{epochs}epochs-{rate_tag}-seed{seed}.pt"
     path = profile_folder(run) / "baselines" / name
     known = path.is_file()
     print(f"baseline: {'reading' if known else 'training, into'} {paths.shown(path)}")
     history = train.fit(
-        model, sets.train, sets.val, epochs=epochs, lr=lr, seed=seed,
+        model, sets.train, sets.val, epochs=epochs, lr=lr, warmup=warmup, seed=seed,
         checkpoint=path, label=f"{net} baseline",
     )  # fmt: skip
     speed = {"images_per_s": history.images_per_s, "seconds": history.seconds}
@@ -80,11 +88,15 @@ def make_baseline(
 
 @dataclass(frozen=True)
 class Recovered:
-    """A pruned and fine-tuned network, the row that describes it, its folder."""
+    """A pruned and fine-tuned network, the row that describes it, its folder.
+
+    `curve`: accuracy on the validation images (percent), before and after each epoch.
+    """
 
     model: nn.Module
     row: dict
     folder: Path
+    curve: list[float]
 
 
 def recover(
@@ -99,6 +111,8 @@ def recover(
     seed: int,
     epochs: int,
     lr: float,
+    warmup: float = 0.0,
+    scratch: bool = False,
     **extra,
 ) -> Recovered:
     """Shrink, recalibrate, fine-tune, measure; everything is kept under `run`.
@@ -107,7 +121,9 @@ def recover(
     folder named after method, extra columns and seed. The row has accuracy on the
     test set before pruning (`base_top1`, in percent), after recalibration over 100
     batches (`before`) and after fine-tuning (`after`, last epoch), MACs and parameters
-    of the shrunk network, and the `extra` columns.
+    of the shrunk network, and the `extra` columns. With `scratch` the shrunk network
+    starts from new random weights, drawn from `seed`: what the small architecture is
+    worth without the large one's weights.
     """
     tag = "-".join([method, *map(str, extra.values()), f"seed{seed}"])
     folder = run_folder(f"{run}/{tag}")
@@ -116,11 +132,14 @@ def recover(
     plan.save(folder / "plan.json")
     small = surgery.shrink(model, plan, shape)
     side = plan.resolution
+    if scratch:
+        models.draw_weights(small, seed)
     train.recalibrate(small, sets.train, resolution=side, seed=seed, num_batches=100)
     before = train.evaluate(small, sets.test, resolution=side)["top1"]
+    start = train.evaluate(small, sets.val, resolution=side)["top1"]
     history = train.fit(
-        small, sets.train, sets.val, epochs=epochs, lr=lr, seed=seed, resolution=side,
-        checkpoint=folder / "finetune.pt", label=folder.name,
+        small, sets.train, sets.val, epochs=epochs, lr=lr, warmup=warmup, seed=seed,
+        resolution=side, checkpoint=folder / "finetune.pt", label=folder.name,
     )  # fmt: skip
     after = train.evaluate(small, sets.test, resolution=side)["top1"]
     here = (shape[0], side, side) if side else shape
@@ -133,7 +152,8 @@ def recover(
         "seconds": history.seconds, "images_per_s": history.images_per_s,
         "precision": history.precision,
     }  # fmt: skip
-    return Recovered(small, row, folder)
+    curve = [start, *(epoch["val_top1"] for epoch in history.rows)]
+    return Recovered(small, row, folder, curve)
 
 
 def write_metrics(

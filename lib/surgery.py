@@ -263,13 +263,13 @@ def _replace_movers(graph: Graph, kept: Kept, small: nn.Module, modules: dict) -
         read = kept.units[graph.unit_of(remap.inputs)]
         write = kept.units[graph.unit_of(remap.outputs)]
         if not (read.all() and write.all()):
-            device = _device(small)
-            moved = Remap(modules[name], read.to(device), write.to(device))
-            _replace(small, name, moved)
+            moved = Remap(modules[name], read, write)
+            _replace(small, name, moved.to(_device(small)))
     for name, labels in graph.norms.items():
         alive = kept.units[graph.unit_of(labels)]
         if isinstance(modules[name], nn.LocalResponseNorm) and not alive.all():
-            _replace(small, name, GappedLRN(modules[name], alive.to(_device(small))))
+            thinned = GappedLRN(modules[name], alive)
+            _replace(small, name, thinned.to(_device(small)))
     for name, unit in graph.shuffles.items():
         _pin_shuffle(modules[name], graph, kept, unit)
 
@@ -304,7 +304,7 @@ def _insert_scatters(graph: Graph, kept: Kept, small: nn.Module, modules: dict) 
         if rows.all():
             continue
         end = pairs.get(name, name)
-        scatter = Scatter(positions(rows).to(_device(small)), len(rows))
+        scatter = Scatter(positions(rows), len(rows)).to(_device(small))
         _replace(small, end, nn.Sequential(modules[end], scatter))
 
 

@@ -6,6 +6,7 @@ classification net, `build("resnet50", num_classes=1000)`.
 
 from lib.models.caffe import BvlcGoogLeNet, CaffeNet, CifarNet, Inception, LeNet
 from lib.models.densenet import CifarDenseNet, DenseLayer
+from lib.models.layers import draw_weights
 from lib.models.registry import build, input_shape, names
 from lib.models.resnet import BasicBlock, CifarResNet, PadShortcut
 
@@ -21,6 +22,7 @@ __all__ = [
     "LeNet",
     "PadShortcut",
     "build",
+    "draw_weights",
     "input_shape",
     "names",
 ]

@@ -57,18 +57,27 @@ class LeNet(nn.Module):
 class CifarNet(nn.Module):
     """cifar10_quick, `[N, in_channels, S, S]` to `[N, num_classes]`, S = `image_size`.
 
-    32-32-64 filters, 64 units and no ReLU after them. Raises ValueError where S is too
-    small. Source: BVLC `cifar10_quick_train_test.prototxt`, after cuda-convnet.
+    32-32-64 filters, 64 units and no ReLU after them. `extra_convs` puts that many
+    further 5x5 convolutions of 32 filters, with ReLU, before the third: nets of growing
+    depth, as Yu et al. 2018 compare them. Raises ValueError where S is too small.
+    Source: BVLC `cifar10_quick_train_test.prototxt`, after cuda-convnet.
     """
 
     def __init__(
-        self, *, num_classes: int = 10, in_channels: int = 3, image_size: int = 32
+        self,
+        *,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        image_size: int = 32,
+        extra_convs: int = 0,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 32, kernel_size=5, padding=2)
         self.pool1 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
         self.conv2 = nn.Conv2d(32, 32, kernel_size=5, padding=2)
         self.pool2 = nn.AvgPool2d(3, stride=2, ceil_mode=True)
+        extra = [nn.Conv2d(32, 32, 5, padding=2) for _ in range(extra_convs)]
+        self.extra = nn.ModuleList(extra)
         self.conv3 = nn.Conv2d(32, 64, kernel_size=5, padding=2)
         self.pool3 = nn.AvgPool2d(3, stride=2, ceil_mode=True)
         side = map_side(image_size, self.children())
@@ -79,6 +88,8 @@ class CifarNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.pool1(self.conv1(x)))
         x = self.pool2(F.relu(self.conv2(x)))
+        for conv in self.extra:
+            x = F.relu(conv(x))
         x = self.pool3(F.relu(self.conv3(x)))
         x = self.ip1(torch.flatten(x, 1))
         return self.ip2(x)

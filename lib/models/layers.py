@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 WINDOWS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
@@ -19,6 +20,20 @@ def init_he(net: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def draw_weights(net: nn.Module, seed: int) -> None:
+    """Start a network anew, in place: `init_he`, norms and the rest as torch has them.
+
+    Drawn from `seed` alone; torch's global generator is left as found.
+    """
+    gpus = {p.device.index for p in net.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=gpus):
+        torch.manual_seed(seed)
+        for module in net.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        init_he(net)
 
 
 def map_side(side: int, modules: Iterable[nn.Module]) -> int:

@@ -1,10 +1,24 @@
 """NISP: the importance of the final responses, propagated back through the network.
 
 Yu et al., "NISP: Pruning Networks using Neuron Importance Score Propagation", CVPR
-2018. inf_fs (how much each final response matters) -> propagation -> `lib.plan`.
+2018. frl (what the classifier reads) -> inf_fs (how much each response matters) ->
+propagation -> `lib.plan`; comparisons and errors ask whether it was worth it.
 """
 
+from lib.nisp.comparisons import METHODS, rank_layerwise, score_layers
+from lib.nisp.errors import find_retained, measure_errors
+from lib.nisp.frl import collect_responses, score_frl
 from lib.nisp.inf_fs import inf_fs
 from lib.nisp.propagation import propagate
 
-__all__ = ["inf_fs", "propagate"]
+__all__ = [
+    "METHODS",
+    "collect_responses",
+    "find_retained",
+    "inf_fs",
+    "measure_errors",
+    "propagate",
+    "rank_layerwise",
+    "score_frl",
+    "score_layers",
+]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.graph import Graph, Group, build_graph
+from lib.nisp.frl import find_frl
 from lib.nisp.rules import FACTORS, IN_PLACE, MOVES, SUMS, Step, pull
 from lib.nisp.scale import Scores, add_up, common_power, fold, rescale, sum_to_one
 from lib.plan.record import nearest_name
@@ -186,30 +187,6 @@ class Sweep:
             )
         total = add_up(calls)
         return Scores(total.values[0], total.power)
-
-
-def find_frl(graph: Graph, modules: Mapping[str, nn.Module], frl: str | None) -> int:
-    """The value that the last linear layer reads, or that the module `frl` makes."""
-    if frl is None:
-        reads = [n.inputs[0] for n in graph.nodes if n.inputs
-                 and isinstance(modules[n.module], nn.Linear)]  # fmt: skip
-        if reads:
-            return reads[-1]
-        raise ValueError(
-            "the network has no linear layer, so its final response layer must be "
-            "named: frl='...', a module whose output it is"
-        )
-    if frl not in modules:
-        raise ValueError(
-            f"frl: the network has no module '{frl}'{nearest_name(frl, modules)}"
-        )
-    if frl in graph.calls:
-        return graph.calls[frl][1]
-    made = [node.outputs[0] for node in graph.nodes if node.outputs
-            and f"{node.module}.".startswith(f"{frl}.")]  # fmt: skip
-    if made:
-        return made[-1]
-    raise ValueError(f"frl: '{frl}' makes nothing in evaluation; name another module")
 
 
 def find_features(graph: Graph) -> set[int]:
