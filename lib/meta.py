@@ -1,5 +1,6 @@
-"""Running a model's code without a trace: on the meta device, modes put back."""
+"""Handling a model without a trace: on the meta device, modes put back, digests."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,6 +47,16 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def digest_tensors(text: str, *tensors: Tensor) -> str:
+    """A short hash of a text and of tensors, their shapes included."""
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        digest.update(str(tuple(tensor.shape)).encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def to_meta(tree):

@@ -5,7 +5,6 @@ a CPU, ends with bit-identical weights. On a GPU the whole step is one CUDA grap
 nothing is synchronised before the epoch's end.
 """
 
-import hashlib
 import itertools
 import os
 import statistics
@@ -22,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib import paths
 from lib.data import ImageSet, batches, count_batches
-from lib.meta import modes_kept
+from lib.meta import digest_tensors, modes_kept
 from lib.progress import Report
 from lib.recipe import (
     Recipe,
@@ -251,22 +250,12 @@ def _identify(
     return {
         **asdict(recipe),
         "precision": precision,
-        "data": _digest(str(facts), train_set.images, train_set.labels),
-        "trained": _digest(" ".join(trained)),
-        "start": _digest(
+        "data": digest_tensors(str(facts), train_set.images, train_set.labels),
+        "trained": digest_tensors(" ".join(trained)),
+        "start": digest_tensors(
             " ".join(model.state_dict().keys()), *model.state_dict().values()
         ),
     }
-
-
-def _digest(text: str, *tensors: Tensor) -> str:
-    """A short hash of a text and of tensors, their shapes included."""
-    digest = hashlib.sha256(text.encode())
-    for tensor in tensors:
-        digest.update(str(tuple(tensor.shape)).encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def _resume(checkpoint, identity: dict, model: nn.Module, optimizer) -> list[dict]:

@@ -282,3 +282,63 @@ def test_methods_stay_in_the_folder_of_the_run(sets, resnet, tmp_path, place):
 def test_folders_of_runs():
     assert stages.run_folder("quick/02/seed1") == paths.runs_root() / "quick/02/seed1"
     assert stages.profile_folder("quick/02/seed1") == paths.runs_root() / "quick"
+
+
+# -- from new weights ---------------------------------------------------------------
+
+
+def test_scratch_starts_from_new_weights_of_the_same_size(sets):
+    model = make_baseline(sets)
+    scores = baselines.l1(model)
+    chosen = plan.from_scores(model, scores, SHAPE, rate=0.5)
+    options = dict(run="toy/22", net="lenet", base_top1=50.0, seed=3, lr=0.01)
+    made = {
+        scratch: stages.recover(
+            model, chosen, sets, method=f"scratch{scratch}", epochs=0, scratch=scratch,
+            **options,
+        )
+        for scratch in (False, True)
+    }  # fmt: skip
+    small = surgery.shrink(model, chosen, SHAPE)
+    assert same(made[False].model, small) and not same(made[True].model, small)
+    assert made[True].row["params"] == made[False].row["params"]
+    fresh = surgery.shrink(model, chosen, SHAPE)
+    models.draw_weights(fresh, 3)
+    assert same(made[True].model, fresh)
+
+
+def test_drawing_weights_is_fixed_by_its_seed_and_leaves_the_generator():
+    nets = [models.build("resnet8", in_channels=1) for _ in range(3)]
+    state = torch.get_rng_state()
+    for net, seed in zip(nets, (1, 1, 2), strict=True):
+        models.draw_weights(net, seed)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(nets[0], nets[1]) and not same(nets[0], nets[2])
+    assert not nets[0].bn1.running_mean.any() and (nets[0].bn1.running_var == 1).all()
+    wanted = math.sqrt(2 / (64 * 9))  # He-normal, fan in
+    drawn = nets[0].layer3[0].conv2.weight.detach()
+    assert float(drawn.std()) == pytest.approx(wanted, rel=0.05)
+
+
+def test_the_curve_begins_before_the_first_epoch(sets):
+    model = make_baseline(sets)
+    chosen = plan.from_scores(model, baselines.l1(model), SHAPE, rate=0.5)
+    options = dict(run="toy/22", method="l1", net="lenet", base_top1=50.0, seed=3)
+    made = stages.recover(model, chosen, sets, epochs=2, lr=0.01, **options)
+    small = surgery.shrink(model, chosen, SHAPE)
+    assert made.curve[0] == pytest.approx(train.evaluate(small, sets.val)["top1"])
+    assert len(made.curve) == 3
+    assert made.curve[2] == pytest.approx(train.evaluate(made.model, sets.val)["top1"])
+
+
+def test_a_warm_up_and_options_of_the_net_are_part_of_a_baseline(sets):
+    plain = make_baseline(sets, net="cifarnet", epochs=1)
+    warm = make_baseline(sets, net="cifarnet", epochs=1, warmup=1.0)
+    deep = make_baseline(sets, net="cifarnet", epochs=1, extra_convs=2)
+    assert not same(plain, warm)
+    assert len(deep.extra) == 2 and len(plain.extra) == 0
+    found = {p.name for p in (paths.runs_root() / "toy" / "baselines").glob("*.pt")}
+    assert found == {
+        f"{sets.train.name}-256images-cifarnet{extra}-1epochs-lr0.02{warm}-seed3.pt"
+        for extra, warm in [("", ""), ("", "-warmup1"), ("-extra_convs2", "")]
+    }

@@ -1023,3 +1023,30 @@ def test_random_nets_take_plans_from_scores(steps, seed, residual):
     x = oracle.images(TINY)
     masked = oracle.evaluate(surgery.mask(model, plan, TINY), x)
     assert oracle.difference(oracle.evaluate(small, x), masked) < 1e-10
+
+
+# -- sizes without weights ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "residual"),
+    [
+        ("caffenet", (3, 227, 227), "tie"),  # response normalisation with gaps
+        ("shufflenet_v2_x0_5", (3, 64, 64), "tie"),
+        ("resnet20", (3, 32, 32), "tie"),  # padded shortcuts
+        ("resnet20", (3, 32, 32), "scatter"),
+    ],
+)
+def test_sizes_need_no_weights(name, shape, residual):
+    nets = [models.build(name)]
+    with torch.device("meta"):
+        nets.append(models.build(name))
+    counts = []
+    for net in nets:
+        scores = baselines.uniform(net)
+        if residual == "scatter":
+            scores = {n: s for n, s in scores.items() if n.startswith("layer")}
+        chosen = plans.from_scores(net, scores, shape, rate=0.3, residual=residual)
+        counts.append(cost.count(surgery.shrink(net, chosen, shape), shape))
+    assert counts[0] == counts[1]
+    assert counts[0].params < cost.count(nets[0], shape).params

@@ -11,10 +11,10 @@ each says so in its docstring, in these words:
   all partial swaps together make a knockoff (Candes et al. 2018, def. 3.1).
 """
 
-import hashlib
-
 import torch
 from torch import Tensor, nn
+
+from lib.meta import digest_tensors
 
 
 class Control(nn.Module):
@@ -58,14 +58,9 @@ class Control(nn.Module):
 
     def digest(self) -> str:
         """A hash of the arm, its options and everything it learnt."""
-        facts = f"{self.name} {self.shape} {self.extra_repr()}"
-        digest = hashlib.sha256(facts.encode())
-        for name, tensor in self.state_dict().items():
-            digest.update(name.encode())
-            digest.update(
-                tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            )
-        return digest.hexdigest()[:16]
+        learnt = self.state_dict()
+        facts = [self.name, str(self.shape), self.extra_repr(), *learnt]
+        return digest_tensors(" ".join(facts), *learnt.values())
 
 
 class NoControl(Control):

@@ -22,13 +22,12 @@ from torch.overrides import TorchFunctionMode
 
 from lib import baselines, train
 from lib.data import ImageSet
-from lib.graph import Graph, build_graph
+from lib.graph import RELUS, Graph, build_graph
 from lib.kernels import mix_norm_relu
 from lib.recipe import pick_device
 from lib.scop.blocks import block_layers, find_pairs
 from lib.scop.control import Control
 
-RELUS = {"relu", "relu_", "ReLU"}
 RELU_CALLS = {
     torch.relu, torch.relu_, nn.functional.relu, Tensor.relu, Tensor.relu_,
 }  # fmt: skip
