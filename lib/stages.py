@@ -49,6 +49,7 @@ def make_baseline(
     lr: float,
     seed: int,
     warmup: float = 0.0,
+    batch_size: int = 128,
     **options,
 ) -> nn.Module:
     """The unpruned network: published weights, or trained here, once per profile.
@@ -73,13 +74,14 @@ def make_baseline(
     data_tag = f"{sets.train.name}-{len(sets.train)}images"
     net_tag = "-".join([net, *(f"{key}{value}" for key, value in options.items())])
     rate_tag = f"lr{lr:g}" + (f"-warmup{warmup:g}" if warmup else "")
+    rate_tag += f"-batch{batch_size}" if batch_size != 128 else ""
     name = f"{data_tag}-{net_tag}-{epochs}epochs-{rate_tag}-seed{seed}.pt"
     path = profile_folder(run) / "baselines" / name
     known = path.is_file()
     print(f"baseline: {'reading' if known else 'training, into'} {paths.shown(path)}")
     history = train.fit(
         model, sets.train, sets.val, epochs=epochs, lr=lr, warmup=warmup, seed=seed,
-        checkpoint=path, label=f"{net} baseline",
+        batch_size=batch_size, checkpoint=path, label=f"{net} baseline",
     )  # fmt: skip
     speed = {"images_per_s": history.images_per_s, "seconds": history.seconds}
     paths.write_json(path.with_suffix(".json"), {**speed, **asdict(history)})

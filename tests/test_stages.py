@@ -335,10 +335,16 @@ def test_a_warm_up_and_options_of_the_net_are_part_of_a_baseline(sets):
     plain = make_baseline(sets, net="cifarnet", epochs=1)
     warm = make_baseline(sets, net="cifarnet", epochs=1, warmup=1.0)
     deep = make_baseline(sets, net="cifarnet", epochs=1, extra_convs=2)
-    assert not same(plain, warm)
+    many = make_baseline(sets, net="cifarnet", epochs=1, batch_size=32)
+    assert not same(plain, warm) and not same(plain, many)
     assert len(deep.extra) == 2 and len(plain.extra) == 0
     found = {p.name for p in (paths.runs_root() / "toy" / "baselines").glob("*.pt")}
     assert found == {
         f"{sets.train.name}-256images-cifarnet{extra}-1epochs-lr0.02{warm}-seed3.pt"
-        for extra, warm in [("", ""), ("", "-warmup1"), ("-extra_convs2", "")]
+        for extra, warm in [
+            ("", ""),
+            ("", "-warmup1"),
+            ("", "-batch32"),
+            ("-extra_convs2", ""),
+        ]
     }
