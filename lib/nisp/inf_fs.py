@@ -13,17 +13,17 @@ products with A alone, with neither an inverse nor an eigendecomposition.
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from lib.kernels import centre_ranks
+
 VARIANTS = ("default", "v4_2016", "raw2015", "y2020")
 LOAD = 0.9  # r rho(A)
-TILE = 2**16  # values ranked at a time
-CHUNK, BLOCK = 1024, 128  # samples and features of one matrix product
+TILE = 2**16  # values measured at a time
+CHUNK, BLOCK = 512, 128  # samples and features of one matrix product
 EQUAL = 1e-6  # standard deviations that differ by less, relatively, count as equal
 POWER_STEPS, LANCZOS_STEPS, SOLVER_STEPS = 60, 200, 10_000
-EXACT_FLOAT32 = 2**23  # half-integers up to here are exact in float32
 
 
 def inf_fs(
@@ -172,7 +172,7 @@ def rank_columns(features: Tensor) -> Tensor:
     ValueError as in `inf_fs`.
     """
     features = check_features(features)
-    return _centre_ranks(features).add_(len(features) + 1).div_(2).T
+    return centre_ranks(features).add_(len(features) + 1).div_(2).T
 
 
 def spearman(features: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def spearman(features: Tensor) -> Tensor:
     exact, whatever the order of samples, features or summation, and exactly 1 between
     columns of equal ranks. As `scipy.stats.spearmanr`. ValueError as in `inf_fs`.
     """
-    ranks = _centre_ranks(check_features(features))
+    ranks = centre_ranks(check_features(features))
     size = len(ranks)
     gram = torch.zeros(size, size, dtype=torch.float64, device=ranks.device)
     scratch = torch.empty(size, CHUNK, dtype=torch.float64, device=ranks.device)
@@ -198,62 +198,6 @@ def spearman(features: Tensor) -> Tensor:
     for rows, own in zip(gram.split(BLOCK), energy.split(BLOCK), strict=True):
         rows /= own.outer(energy).sqrt()  # sqrt(a a) is a, sqrt(a) sqrt(a) may not be
     return gram
-
-
-def _centre_ranks(features: Tensor) -> Tensor:
-    """2 rank - (N + 1), integers of mean zero, as [D, N] with samples side by side."""
-    n, wide = len(features), features.dtype == torch.float64
-    values = features.T.clone(memory_format=torch.contiguous_format)
-    values = values if wide else values.float()
-    exact = torch.float32 if n <= EXACT_FLOAT32 else torch.float64
-    ranks = values if values.dtype == exact else torch.empty_like(values, dtype=exact)
-    step = max(1, TILE // n)
-    for rows, found in zip(values.split(step), ranks.split(step), strict=True):
-        single = rows.float()
-        if rows.is_cuda or (wide and not torch.equal(single.double(), rows)):
-            total, order = _sum_ends(rows)
-        else:
-            total, order = _sum_ends_packed(single)
-        offset = torch.arange(1, 2 * len(rows), 2, device=rows.device) * n
-        found.scatter_(1, order, total.to(exact).sub_(offset[:, None]))
-    return ranks
-
-
-def _sum_ends(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """First + last + 1 of each value's run of equals in the sorted rows, laid end to
-    end, and where each sorted value came from.
-    """
-    keys, order = rows.sort(1)
-    first = torch.ones_like(keys, dtype=torch.bool)
-    torch.ne(keys[:, 1:], keys[:, :-1], out=first[:, 1:])
-    begin = first.flatten().nonzero()[:, 0]
-    end = torch.cat([begin[1:], begin.new_tensor([first.numel()])])
-    total = (begin + end).double()
-    total = total.repeat_interleave(end - begin, output_size=first.numel())
-    return total.view_as(order), order
-
-
-def _sum_ends_packed(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for float32 on a CPU, several times faster.
-
-    A value and its position share one int64, which NumPy sorts without indices.
-    """
-    bits = rows.view(torch.int32)
-    if int(bits.min()) < 0:  # negative floats: mirrored, so that -0.0 meets 0.0
-        bits = torch.where(bits < 0, -(2**31) - bits, bits)
-    packed = bits.long()
-    packed <<= 32
-    packed |= torch.arange(rows.shape[1])
-    packed.numpy().sort(axis=1)
-    keys = (packed >> 32).numpy()
-    packed &= 0xFFFFFFFF  # the positions
-    first = np.ones(keys.shape, dtype=bool)
-    np.not_equal(keys[:, 1:], keys[:, :-1], out=first[:, 1:])
-    begin = np.flatnonzero(first)
-    end = np.append(begin[1:], first.size)
-    dtype = np.float32 if first.size <= EXACT_FLOAT32 else np.float64
-    total = np.repeat((begin + end).astype(dtype), end - begin).reshape(keys.shape)
-    return torch.from_numpy(total), packed
 
 
 # -- all paths -------------------------------------------------------------------------

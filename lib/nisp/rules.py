@@ -1,10 +1,10 @@
 """How each operation hands importance scores back, from its outputs to its inputs.
 
 Every rule is the transpose of the operation's absolute Jacobian bound: |W| for what has
-weights, 1 for what only bounds a change (activations, a maximum over a window), the
-true weights for averages. None of them looks at data. Scores are float64, of the shape
-of the value they belong to; a first dimension of 1 stands for "the same for each image
-of the traced batch".
+weights, 1 for what only bounds a change (a maximum over a window, activations but the
+steep ones), the true weights for averages. None of them looks at data. Scores are
+float64, of the shape of the value they belong to; a first dimension of 1 stands for
+"the same for each image of the traced batch".
 """
 
 import math
@@ -18,6 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
+from lib import labels
+from lib.kernels import abs_matmul
+from lib.labels import REDUCTIONS
 from lib.trace import Node
 
 Shape = tuple[int, ...]
@@ -29,6 +32,9 @@ ACTIVATIONS = set(
     "clamp_min_ clamp_max clamp_max_ abs neg native_dropout dropout _to_copy to clone "
     "detach alias contiguous lift_fresh".split()
 )
+SLOPES = {  # the largest, rounded up, where it exceeds 1
+    "gelu": 1.1291, "silu": 1.0999, "mish": 1.0885, "hardswish": 1.5, "selu": 1.7581,
+}  # fmt: skip
 SUMS = {"add", "add_", "sub", "sub_"}
 FACTORS = {"mul", "mul_", "div", "div_"}
 WINDOWS = set(
@@ -38,12 +44,7 @@ ADAPTIVE = set(
     "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d"
     "".split()
 )
-REDUCTIONS = {"mean", "sum", "amax", "amin"}
-MOVES = set(
-    "view _unsafe_view reshape _reshape_alias permute transpose t squeeze unsqueeze "
-    "expand slice select split split_with_sizes chunk unbind flip roll repeat "
-    "index_select constant_pad_nd channel_shuffle native_channel_shuffle".split()
-)
+MOVES = labels.MOVES - {"index"} | {"repeat"}
 CONSTANTS = {"zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones"}
 IN_PLACE = {n for n in ACTIVATIONS | SUMS | FACTORS if n.endswith("_")} | {
     "as_strided_"
@@ -103,7 +104,10 @@ def pull_one(step: Step, s: Tensor) -> Tensor:
     name, module = step.node.op, step.module
     if name == type(module).__name__:
         return pull_leaf(step, s)
-    if name in ACTIVATIONS or is_restriding(step):
+    if name in ACTIVATIONS:
+        slope = bound_slope(step)
+        return s if slope == 1 else s * slope
+    if is_restriding(step):
         return s
     if name in FACTORS:
         return pull_factor(step, s)
@@ -116,6 +120,22 @@ def pull_one(step: Step, s: Tensor) -> Tensor:
     if name in {"prelu", "_prelu_kernel"} and isinstance(module, nn.PReLU):
         return scale_channels(s, slope_bound(module))
     raise step.refuse()
+
+
+def bound_slope(step: Step) -> float:
+    """Largest |slope| of an activation, 1 where it is smaller: |f(a) - f(b)| / |a - b|.
+
+    The same for every neuron, so it decides nothing but in sums of branches.
+    """
+    name = step.node.op.removesuffix("_")
+    if name == "leaky_relu":
+        return max(1.0, abs(step.read(1, "negative_slope", 0.01)))
+    if name == "elu":
+        alpha, scale = step.read(1, "alpha", 1.0), step.read(2, "scale", 1.0)
+        return max(1.0, abs(scale), abs(alpha * scale * step.read(3, "input_scale", 1)))
+    if name == "threshold" and step.read(1, "threshold") != step.read(2, "value"):
+        raise step.refuse("jumps at its threshold, which no factor bounds")
+    return SLOPES.get(name, 1.0)
 
 
 def is_restriding(step: Step) -> bool:
@@ -132,7 +152,7 @@ def pull_leaf(step: Step, s: Tensor) -> Tensor:
     """The rules for modules with weights, and for the two that pass scores through."""
     module = step.module
     if isinstance(module, nn.Linear):
-        return s @ absolute(module.weight)
+        return abs_matmul(s, module.weight)
     if isinstance(module, _ConvNd):
         return pull_conv(step, s)
     if isinstance(module, _BatchNorm):
