@@ -259,7 +259,7 @@ class Copy:
 
 
 def wait(process) -> tuple[int, str]:
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=600)[0]
     return process.returncode, output
 
 
