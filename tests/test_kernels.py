@@ -13,32 +13,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import DEVICE, NO_TRITON, both, interpreter  # noqa: F401
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lib.kernels import backend, dispatch, mix_norm_relu, mmd, mmd2
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NO_TRITON = pytest.mark.skipif(
-    not dispatch.has_triton(), reason="triton is not installed"
-)
-BACKENDS = ["torch", pytest.param("triton", marks=NO_TRITON)]
-both = pytest.mark.parametrize("which", BACKENDS)
 few = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 10_000)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreter():
-    """Triton reads this when the modules with its kernels are first imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cpu":
-            patch.setenv("TRITON_INTERPRET", "1")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        yield
-        torch.set_num_threads(threads)
 
 
 @pytest.fixture
