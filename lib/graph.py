@@ -196,13 +196,10 @@ class Graph:
         """MACs for kept output rows (bool per layer) and kept units (bool per unit)."""
         total = 0
         for name, layer in self.layers.items():
-            if name not in rows:
-                continue
-            inputs = int(alive[self.unit_of(layer.inputs)].sum())
-            outputs = int(rows[name].sum())
-            groups = inputs if layer.depthwise else layer.groups
-            work = layer.kernel * outputs * inputs // max(groups, 1)
-            total += work * sum(layer.positions)
+            if name in rows:
+                inputs = int(alive[self.unit_of(layer.inputs)].sum())
+                work = layer.count_work(inputs, int(rows[name].sum()))
+                total += work * sum(layer.positions)
         return total
 
 

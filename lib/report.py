@@ -23,8 +23,11 @@ MADE_WITH = ("device", "torch", "revision")
 QUICK = "quick"  # its numbers teach, they are not results
 
 
-def collect_rows(profile: str) -> pd.DataFrame:
-    """One row per pruned network over all metrics.json of a profile."""
+def collect_rows(profile: str, kind: str = "rows") -> pd.DataFrame:
+    """One row per pruned network over all metrics.json of a profile.
+
+    `kind` "points": one row per measured point of an accuracy predictor instead.
+    """
     rows = []
     for run in settings.read_profile(profile):
         path = run.folder / "metrics.json"
@@ -33,7 +36,8 @@ def collect_rows(profile: str) -> pd.DataFrame:
         metrics = paths.read_json(path)
         try:
             made_with = {key: metrics["environment"][key] for key in MADE_WITH}
-            rows += [{**row, **made_with} for row in metrics["rows"]]
+            found = metrics["rows"] if kind == "rows" else metrics.get(kind, [])
+            rows += [{**row, **made_with} for row in found]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: not the metrics of a run ({error!r})") from None
     return pd.DataFrame(rows)
@@ -121,8 +125,21 @@ def set_style() -> None:
 def publish_results(profile: str, rows: pd.DataFrame) -> None:
     """Write the rows of a full profile to `data/results/PROFILE.csv`, one per run."""
     columns = [column for column in RESULT_COLUMNS if column in rows]
-    path = paths.results_root() / f"{profile}.csv"
-    text = rows[columns].to_csv(index=False, float_format="%.4f", lineterminator="\n")
+    _write_table(f"{profile}.csv", rows[columns])
+
+
+def publish_points(profile: str, points: pd.DataFrame) -> None:
+    """Write the measured points of a profile to `data/results/PROFILE_points.csv`."""
+    order = [column for column in ("seed", "chain", "round") if column in points]
+    points = points.sort_values(order, kind="stable").drop_duplicates(
+        [*order, "d", "w", "r"]
+    )
+    _write_table(f"{profile}_points.csv", points)
+
+
+def _write_table(name: str, table: pd.DataFrame) -> None:
+    path = paths.results_root() / name
+    text = table.to_csv(index=False, float_format="%.4f", lineterminator="\n")
     paths.write_text(path, text)
     print(f"wrote {paths.shown(path)}")
 
@@ -134,11 +151,19 @@ def main() -> None:
     )
     parser.add_argument("--profile", default=QUICK)
     profile = parser.parse_args().profile
-    rows = collect_rows(profile)
-    if rows.empty:
+    rows, points = collect_rows(profile), collect_rows(profile, "points")
+    if rows.empty and points.empty:
         raise SystemExit(
             f"no results yet: run `make reproduce PROFILE={profile}` first"
         )
+    if not rows.empty:
+        print_results(profile, rows)
+    if not points.empty and profile != QUICK:
+        publish_points(profile, points)
+
+
+def print_results(profile: str, rows: pd.DataFrame) -> None:
+    """Print the table of a profile's pruned networks; publish a full profile's."""
     table = format_table(summarise(rows))
     print(f"\n{table}\n")
     print(

@@ -68,6 +68,18 @@ PARAMETERS = {
     "depths": Rule(list),
     "depth_epochs": COUNT,
     "depth_images": COUNT,
+    "keep": Rule(float, 1e-12, math.nextafter(1.0, 2.0)),
+    "width": Rule(str, choices=("uniform", "inner")),
+    "design": Rule(str, choices=("axis", "interleaved", "both", "grid")),
+    "rounds": Rule(int, 1),
+    "interior": Rule(bool),
+    "multiple": Rule(int, 1),
+    "point_images": COUNT,
+    "part": COUNT,
+    "parts": Rule(int, 1),
+    "rank": Rule(int, 1),
+    "degree": Rule(int, 1),
+    "strategies": Rule(list),
 }
 ELEMENTS = {
     "rates": SHARE,
@@ -75,6 +87,7 @@ ELEMENTS = {
     "controls": NAME,
     "seeds": COUNT,
     "depths": COUNT,
+    "strategies": NAME,
 }
 
 

@@ -28,15 +28,22 @@ class Sets:
     test: ImageSet
 
 
-def load_sets(dataset: str, *, n_train: int = 0) -> Sets:
+def load_sets(dataset: str, *, n_train: int = 0, unseen: bool = False) -> Sets:
     """Training, validation (a tenth of the training images, fixed) and test images.
 
-    `n_train` limits the training images (stratified); 0 means all of them.
+    `n_train` limits the training images (stratified); 0 means all of them. With
+    `unseen` no training image is held out: for published weights, which have seen them
+    all, validation is one half of the test images (stratified, fixed) and the other
+    half is the test.
     """
-    rest, val = data.split_validation(data.load(dataset, "train"))
+    rest, test = data.load(dataset, "train"), data.load(dataset, "test")
+    if unseen:
+        test, val = data.split_validation(test, fraction=0.5)
+    else:
+        rest, val = data.split_validation(rest)
     if n_train:
         rest = rest.take(min(n_train, len(rest)))
-    return Sets(rest, val, data.load(dataset, "test"))
+    return Sets(rest, val, test)
 
 
 def make_baseline(

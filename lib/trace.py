@@ -70,6 +70,11 @@ class Layer:
         """Each channel is convolved on its own."""
         return self.groups > 1 and self.groups == len(self.inputs)
 
+    def count_work(self, inputs: int, outputs: int) -> int:
+        """MACs at one output position with so many channels read and made."""
+        groups = inputs if self.depthwise else self.groups
+        return self.kernel * outputs * inputs // max(groups, 1)
+
 
 @dataclass(eq=False)
 class Remap:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lib.models.layers import init_he
 
-DEPTHS = (8, 20, 32, 44, 56, 110)
+DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 WIDTHS = (16, 32, 64)
 
 

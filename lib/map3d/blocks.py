@@ -1,0 +1,154 @@
+"""Depth: which blocks a network has, and how much each adds to what can be read off.
+
+DBP (Wang, Zhao et al. 2019) puts a linear classifier behind every block of the frozen
+network; a block whose classifier hardly beats that of the block before is redundant.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from lib import surgery
+from lib.data import ImageSet, batches
+from lib.meta import dtype_of, modes_kept
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block: its module's name, that of its stage, whether it may be removed."""
+
+    name: str
+    stage: str
+    removable: bool
+
+
+def find_blocks(model: nn.Module, input_shape: tuple[int, int, int]) -> list[Block]:
+    """The blocks of a residual or dense network, in forward order.
+
+    A block is a module that the identity can replace (`surgery.droppable`), or one of
+    the same class: a residual block, or one layer of a dense block. Those in one
+    container form a stage; the block that opens a stage is never removable, whether or
+    not it changes the shape. `input_shape` is (C, H, W). Raises `ValueError` for a
+    network without a removable block.
+    """
+    modules = dict(model.named_modules())
+    free = surgery.droppable(model, input_shape)
+    free = [n for n in free if not any(other.startswith(f"{n}.") for other in free)]
+    kinds = {type(modules[name]) for name in free}
+    blocks, opened = [], set()
+    for name, module in modules.items():
+        if type(module) in kinds:
+            stage = name.rpartition(".")[0]
+            blocks.append(Block(name, stage, name in free and stage in opened))
+            opened.add(stage)
+    if not any(block.removable for block in blocks):
+        raise ValueError(
+            f"{type(model).__name__} has no block that can be removed: it needs stages "
+            "of residual blocks or dense layers with more than one of them; take a "
+            "deeper network, such as resnet20"
+        )
+    return blocks
+
+
+def probe_blocks(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    resolution: int | None = None,
+    folds: int = 2,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """What a linear classifier reads off behind every block.
+
+    Features are averaged over positions and frozen; multinomial logistic regression is
+    fitted on all folds but one and judged on that one, in turn, so that no probe is
+    judged on an image it saw. `images` should be validation images: a network has
+    learnt its training images by heart, and the test set is for the end. One row a
+    block, behind a first row "stem": block, stage, removable, accuracy (percent), gain
+    over the row before (points; 0 for the stem).
+    """
+    if folds < 2:
+        raise ValueError(f"folds must be at least 2, got {folds}")
+    least = int(torch.bincount(images.labels.cpu()).min())
+    if least < folds:
+        raise ValueError(
+            f"{images.name}: a class has {least} image(s), too few for {folds} folds"
+        )
+    blocks = find_blocks(model, images.shape)
+    features = collect_features(model, images, blocks, resolution=resolution)
+    labels = images.labels.cpu().numpy()
+    split = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    accuracies = [_cross_validate(x, labels, split) for x in features.values()]
+    return pd.DataFrame(
+        {
+            "block": list(features),
+            "stage": ["", *(block.stage for block in blocks)],
+            "removable": [False, *(block.removable for block in blocks)],
+            "accuracy": accuracies,
+            "gain": np.diff(accuracies, prepend=accuracies[0]),
+        }
+    )
+
+
+def collect_features(
+    model: nn.Module,
+    images: ImageSet,
+    blocks: list[Block],
+    *,
+    resolution: int | None = None,
+    batch_size: int = 500,
+) -> dict[str, np.ndarray]:
+    """Channel means [N, channels] before the first block ("stem") and behind each.
+
+    Read by temporary hooks, in evaluation mode, without augmentation.
+    """
+    found: dict[str, list[Tensor]] = {"stem": [], **{b.name: [] for b in blocks}}
+    modules = dict(model.named_modules())
+
+    def keep(name: str, x: Tensor) -> None:
+        found[name].append(x.flatten(2).mean(2).float().cpu())
+
+    first = modules[blocks[0].name]
+    hooks = [first.register_forward_pre_hook(lambda _, x: keep("stem", x[0]))]
+    for block in blocks:
+        hooks.append(
+            modules[block.name].register_forward_hook(
+                lambda _, x, y, name=block.name: keep(name, y)
+            )
+        )
+    device = next(model.parameters()).device
+    stream = batches(
+        images, batch_size, resolution=resolution, device=device, dtype=dtype_of(model)
+    )
+    try:
+        with modes_kept(model), torch.inference_mode():
+            model.eval()
+            for x, _ in stream:
+                model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(rows).numpy() for name, rows in found.items()}
+
+
+def order_removal(probes: pd.DataFrame) -> list[str]:
+    """Removable blocks, least gain first (ties: the earlier block first)."""
+    free = probes[probes["removable"]]
+    return free.sort_values("gain", kind="stable")["block"].tolist()
+
+
+def _cross_validate(x: np.ndarray, labels: np.ndarray, split) -> float:
+    """Accuracy in percent over all folds, each image judged once."""
+    hits = 0
+    for seen, held in split.split(x, labels):
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        probe.fit(x[seen], labels[seen])
+        hits += int((probe.predict(x[held]) == labels[held]).sum())
+    return 100 * hits / len(labels)
