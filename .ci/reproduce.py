@@ -76,7 +76,10 @@ def stop_with_engine(engine):
 def start_snakemake(profile, arguments):
     command = [sys.executable, "-m", "snakemake", "-s", "notebooks/Snakefile"]
     command += ["--nolock", "--rerun-incomplete", "--keep-going", "--quiet", "host"]
-    command += [*arguments, "--config", f"profile={profile}"]
+    if "--config" not in arguments:  # given twice, Snakemake reads the last one only
+        arguments = [*arguments, "--config"]
+    place = arguments.index("--config") + 1
+    command += [*arguments[:place], f"profile={profile}", *arguments[place:]]
     environment = {**os.environ, MARK: str(RUNS), "TQDM_DISABLE": "1"}
     terminal = f"/proc/{os.getpid()}/fd/1"  # epochs report here, past the notebooks
     if os.path.exists(terminal) and not stat.S_ISREG(os.fstat(1).st_mode):
