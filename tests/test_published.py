@@ -5,6 +5,7 @@ import math
 import re
 from decimal import Decimal
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -48,6 +49,11 @@ def scop() -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def nisp() -> pd.DataFrame:
     return read_rows(paths.PUBLISHED / "nisp.csv")
+
+
+@pytest.fixture(scope="module")
+def deit_b() -> pd.DataFrame:
+    return read_rows(paths.PUBLISHED / "deit_b.csv")
 
 
 # -- every file ------------------------------------------------------------------------
@@ -226,3 +232,69 @@ def test_a_loss_of_unknown_kind_says_so(nisp):
 def test_nets_are_built_here(nisp):
     for name in set(nisp["net"]):
         registry.check_name(name)
+
+
+# -- DeiT-B ----------------------------------------------------------------------------
+
+TERMS = ["1", "a", "t", "a^2", "at", "t^2"]
+LAYERS = 12
+
+
+def read_points(table: pd.DataFrame) -> np.ndarray:
+    """[points, 3]: shares of attention and activation layers kept, top-1."""
+    rows = table[table["quantity"] == "top1"]
+    shares = rows["variant"].str.extract(r"^a (\d\.\d\d), t (\d\.\d\d)$")
+    return np.column_stack([shares.astype(float), rows["value"].astype(float)])
+
+
+def read_fit(table: pd.DataFrame) -> np.ndarray:
+    """[6] coefficients as printed, in the order of TERMS."""
+    rows = table[table["quantity"] == "coefficient"]
+    return rows.set_index("variant")["value"][TERMS].to_numpy(float)
+
+
+def expand(a: np.ndarray, t: np.ndarray) -> np.ndarray:
+    return np.stack([a**0, a, t, a * a, a * t, t * t], axis=1)
+
+
+def find_best(fit: np.ndarray, layers: int = 16) -> tuple[int, int]:
+    """Attention and activation layers, `layers` in all, that a fit puts first."""
+    kept = np.arange(layers - LAYERS, LAYERS + 1)
+    best = kept[np.argmax(expand(kept / LAYERS, (layers - kept) / LAYERS) @ fit)]
+    return int(best), int(layers - best)
+
+
+def test_points_are_shares_of_twelve_layers(deit_b):
+    points = read_points(deit_b)
+    assert len(points) == 22 and len(deit_b) == 22 + len(TERMS) + 2
+    shares = points[:, :2]
+    assert (shares == np.round(np.round(shares * LAYERS) / LAYERS, 2)).all()
+    assert len(np.unique(shares, axis=0)) == 22
+    assert (shares.min(axis=1) < 1).sum() == 21 and (shares.max(axis=1) < 1).sum() == 5
+
+
+def test_fewer_layers_never_score_more(deit_b):
+    points = read_points(deit_b)
+    less = (points[:, None, :2] <= points[None, :, :2]).all(axis=2)
+    more = points[:, None, 2] > points[None, :, 2]
+    assert not (less & more).any()
+
+
+def test_the_printed_fit_is_not_that_of_its_table_and_its_notes_say_so(deit_b):
+    a, t, top1 = read_points(deit_b).T
+    fit, *_ = np.linalg.lstsq(expand(a, t), top1, rcond=None)
+    printed = read_fit(deit_b)
+    assert (np.abs(fit - printed) > 4).all()
+    notes = deit_b[deit_b["quantity"] == "coefficient"].set_index("variant")["note"]
+    found = notes[TERMS].str.extract(r"print (\S+); not the least .* gives (\S+)$")
+    assert np.abs(found[0].astype(float) - printed).max() < 0.01
+    assert np.abs(found[1].astype(float) - fit).max() < 0.0051
+
+
+def test_the_two_fits_put_the_optimum_two_layers_apart(deit_b):
+    a, t, top1 = read_points(deit_b).T
+    fit, *_ = np.linalg.lstsq(expand(a, t), top1, rcond=None)
+    rows = deit_b[deit_b["quantity"] == "optimum"].set_index("variant")["value"]
+    kept = [round(float(rows[name]) * LAYERS) for name in "at"]
+    assert find_best(read_fit(deit_b)) == tuple(kept) == (8, 8)
+    assert find_best(fit) == (10, 6)
