@@ -13,6 +13,7 @@ import statistics
 import time
 
 import torch
+from _gpu import find_bandwidth, find_peak, time_on_gpu
 from torch import Tensor, nn
 
 from lib.kernels import backend, mix_norm_relu, mmd2
@@ -69,33 +70,6 @@ def time_on_cpu(call) -> float:
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)
-
-
-def time_on_gpu(call) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in "ab")
-    start.record()
-    call()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop)
-
-
-def find_peak(call) -> float:
-    """MiB that a call needs beyond what is allocated before it."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def find_bandwidth() -> float:
-    """GB/s of the device memory, measured by a large copy."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    spent = clock({"copy": lambda: target.copy_(source)}, 20, "cuda")["copy"]
-    return 2 * source.numel() / spent / 1e6
 
 
 def make_step(function, leaves: list[Tensor], grad: Tensor | None):

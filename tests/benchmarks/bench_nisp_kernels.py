@@ -17,6 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import scipy.stats
 import torch
+from _gpu import find_bandwidth, find_peak, time_on_gpu
 from torch import Tensor
 
 from lib.kernels import abs_matmul, backend, centre_ranks
@@ -59,33 +60,10 @@ def rank_with_scipy(x: Tensor) -> Tensor:
 def time_call(call: Callable, clock: str) -> float:
     """Milliseconds, by events on a GPU."""
     if torch.cuda.is_available():
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in "ab")
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop)
+        return time_on_gpu(call)
     start = CLOCKS[clock]()
     call()
     return 1e3 * (CLOCKS[clock]() - start)
-
-
-def find_peak(call: Callable) -> float:
-    """MiB of a GPU that a call needs beyond what is allocated before it."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def find_bandwidth(clock: str) -> float:
-    """GB/s of the device memory, measured by a large copy."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    times = [time_call(lambda: target.copy_(source), clock) for _ in range(20)]
-    return 2 * source.numel() / statistics.median(times) / 1e6
 
 
 def report(title: str, calls: dict, options, moved: int, peak: float) -> None:
@@ -164,7 +142,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if torch.cuda.is_available():
-        peak = find_bandwidth(options.clock)
+        peak = find_bandwidth()
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copies at "
               f"{peak:.0f} GB/s")  # fmt: skip
         bench_product({**LINEAR_ON_GPU, **LINEAR}, options, "cuda", peak)
