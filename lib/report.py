@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 
 from lib import paths, settings
 
-KEYS = ["net", "dataset", "method", "rate", "residual", "epochs"]
+KEYS = ["net", "dataset", "method", "rate", "keep", "residual", "epochs"]
 RESULT_COLUMNS = [
-    "method", "net", "dataset", "seed", "profile", "rate", "residual", "epochs",
-    "base", "before", "after", "macs", "params", "macs_down", "params_down", "seconds",
-    "images_per_s", "precision", "device", "torch", "revision",
+    "method", "net", "dataset", "seed", "profile", "rate", "keep", "residual",
+    "epochs", "d", "w", "r", "base", "before", "after", "macs", "params", "macs_down",
+    "params_down", "seconds", "images_per_s", "precision", "device", "torch",
+    "revision",
 ]  # fmt: skip
 MADE_WITH = ("device", "torch", "revision")
 QUICK = "quick"  # its numbers teach, they are not results
@@ -30,9 +31,9 @@ def collect_rows(profile: str, kind: str = "rows") -> pd.DataFrame:
     """
     rows = []
     for run in settings.read_profile(profile):
-        path = run.folder / "metrics.json"
-        if not path.is_file():
+        if not _has_run(run):
             continue
+        path = run.folder / "metrics.json"
         metrics = paths.read_json(path)
         try:
             made_with = {key: metrics["environment"][key] for key in MADE_WITH}
@@ -152,14 +153,21 @@ def main() -> None:
     parser.add_argument("--profile", default=QUICK)
     profile = parser.parse_args().profile
     rows, points = collect_rows(profile), collect_rows(profile, "points")
-    if rows.empty and points.empty:
+    done = [run for run in settings.read_profile(profile) if _has_run(run)]
+    if not done:
         raise SystemExit(
             f"no results yet: run `make reproduce PROFILE={profile}` first"
         )
+    if rows.empty and points.empty:
+        print("no pruned network in this profile: its figures are its result")
     if not rows.empty:
         print_results(profile, rows)
     if not points.empty and profile != QUICK:
         publish_points(profile, points)
+
+
+def _has_run(run: settings.Run) -> bool:
+    return (run.folder / "metrics.json").is_file()
 
 
 def print_results(profile: str, rows: pd.DataFrame) -> None:
@@ -177,7 +185,8 @@ def print_results(profile: str, rows: pd.DataFrame) -> None:
     if profile != QUICK:
         publish_results(profile, rows)
         set_style()
-        present = [column for column in RESULT_COLUMNS[:14] if column in rows]
+        shown_columns = RESULT_COLUMNS[: RESULT_COLUMNS.index("macs_down") + 1]
+        present = [column for column in shown_columns if column in rows]
         save_figure(f"results_{profile}", draw_results(rows), rows[present])
 
 

@@ -77,9 +77,7 @@ PARAMETERS = {
     "point_images": COUNT,
     "part": COUNT,
     "parts": Rule(int, 1),
-    "rank": Rule(int, 1),
     "degree": Rule(int, 1),
-    "strategies": Rule(list),
 }
 ELEMENTS = {
     "rates": SHARE,
@@ -87,7 +85,6 @@ ELEMENTS = {
     "controls": NAME,
     "seeds": COUNT,
     "depths": COUNT,
-    "strategies": NAME,
 }
 
 

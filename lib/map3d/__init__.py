@@ -16,26 +16,51 @@ from lib.map3d.collect import (
 )
 from lib.map3d.costs import FORMULA, Measured, PowerLaw, fit_exponents
 from lib.map3d.design import DESIGNS, find_floors, make_design
+from lib.map3d.fit import count_parameters, fit, jacobian_rank
+from lib.map3d.optimum import (
+    Optimum,
+    bootstrap_optimum,
+    check_kkt,
+    optimum,
+    rank_lattice,
+    regret,
+    trace_budget,
+)
+from lib.map3d.predictor import Map
+from lib.map3d.rivals import RIVALS, pick_rivals
 from lib.map3d.space import Shape, Space, score_channels
 
 __all__ = [
     "DESIGNS",
     "FORMULA",
+    "RIVALS",
     "Block",
+    "Map",
     "Measured",
+    "Optimum",
     "PowerLaw",
     "Shape",
     "Space",
+    "bootstrap_optimum",
+    "check_kkt",
     "collect",
+    "count_parameters",
     "find_blocks",
     "find_floors",
+    "fit",
     "fit_exponents",
+    "jacobian_rank",
     "make_design",
+    "optimum",
     "order_removal",
+    "pick_rivals",
     "probe_blocks",
     "prune_once",
+    "rank_lattice",
     "read_points",
+    "regret",
     "score_channels",
     "sparsify",
+    "trace_budget",
     "write_points",
 ]

@@ -3,8 +3,7 @@
 d, w and r are the shares kept of a network's depth, width and image side; C(d, w, r) is
 the share kept of its cost, C(1, 1, 1) = 1. Wang et al., "Accelerate CNNs from Three
 Dimensions", ICML 2021, take C = d w^2 r^2 (`FORMULA`); a network's own exponents come
-from `fit_exponents`, its own table from `Measured`. Last come the points of a budget
-that need no accuracy.
+from `fit_exponents`, its own table from `Measured`.
 """
 
 from dataclasses import dataclass, field
@@ -24,15 +23,12 @@ ROUNDING = 1e-9  # relative excess over a bound or a budget that counts as none
 
 
 class Cell(NamedTuple):
-    """A box low <= y <= high of y = ln (d, w, r) in which C is smooth.
-
-    There ln C is the polynomial `coefficients` [2, 2, 2] of t = (y - high) / unit.
-    """
+    """A box of y = ln (d, w, r) where ln C is a polynomial of t = (y - high) / unit."""
 
     low: np.ndarray
     high: np.ndarray
     unit: np.ndarray
-    coefficients: np.ndarray
+    coefficients: np.ndarray  # [2, 2, 2], the others [3]
 
     def log_cost(self, y: np.ndarray) -> float:
         """ln C at y [3]."""
@@ -93,14 +89,19 @@ class PowerLaw:
 FORMULA = PowerLaw()  # Wang et al. 2021: C = d w^2 r^2
 
 
+def local_exponents(cost, d: float, w: float, r: float) -> np.ndarray:
+    """d ln C / d ln (d, w, r) below and above a point, [2, 3]; they differ at kinks."""
+    cells = cost.list_cells((d, w, r))
+    return np.array([cells[k].exponents(np.log([d, w, r])) for k in (0, -1)])
+
+
 def fit_exponents(points) -> PowerLaw:
-    """The power law nearest to measured costs, by least squares in logs.
+    """The power law, C(1, 1, 1) = 1, nearest to measured costs in logs.
 
     points: a table of d, w, r > 0 and `share`, or `macs` with a row d = w = r = 1 to
-    divide by. There is no constant to fit, C(1, 1, 1) being 1.
-    ValueError: columns or the row missing, numbers not > 0, fewer than three points
-    besides d = w = r = 1, a dimension that does not vary or that others explain but for
-    a hundredth of its variance, as under compound scaling; an exponent below 0.
+    divide by. ValueError: columns or the row missing, numbers not > 0, fewer than three
+    other points, a dimension that does not vary or that others explain but for a
+    hundredth of its variance, as under compound scaling; an exponent below 0.
     """
     x, shares = np.log(read_numbers(points)), read_shares(points)
     x, shares = x[x.any(1)], shares[x.any(1)]
@@ -116,20 +117,17 @@ def fit_exponents(points) -> PowerLaw:
 
 def check_independent(logs: np.ndarray) -> None:
     """ValueError unless each column of ln (d, w, r) [N, 3] tells its own story."""
-    for m, name in enumerate(DIMENSIONS):
-        if not logs[:, m].any():
-            raise ValueError(
-                f"{name} ({NAMES[m]}) does not vary, so its exponent is unknown; "
-                f"measure a network with {NAMES[m]} < 1"
-            )
+    for name, moves in zip(DIMENSIONS, logs.any(0), strict=True):
+        if not moves:
+            raise ValueError(f"{name} does not vary; measure networks where it does")
     scaled = logs / np.linalg.norm(logs, axis=0)
     _, sizes, axes = np.linalg.svd(scaled, full_matrices=False)
     if sizes[-1] ** 2 * COLLINEAR <= 1:
         involved = [n for n, a in zip(DIMENSIONS, axes[-1], strict=True) if a**2 > 0.05]
         raise ValueError(
-            f"{' and '.join(involved)} move together in these points (collinear in "
-            "logs, as under compound scaling), so their exponents cannot be told "
-            "apart; add points that move one dimension alone"
+            f"{' and '.join(involved)} move together (collinear in logs, as under "
+            "compound scaling), so their exponents cannot be told apart; add points "
+            "that move one dimension alone"
         )
 
 
@@ -137,10 +135,9 @@ def check_independent(logs: np.ndarray) -> None:
 class Measured:
     """A cost read from a table of measured networks, interpolated between them.
 
-    table: d, w, r in (0, 1] and `share`, or `macs` (of the network d = w = r = 1), one
-    row for every combination of the values that d, w and r take, at least two each with
-    1 among them; `Space.lattice` makes one. Linear in ln C over ln d, ln w, ln r: exact
-    at the rows, a power law in between, with kinks at the rows.
+    table: d, w, r and `share` or `macs`, a row for every combination of the values that
+    each takes, two or more up to 1; `Space.lattice` makes one. ln C is linear in ln d,
+    ln w, ln r: exact at the rows, a power law in between, with kinks at the rows.
     ValueError: rows missing or doubled, costs that do not grow with every dimension.
     """
 
@@ -170,10 +167,7 @@ class Measured:
         return fit_exponents(self.table).exponents
 
     def __call__(self, d, w, r):
-        """Share of the cost at shares d, w, r, which broadcast.
-
-        ValueError below the table's least values or above 1.
-        """
+        """Share of the cost; d, w, r broadcast. ValueError: not within the table."""
         return np.exp(self._look_up(self._take_logs(d, w, r)))
 
     def solve(self, share: float, **others) -> np.ndarray:
@@ -200,11 +194,9 @@ class Measured:
             k = np.searchsorted(nodes, [at - ROUNDING, at + ROUNDING]) - 1
             starts.append(np.unique(k.clip(0, len(nodes) - 2)))
         for corner in product(*starts):
-            ends = [
-                nodes[k : k + 2] for nodes, k in zip(self.axes, corner, strict=True)
-            ]
-            low, high = np.transpose(ends)
-            values = self.logs[tuple(slice(k, k + 2) for k in corner)]
+            at = tuple(slice(k, k + 2) for k in corner)
+            low, high = np.transpose([x[k] for x, k in zip(self.axes, at, strict=True)])
+            values = self.logs[at]
             for m in range(3):  # v + (v - u) t, from u at t = -1 and v at t = 0
                 u, v = np.moveaxis(values, m, 0)
                 values = np.stack([v, v - u], m)
@@ -232,8 +224,6 @@ class Measured:
 
 def _build_grid(x: np.ndarray, shares: np.ndarray):
     """Axes ln (d, w, r) and ln shares on their grid; ValueError where it has holes."""
-    if x.max() > 1 + ROUNDING:
-        raise ValueError(f"d, w, r must lie in (0, 1], got {x.max():.4g}")
     found = []
     for name, column in zip(NAMES, x.T, strict=True):
         _, first, where = np.unique(column.round(9), True, True)
@@ -310,9 +300,8 @@ def inverse_compound(
     """
     check_keep(keep)
     bases = np.array([alpha, beta, gamma], dtype=float)
-    valid = np.isfinite(bases).all() and bases.min() >= 1
-    rate = float(np.log(bases) @ cost.exponents) if valid else 0.0
-    if rate <= 0:
+    rate = float(np.log(bases.clip(1)) @ cost.exponents)
+    if not (np.isfinite(rate) and rate > 0 and bases.min() >= 1):
         raise ValueError(
             "alpha, beta, gamma: expected numbers >= 1 of which one that costs "
             f"something exceeds 1, got {bases.tolist()}"
@@ -321,7 +310,6 @@ def inverse_compound(
 
 
 def _solve_alone(share: float, cost, m: int) -> float:
-    """`cost.solve` for dimension m with the others at 1."""
     return float(cost.solve(share, **{n: 1.0 for n in NAMES if n != NAMES[m]}))
 
 
@@ -332,14 +320,12 @@ def _reach(keep: float, cost, place, start: float) -> tuple[float, float, float]
     def exceed(t: float) -> float:
         return float(np.log(cost(*np.clip(place(t), low, 1))) - np.log(keep))
 
-    reachable = exceed(start) <= ROUNDING
     t = brentq(exceed, start, 0.0, xtol=1e-15) if exceed(start) < 0 else start
     point = place(t)
-    if not reachable or (point < low * (1 - ROUNDING)).any():
+    if exceed(t) > ROUNDING or (point < low * (1 - ROUNDING)).any():
         raise ValueError(
-            f"keep {keep:.4g} asks for less than the table's least (d, w, r), "
-            f"{_write(low)} at {float(cost(*low)):.4g} of the cost; measure smaller "
-            "networks or keep more"
+            f"keep {keep:.4g} asks for less than the table's least d, w, r, "
+            f"{_write(low)} at {float(cost(*low)):.4g}; measure less or keep more"
         )
     return tuple(np.clip(point, low, 1).tolist())
 
@@ -357,14 +343,9 @@ def read_shares(table) -> np.ndarray:
     values = read_numbers(table, [column])[:, 0]
     whole = values[(np.abs(read_numbers(table) - 1) <= ROUNDING).all(1)]
     if column == "macs" and not len(whole):
-        raise ValueError(
-            "no row has d = w = r = 1, so macs have nothing to be divided by; add the "
-            "unpruned network, or a column share"
-        )
+        raise ValueError("no row has d = w = r = 1 to divide macs by; add it, or share")
     if column == "share" and len(whole) and np.abs(whole - 1).max() > 1e-6:
-        raise ValueError(
-            f"share is {whole[0]:.6g} at d = w = r = 1, expected 1; divide by it"
-        )
+        raise ValueError(f"share is {whole[0]:.6g} at d = w = r = 1; divide all by it")
     return values / whole[0] if column == "macs" else values
 
 
@@ -395,16 +376,15 @@ def check_positive(*shares) -> list[np.ndarray]:
     """Shares as float64 arrays; ValueError unless every one is > 0."""
     found = [np.asarray(x, dtype=float) for x in shares]
     if not all((x > 0).all() for x in found):
-        raise ValueError(f"shares of d, w, r must be > 0, got {shares}")
+        least = min(float(np.min(x)) for x in found)
+        raise ValueError(f"shares of d, w, r must be > 0, got {least:.4g}")
     return found
 
 
 def check_keep(keep: float) -> None:
     """ValueError unless 0 < keep <= 1."""
     if not 0 < keep <= 1:
-        raise ValueError(
-            f"keep: expected the share of the cost that stays, in (0, 1], got {keep}"
-        )
+        raise ValueError(f"keep: expected the share of the cost in (0, 1], got {keep}")
 
 
 def sort_axes(share: float, others: dict) -> tuple[int, dict[int, np.ndarray]]:
