@@ -73,13 +73,10 @@ def stop_with_engine(engine):
     stop_leftovers()
 
 
-def start_snakemake(profile, arguments):
+def start_snakemake(arguments):
     command = [sys.executable, "-m", "snakemake", "-s", "notebooks/Snakefile"]
     command += ["--nolock", "--rerun-incomplete", "--keep-going", "--quiet", "host"]
-    if "--config" not in arguments:  # given twice, Snakemake reads the last one only
-        arguments = [*arguments, "--config"]
-    place = arguments.index("--config") + 1
-    command += [*arguments[:place], f"profile={profile}", *arguments[place:]]
+    command += arguments
     environment = {**os.environ, MARK: str(RUNS), "TQDM_DISABLE": "1"}
     terminal = f"/proc/{os.getpid()}/fd/1"  # epochs report here, past the notebooks
     if os.path.exists(terminal) and not stat.S_ISREG(os.fstat(1).st_mode):
@@ -158,7 +155,7 @@ def run(profile, arguments):
         signal.signal(name, signal.default_int_handler)
     log = RUNS / f"{profile}.log"
     say(f"profile {profile}: planning the steps")
-    engine = start_snakemake(profile, arguments)
+    engine = start_snakemake(arguments)
     threading.Thread(target=stop_with_engine, args=[engine], daemon=True).start()
     try:
         with log.open("w", encoding="utf-8") as everything:
@@ -191,14 +188,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("profile", help="quick, or a name in notebooks/params")
     parser.add_argument("--cores", default="all")
+    parser.add_argument("-C", "--config", nargs="*", action="extend", default=[])
     options, more = parser.parse_known_args()
     files = (ROOT / "notebooks/params").glob("*.yaml")
     known = sorted({"quick", *(path.stem for path in files)})  # quick: the defaults
     if options.profile not in known:
         sys.exit(f"reproduce: no profile {options.profile!r}; have {', '.join(known)}")
-    arguments = ["--cores", options.cores, *more]
+    arguments = ["--cores", options.cores, *more]  # of two --config, the last counts
+    arguments += ["--config", *options.config, f"profile={options.profile}"]
     if {"-n", "--dry-run", "--dryrun"} & set(more):  # Snakemake's own words
-        engine = start_snakemake(options.profile, arguments)
+        engine = start_snakemake(arguments)
         sys.stdout.writelines(engine.stdout)
         sys.exit(engine.wait())
     sys.exit(run(options.profile, arguments))

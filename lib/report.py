@@ -132,9 +132,8 @@ def publish_results(profile: str, rows: pd.DataFrame) -> None:
 def publish_points(profile: str, points: pd.DataFrame) -> None:
     """Write the measured points of a profile to `data/results/PROFILE_points.csv`."""
     order = [column for column in ("seed", "chain", "round") if column in points]
-    points = points.sort_values(order, kind="stable").drop_duplicates(
-        [*order, "d", "w", "r"]
-    )
+    told = [column for column in points if column not in ("seconds", *MADE_WITH)]
+    points = points.sort_values(order, kind="stable").drop_duplicates(told)
     _write_table(f"{profile}_points.csv", points)
 
 

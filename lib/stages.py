@@ -121,6 +121,7 @@ def recover(
     epochs: int,
     lr: float,
     warmup: float = 0.0,
+    batch_size: int = 128,
     scratch: bool = False,
     **extra,
 ) -> Recovered:
@@ -148,7 +149,8 @@ def recover(
     start = train.evaluate(small, sets.val, resolution=side)["top1"]
     history = train.fit(
         small, sets.train, sets.val, epochs=epochs, lr=lr, warmup=warmup, seed=seed,
-        resolution=side, checkpoint=folder / "finetune.pt", label=folder.name,
+        batch_size=batch_size, resolution=side, checkpoint=folder / "finetune.pt",
+        label=folder.name,
     )  # fmt: skip
     after = train.evaluate(small, sets.test, resolution=side)["top1"]
     here = (shape[0], side, side) if side else shape

@@ -29,6 +29,7 @@ from lib.map3d.optimum import (
 from lib.map3d.predictor import Map
 from lib.map3d.rivals import RIVALS, pick_rivals
 from lib.map3d.space import Shape, Space, score_channels
+from lib.map3d.uncertainty import bootstrap_maps, leave_one_out
 
 __all__ = [
     "DESIGNS",
@@ -41,6 +42,7 @@ __all__ = [
     "PowerLaw",
     "Shape",
     "Space",
+    "bootstrap_maps",
     "bootstrap_optimum",
     "check_kkt",
     "collect",
@@ -50,6 +52,7 @@ __all__ = [
     "fit",
     "fit_exponents",
     "jacobian_rank",
+    "leave_one_out",
     "make_design",
     "optimum",
     "order_removal",

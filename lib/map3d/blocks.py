@@ -115,6 +115,10 @@ def collect_features(
     def keep(name: str, x: Tensor) -> None:
         found[name].append(x.flatten(2).mean(2).float().cpu())
 
+    device = next(model.parameters()).device
+    stream = batches(
+        images, batch_size, resolution=resolution, device=device, dtype=dtype_of(model)
+    )
     first = modules[blocks[0].name]
     hooks = [first.register_forward_pre_hook(lambda _, x: keep("stem", x[0]))]
     for block in blocks:
@@ -123,10 +127,6 @@ def collect_features(
                 lambda _, x, y, name=block.name: keep(name, y)
             )
         )
-    device = next(model.parameters()).device
-    stream = batches(
-        images, batch_size, resolution=resolution, device=device, dtype=dtype_of(model)
-    )
     try:
         with modes_kept(model), torch.inference_mode():
             model.eval()
@@ -141,7 +141,8 @@ def collect_features(
 def order_removal(probes: pd.DataFrame) -> list[str]:
     """Removable blocks, least gain first (ties: the earlier block first)."""
     free = probes[probes["removable"]]
-    return free.sort_values("gain", kind="stable")["block"].tolist()
+    order = free["gain"].round(9).sort_values(kind="stable").index
+    return free.loc[order, "block"].tolist()
 
 
 def _cross_validate(x: np.ndarray, labels: np.ndarray, split) -> float:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -80,7 +81,7 @@ def read_points(run: str) -> pd.DataFrame:
             f"no points.csv below {paths.shown(folder)}: run 30_map_collection first"
         )
     points = pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
-    return points.drop_duplicates(["chain", "round", "blocks", "w", "side", "seed"])
+    return points.drop_duplicates([c for c in points if c != "seconds"])
 
 
 def prune_once(
@@ -113,15 +114,15 @@ def sparsify(model: nn.Module, strength: float) -> Iterator[None]:
     (Liu et al. 2017; 1e-4 for VGG, 1e-5 for deep ResNets and DenseNet-40 in its code).
     Optional before `collect`: `with sparsify(model, 1e-4): train.fit(model, ...)`.
     """
-    if not strength >= 0:
-        raise ValueError(f"strength must be 0 or more, got {strength}")
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"strength must be 0 or more and finite, got {strength}")
     scales = [m.weight for m in model.modules() if isinstance(m, _BatchNorm)]
     hooks = [
         gamma.register_hook(
             lambda grad, gamma=gamma: grad + strength * gamma.detach().sign()
         )
         for gamma in scales
-        if gamma is not None
+        if gamma is not None and gamma.requires_grad
     ]
     if not hooks:
         raise ValueError("the network has no BatchNorm scale to make sparse")
@@ -167,8 +168,8 @@ def _measure_point(
         small, sets.train, sets.val, seed=seed, resolution=plan.resolution,
         checkpoint=place / "finetune.pt", label=place.name.rpartition("-")[0], **recipe,
     )  # fmt: skip
-    if done.is_file():
-        return _Network(small, shape.side), paths.read_json(done)
+    if done.is_file() and history.resumed == recipe["epochs"]:
+        return _Network(small, shape.side), _read_row(done)
     top1 = (
         history.rows[-1]["val_top1"]
         if history.rows
@@ -180,6 +181,13 @@ def _measure_point(
     }  # fmt: skip
     paths.write_json(done, row)
     return _Network(small, shape.side), row
+
+
+def _read_row(path: Path) -> dict:
+    row = paths.read_json(path)
+    if not isinstance(row, dict) or not {*COLUMNS[2:]} <= row.keys():
+        raise ValueError(f"{path}: not a measured point; delete it to measure it anew")
+    return row
 
 
 def _read_plan(place: Path, here: _Network, space, shape, sets, seed) -> Plan:
@@ -214,10 +222,11 @@ def _name_chain(chain: Chain) -> str:
 def _name_point(here, space, shape: Shape, sets, seed: int, recipe: dict) -> str:
     """A folder's name: the shape, the seed, and a digest of all else that decides."""
     facts = [sorted(recipe.items()), here.side, space.width, space.multiple]
-    images = sets.train
+    images, held = sets.train, sets.val
+    facts += [images.name, images.mean, images.std, images.pad, images.flip]
     digest = digest_tensors(
-        str([*facts, images.name, list(images.mean), images.pad, images.flip]),
-        images.images, images.labels, sets.val.labels,
+        str([*facts, held.mean, held.std]),
+        images.images, images.labels, held.images, held.labels,
         *here.model.state_dict().values(),
     )  # fmt: skip
     short = hashlib.sha256(digest.encode()).hexdigest()[:10]

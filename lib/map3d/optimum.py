@@ -271,17 +271,17 @@ def _keep_apart(points, gap, limit: int) -> list[Point]:
 
 def _climb(map, start: Point, keep: float, cost, box: np.ndarray) -> Point:
     """The local maximum above `start`: climb in every cell it touches, and again."""
-    best, done, box = start, None, np.log(box)
-    for _ in range(50):
-        trials = [(best, done)]
+    best, before, done = start, start.accuracy - 1, None
+    while best.accuracy > before + 1e-13 * abs(before):
+        if done and check_kkt(map, best, keep, cost, low=box[0]).kkt_residual < ACTIVE:
+            break
+        before, trials = best.accuracy, [(best, done)]
         for cell in cost.list_cells(best[:3]):
-            bounds = np.array([cell.low, cell.high]).clip(*box)
+            bounds = np.array([cell.low, cell.high]).clip(*np.log(box))
             if cell.low.tolist() != done:
                 found = _climb_cell(map, best, keep, cell, bounds)
                 trials.append((found, cell.low.tolist()))
-        before, (best, done) = best, max(trials, key=lambda trial: trial[0].accuracy)
-        if best.accuracy <= before.accuracy + 1e-13 * abs(before.accuracy):
-            break
+        best, done = max(trials, key=lambda trial: trial[0].accuracy)
     return best
 
 

@@ -58,7 +58,7 @@ class Map:
         for name in ("low", "high"):
             object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
         for name in ("degree", "num_points"):
-            object.__setattr__(self, name, _read_count(name, getattr(self, name)))
+            object.__setattr__(self, name, check_count(name, getattr(self, name)))
         object.__setattr__(self, "residual_sd", float(self.residual_sd))
         _check_map(self)
 
@@ -106,7 +106,7 @@ class Map:
         powers = np.array(exponents, dtype=np.float64)
         if powers.shape != (3,) or not np.all((powers > 0) & (powers < np.inf)):
             raise ValueError(
-                f"exponents: expected three positive numbers, got {exponents}; they are "
+                f"exponents: expected three positive numbers, got {exponents}; pass "
                 "those of d, w and r in the cost"
             )
         shares = np.stack(_spread(d, w, r))
@@ -183,8 +183,8 @@ class Map:
         fields = cls.__dataclass_fields__.keys()
         if raw.keys() != fields:
             raise ValueError(
-                f"{path}: a damaged map, missing {sorted(fields - raw.keys())}, unknown "
-                f"{sorted(raw.keys() - fields)}; fit and save it again"
+                f"{path}: a damaged map, missing {sorted(fields - raw.keys())}, "
+                f"unknown {sorted(raw.keys() - fields)}; fit and save it again"
             )
         if raw["residual_sd"] is None:
             raw["residual_sd"] = math.nan
@@ -217,7 +217,8 @@ def _spread(d: ArrayLike, w: ArrayLike, r: ArrayLike) -> list[np.ndarray]:
         ) from None
 
 
-def _read_count(name: str, value: object) -> int:
+def check_count(name: str, value: object) -> int:
+    """The value as an int; ValueError unless it is an integer of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name}: expected an integer of 1 or more, got {value!r}")
     return int(value)
@@ -236,7 +237,7 @@ def _check_map(found: Map) -> None:
             f"box: expected 0 < low <= high <= 1, got {found.low}, {found.high}"
         )
     if found.rank is not None:
-        _read_count("rank", found.rank)
+        check_count("rank", found.rank)
     if not isinstance(found.monotone, bool) or not isinstance(found.solver, str):
         raise ValueError("monotone, solver: expected a bool and a name")
     if math.isinf(found.residual_sd) or found.residual_sd < 0:

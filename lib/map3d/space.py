@@ -6,13 +6,14 @@ its exact MACs.
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib import cost
 from lib import plan as plans
@@ -25,8 +26,7 @@ WIDTHS = ("uniform", "inner")
 FINEST = 16  # widths are multiples of 1/16, or of 1 / (the narrowest layer)
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """A network of the space: kept blocks, width in `steps`, side in pixels."""
 
     blocks: int
@@ -48,9 +48,12 @@ def score_channels(
     total, readers = torch.zeros(2, graph.num_labels + 1, dtype=torch.float64)
     for name, labels in graph.norms.items():
         gamma = getattr(modules[name], "weight", None)
-        if gamma is not None and len(gamma) == labels.numel():
-            total.index_add_(0, labels.flatten(), gamma.detach().abs().double().cpu())
-            readers.index_add_(0, labels.flatten(), torch.ones(len(gamma)).double())
+        if not isinstance(modules[name], _BatchNorm) or gamma is None:
+            continue
+        if len(gamma) == labels.numel():
+            row = labels.flatten() % (graph.num_labels + 1)  # constants: the last slot
+            total.index_add_(0, row, gamma.detach().abs().double().cpu())
+            readers.index_add_(0, row, torch.ones(len(gamma)).double())
     scores = {
         name: total[layer.outputs] / readers[layer.outputs]
         for name, layer in graph.layers.items()
@@ -81,6 +84,8 @@ class Space:
     ):
         if width not in WIDTHS:
             raise ValueError(f"width must be one of {WIDTHS}, got {width!r}")
+        if input_shape[1] != input_shape[2]:
+            raise ValueError(f"images must be square, got (C, H, W) = {input_shape}")
         if multiple < 1 or input_shape[1] < multiple:
             raise ValueError(
                 f"multiple must lie between 1 and the side {input_shape[1]}, got "
@@ -123,9 +128,8 @@ class Space:
             if not 0 < share <= 1:
                 raise ValueError(f"{name} must lie in (0, 1], got {share}")
         blocks = max(_round(d * len(self.blocks)), self.fewest)
-        side = self.multiple * max(_round(r * self.native / self.multiple), 1)
-        if r == 1 or side > self.native:
-            side = self.native
+        sides = [*range(self.multiple, self.native, self.multiple), self.native]
+        side = min(sides, key=lambda s: (round(abs(s - r * self.native), 9), -s))
         return Shape(blocks, max(_round(w * self.steps), 1), side)
 
     def shares(self, shape: Shape) -> tuple[float, float, float]:
