@@ -18,9 +18,10 @@ def pick_rivals(
 ) -> pd.DataFrame:
     """The network of the lattice that each rival strategy ends at, indexed by name.
 
-    "depth", "width", "resolution": that dimension alone, the dearest network with at
-    most `keep` of the MACs (which on a coarse dimension may be well below: see its
-    `share`). "equal": all three take the same share of the cost; "compound":
+    "depth", "width", "resolution": that dimension alone, the network whose MACs come
+    nearest to `keep`, below or above it: where a dimension has coarse steps, none may
+    fit, and a rival that spends a little more is the harder one to beat (see `share`).
+    "equal": all three take the same share of the cost; "compound":
     EfficientNet's scaling reversed. Both are rounded to the nearest network in the logs
     of d, w, r whose share lies in [keep - tolerance, keep]. `lattice` is what
     `Space.lattice` makes, `cost` the law by which equal and compound reckon (default:
@@ -43,13 +44,12 @@ def pick_rivals(
 def _pick_single(lattice: pd.DataFrame, keep: float, name: str) -> pd.Series:
     others = [x for x in "dwr" if x != dict(zip(SINGLE, "dwr", strict=True))[name]]
     line = lattice[(lattice[others] == 1).all(axis=1)]
-    fits = line[line["share"] <= keep + 1e-9]
-    if fits.empty:
+    if line["share"].min() > keep * 1.1:
         raise ValueError(
             f"{name} alone cannot reach {keep:.4g} of the MACs; the least it reaches "
             f"is {line['share'].min():.4f}"
         )
-    return fits.loc[fits["share"].idxmax()]
+    return line.loc[(line["share"] - keep).abs().idxmin()]
 
 
 def _pick_nearest(rows: pd.DataFrame, point) -> pd.Series:
