@@ -74,7 +74,8 @@ class PowerLaw:
         0, inf where the others cost no more than `share` and 0 where they cost more.
         """
         axis, known = sort_axes(share, others)
-        rest = np.prod([x ** self.exponents[m] for m, x in known.items()], axis=0)
+        one, other = (x ** self.exponents[m] for m, x in known.items())
+        rest = one * other
         if self.exponents[axis] == 0:
             return np.where(rest <= share * (1 + ROUNDING), np.inf, 0.0)
         return (share / rest) ** (1 / self.exponents[axis])

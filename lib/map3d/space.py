@@ -170,6 +170,16 @@ class Space:
         side = None if shape.side == self.native else shape.side
         return Plan(keep=keep, drop=drop, resolution=side)
 
+    def spread_removal(self) -> list[str]:
+        """Removable blocks: the last of each stage, then the ones before them, ..."""
+        seen: dict[str, int] = {}
+        places = []
+        for number, block in enumerate(reversed(self.blocks)):
+            if block.removable:
+                turn = seen[block.stage] = seen.get(block.stage, 0) + 1
+                places.append((turn, number, block.name))
+        return [name for *_, name in sorted(places)]
+
     def find_present(self, model: nn.Module) -> list[str]:
         """Names of the blocks that `model` still has."""
         modules = dict(model.named_modules())
@@ -238,14 +248,14 @@ class Space:
     ) -> pd.DataFrame:
         """Every network of the space with its exact MACs, without building one.
 
-        `model` is the unpruned network; blocks go in `order` (default: from the back).
+        `model` is the unpruned network; blocks go in `order` (default: evenly over the
+        stages, see `spread_removal`; it matters where blocks differ in cost).
         Widths from `narrowest` on, sides from half the native one on. Columns d, w, r,
         blocks, width (in steps), side, macs, share. MACs are a sum over layers of the
         work at one position (depth and width decide it) times the number of positions
         (the side decides that).
         """
-        if order is None:
-            order = [block.name for block in self.blocks[::-1] if block.removable]
+        order = self.spread_removal() if order is None else order
         widths = range(max(math.ceil(narrowest * self.steps), 1), self.steps + 1)
         depths = range(self.fewest, len(self.blocks) + 1)
         graph = build_graph(model, self.input_shape)
