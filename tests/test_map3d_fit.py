@@ -1,0 +1,818 @@
+"""MAP's predictor: recovered truths, other solvers, automatic differentiation."""
+
+import importlib
+import itertools
+import json
+import math
+import re
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.polynomial import polynomial
+from scipy.optimize import check_grad
+
+from lib import paths
+from lib.map3d.fit import (
+    UnidentifiedWarning,
+    check_points,
+    count_parameters,
+    fit,
+    jacobian_rank,
+)
+from lib.map3d.predictor import Map
+from lib.map3d.uncertainty import bootstrap_maps, leave_one_out
+
+solvers = importlib.import_module("lib.map3d.solvers")
+pytestmark = pytest.mark.usefixtures("one_thread")
+few = settings(max_examples=25, deadline=None)
+
+FLOORS = (0.5, 0.7071, 0.7071)
+STEPS = [[0.875, 0.75, 0.625, 0.5], *[[0.9268, 0.8536, 0.7804, 0.7071]] * 2]
+AXIS = np.array(
+    [[1.0, 1, 1]]
+    + [[x if n == m else 1 for n in range(3)] for m in range(3) for x in STEPS[m]]
+)
+OFF = np.random.default_rng(9).uniform(FLOORS, 1, (300, 3))
+VARIANTS = [{}, {"solver": "als"}, {"monotone": True}]
+IDS = ["lm", "als", "monotone"]
+
+
+def make_grid(sides=4, low=FLOORS):
+    levels = [np.linspace(x, 1, sides) for x in low]
+    return np.array(list(itertools.product(*levels)))
+
+
+def truth(p):
+    """A falling product of cubics in plain d, w, r, accuracy in percent."""
+    d, w, r = (1 - p[:, m] for m in range(3))
+    return 93.4 * (1 - 0.02 * d - 0.2 * d**3) * (1 - 0.06 * w - 0.9 * w**2) * (
+        1 - 0.1 * r - 0.3 * r**2 - 2 * r**3
+    )  # fmt: skip
+
+
+def wavy_truth(p):
+    """A product that no falling factors make: accuracy rises with the first pruning."""
+    d, w, r = p.T
+    return 90 * (1 + 0.3 * (1 - d) - 0.9 * (1 - d) ** 2) * (0.6 + 0.4 * w**3) * (
+        1.4 * r - 0.4 * r**2
+    )  # fmt: skip
+
+
+def measure(places, *, sd=0.0, seed=0, surface=truth):
+    noise = np.random.default_rng(seed).normal(0, sd, len(places)) if sd else 0
+    return np.column_stack([places, np.clip(surface(places) + noise, 0, 100)])
+
+
+def sum_squares(found, points):
+    return float(((found.predict(*points.T[:3]) - points[:, 3]) ** 2).sum())
+
+
+def quiet_fit(points, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnidentifiedWarning)
+        return fit(points, **options)
+
+
+def draw_map(seed=0, degree=3, low=FLOORS):
+    """Any polynomial, of no particular shape."""
+    tensor = np.random.default_rng(seed).normal(0, 3, (degree + 1,) * 3)
+    tensor[0, 0, 0] = 90
+    return Map(tensor, low, degree, None, False, "lstsq", 64, 0.25)
+
+
+# -- rank 1 ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=IDS)
+def test_a_product_of_cubics_is_recovered_off_the_axes_from_13_points(options):
+    found = fit(measure(AXIS), **options)
+    np.testing.assert_allclose(found.predict(*OFF.T), truth(OFF), rtol=0, atol=1e-10)
+    assert found.residual_sd < 1e-10 and found.num_points == 13
+    assert found.low == FLOORS and found.high == (1, 1, 1)
+
+
+@pytest.mark.parametrize("options", VARIANTS[:2], ids=IDS[:2])
+@pytest.mark.parametrize("places", [AXIS, make_grid(), OFF[:40]], ids=len)
+def test_a_product_that_is_not_monotone_is_recovered_too(options, places):
+    found = fit(measure(places, surface=wavy_truth), **options)
+    np.testing.assert_allclose(
+        found.predict(*OFF.T), wavy_truth(OFF), rtol=0, atol=1e-8
+    )
+
+
+def test_a_falling_fit_is_no_fit_of_a_rising_truth():
+    points = measure(make_grid(), surface=wavy_truth)
+    assert sum_squares(fit(points, monotone=True), points) > 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("degree", [1, 2, 3])
+@pytest.mark.parametrize("places", [AXIS, make_grid(), OFF[:25]], ids=len)
+def test_alternating_and_levenberg_marquardt_agree_on_noisy_points(
+    places, degree, seed
+):
+    points = measure(places, sd=0.3, seed=seed)
+    a, b = (fit(points, degree=degree, solver=solver) for solver in ("lm", "als"))
+    np.testing.assert_allclose(a.coefficients, b.coefficients, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        a.predict(*points.T[:3]), b.predict(*points.T[:3]), rtol=0, atol=1e-6
+    )
+    assert sum_squares(b, points) == pytest.approx(sum_squares(a, points), rel=1e-10)
+
+
+def test_axis_points_of_rank_1_are_three_univariate_fits_of_one_unpruned_accuracy():
+    points = measure(AXIS, sd=0.4, seed=5)
+    columns = [1 - points[:, m] for m in range(3)]
+    design = np.column_stack([np.ones(13)] + [u**k for u in columns for k in (1, 2, 3)])
+    by_hand = design @ np.linalg.lstsq(design, points[:, 3], rcond=None)[0]
+    found = fit(points)
+    np.testing.assert_allclose(found.predict(*AXIS.T), by_hand, rtol=0, atol=1e-9)
+    rest = ((by_hand - points[:, 3]) ** 2).sum() / (13 - 10)
+    assert found.residual_sd == pytest.approx(math.sqrt(rest), rel=1e-9)
+
+
+def test_als_never_goes_uphill():
+    points, found = measure(AXIS, sd=0.5, seed=2), []
+    for monotone in (False, True):
+        squares = []
+        for sweeps in range(1, 16):
+            with pytest.warns(UserWarning, match=f"not settled in {sweeps} sweeps"):
+                made = fit(points, solver="als", monotone=monotone, sweeps=sweeps)
+            squares.append(sum_squares(made, points))
+        assert np.all(np.diff(squares) <= 1e-12 * squares[0])
+        assert squares[-1] < squares[0]
+        found.append(squares[-1])
+    assert found[0] < found[1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_random_start_finds_a_better_product(seed, monkeypatch):
+    points = measure(AXIS, sd=0.5, seed=seed)
+    least, rng = sum_squares(fit(points), points), np.random.default_rng(seed)
+    monkeypatch.setattr(
+        solvers,
+        "_start_product",
+        lambda bases, target: np.r_[rng.uniform(0.3, 2), rng.normal(0, 0.5, 9)],
+    )
+    for _ in range(20):
+        assert sum_squares(fit(points), points) >= least * (1 - 1e-9)
+
+
+# -- gauge and derivatives -------------------------------------------------------------
+
+
+def raw_surface(theta, unit):
+    """A product of three raw cubics, theta [12], at u [N, 3]."""
+    value = 1
+    for m, part in enumerate(theta.split(4)):
+        powers = torch.stack([unit[:, m] ** k for k in range(4)], 1)
+        value = value * (powers @ part)
+    return value
+
+
+@pytest.mark.parametrize("places", [AXIS, make_grid()], ids=len)
+def test_two_of_the_twelve_raw_coefficients_are_gauge(places):
+    unit = torch.tensor((1 - places) / (1 - np.array(FLOORS)))
+    theta = torch.randn(12, dtype=torch.float64, generator=torch.manual_seed(1))
+    jacobian = torch.autograd.functional.jacobian(lambda t: raw_surface(t, unit), theta)
+    assert jacobian.shape[1] == 12
+    assert torch.linalg.matrix_rank(jacobian) == 10 == count_parameters(1, 3)
+    assert jacobian_rank(places, 1, 3) == 10
+    moved = theta.reshape(3, 4) * torch.tensor([[4.0], [-0.5], [-0.5]])
+    torch.testing.assert_close(
+        raw_surface(moved.flatten(), unit), raw_surface(theta, unit)
+    )
+
+
+def test_factors_do_not_depend_on_how_a_product_is_written():
+    found = fit(measure(AXIS, sd=0.2))
+    base, parts = found.factors()
+    assert base == found.predict(1, 1, 1) and all(part[0] == 1 for part in parts)
+    rebuilt = base * np.einsum("i,j,k->ijk", *parts)
+    np.testing.assert_allclose(found.coefficients, rebuilt, rtol=1e-12, atol=1e-12)
+    scaled = np.einsum(
+        "i,j,k->ijk", 8 * parts[0], -0.25 * base * parts[1], -0.5 * parts[2]
+    )
+    again = Map(scaled, FLOORS, 3, 1, False, "lm", 13, 0.2)
+    for one, other in zip(again.factors()[1], parts, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 2}], ids=["product", "sum"])
+def test_the_solvers_jacobians_are_the_derivatives(options, monkeypatch):
+    seen, inner = [], solvers.least_squares
+
+    def spy(fun, start, jac, **settings):
+        seen.append((fun, jac, start))
+        return inner(fun, start, jac, **settings)
+
+    monkeypatch.setattr(solvers, "least_squares", spy)
+    weights = np.random.default_rng(3).uniform(0.5, 2, 64)
+    fit(measure(make_grid(), sd=0.5), weights=weights, **options)
+    fun, jac, start = seen[-1]
+    theta = start + np.random.default_rng(4).normal(0, 0.2, len(start))
+    for k, step in enumerate(1e-6 * np.eye(len(theta))):
+        slope = (fun(theta + step) - fun(theta - step)) / 2e-6
+        np.testing.assert_allclose(jac(theta)[:, k], slope, rtol=0, atol=1e-7)
+
+
+def test_derivatives_of_a_sum_match_autograd():
+    rng = np.random.default_rng(0)
+    bases = [rng.normal(size=(7, n)) for n in (4, 3, 2)]
+    factors = [rng.normal(size=(2, n)) for n in (4, 3, 2)]
+    leaves = [torch.tensor(f, requires_grad=True) for f in factors]
+    value = sum(
+        math.prod(torch.tensor(b) @ f[q] for b, f in zip(bases, leaves, strict=True))
+        for q in range(2)
+    )
+    np.testing.assert_allclose(solvers.predict(bases, factors), value.detach())
+    for n, entry in enumerate(value):
+        grads = torch.autograd.grad(entry, leaves, retain_graph=True)
+        for m in range(3):
+            row = solvers.derive(bases, factors, m)[n]
+            np.testing.assert_allclose(row, grads[m].flatten(), atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_gradient_matches_autograd_and_differences(seed):
+    found = draw_map(seed)
+    for place in OFF[:5]:
+        x = torch.tensor(place, requires_grad=True)
+        u = [(1 - x[m]) / (1 - FLOORS[m]) for m in range(3)]
+        value = sum(
+            c * u[0] ** i * u[1] ** j * u[2] ** k
+            for (i, j, k), c in np.ndenumerate(found.coefficients)
+        )
+        assert found.predict(*place) == pytest.approx(value.item(), rel=1e-12)
+        value.backward()
+        np.testing.assert_allclose(found.gradient(*place), x.grad, rtol=1e-10)
+        error = check_grad(lambda p: found.predict(*p), lambda p: found.gradient(*p),
+                           place)  # fmt: skip
+        assert error < 1e-3
+
+
+def test_elasticities_are_slopes_in_log_space():
+    found = draw_map(4)
+    for exponents in ((1, 2, 2), (1.8, 1, 2)):
+        got = found.elasticities(*OFF[0], exponents)
+        for m in range(3):
+            step = np.eye(3)[m] * 1e-6 / exponents[m]  # one millionth of the cost
+            up, down = (found.predict(*(OFF[0] * np.exp(s))) for s in (step, -step))
+            assert got[m] == pytest.approx(math.log(up / down) / 2e-6, rel=1e-5)
+    np.testing.assert_array_equal(
+        found.elasticities(*OFF[0]), found.elasticities(*OFF[0], (1, 2, 2))
+    )
+
+
+# -- the map ---------------------------------------------------------------------------
+
+
+def test_monomials_are_the_same_polynomial_in_plain_shares():
+    found = draw_map(1, low=(0.4, 0.6, 0.75))
+    plain = polynomial.polyval3d(*OFF.T, found.monomials())
+    np.testing.assert_allclose(plain, found.predict(*OFF.T), rtol=1e-9)
+    linear = Map(np.zeros((2, 2, 2)), (0.5, 1, 1), 1, 1, False, "lm", 4, 0, (1, 1, 1))
+    linear.coefficients.flags.writeable = True
+    linear.coefficients[0, 0, 0], linear.coefficients[1, 0, 0] = 90, -10
+    assert linear.monomials().ravel().tolist() == [70, 0, 0, 0, 20, 0, 0, 0]
+
+
+def test_shapes_broadcast_and_large_grids_come_in_pieces():
+    found = draw_map(2)
+    d, w = np.linspace(0.5, 1, 300)[:, None], np.linspace(0.7, 1, 200)
+    assert isinstance(found.predict(0.5, 1, 1), float)
+    values = found.predict(d, w, 0.8)
+    assert values.shape == (300, 200)
+    assert values[7, 11] == found.predict(d[7, 0], w[11], 0.8)
+    assert values[-1, -1] == found.predict(1.0, 1.0, 0.8)
+    assert found.gradient(d, w, 0.8).shape == (3, 300, 200)
+    assert found.gradient(0.5, 1, 1).shape == (3,)
+    assert found.elasticities(d, w, 0.8).shape == (3, 300, 200)
+    np.testing.assert_array_equal(
+        found.elasticities(d, w, 0.8)[:, 7, 11],
+        found.elasticities(d[7, 0], w[11], 0.8),
+    )
+    assert found.predict([], 1, 1).shape == (0,)
+    assert found.predict(pd.Series([0.5, 1.0]), 1, 1).shape == (2,)
+
+
+def test_the_box_tells_where_a_prediction_is_extrapolated():
+    found = fit(measure(AXIS))
+    assert found.covers(0.5, 0.7071, 1) is True and found.covers(0.49, 1, 1) is False
+    assert found.covers([0.5, 0.4], 1, [[0.8], [0.7]]).tolist() == [
+        [True, False],
+        [False, False],
+    ]
+    assert math.isfinite(found.predict(0.3, 1, 1))
+    inner = fit(measure(make_grid()[make_grid().max(1) < 1]), degree=1)
+    assert max(inner.high) < 1 and not inner.covers(1, 1, 1)
+
+
+def test_a_dimension_that_does_not_vary_keeps_the_factor_one():
+    places = AXIS[AXIS[:, 2] == 1]
+    for constant in (1.0, 0.8):
+        points = measure(places, sd=0.2)
+        points[:, 2] = constant
+        for options in (*VARIANTS, {"rank": 2}, {"rank": None}):
+            found = quiet_fit(points, **options)
+            assert not found.coefficients[:, :, 1:].any()
+            assert found.low[2] == found.high[2] == constant
+            assert found.predict(0.7, 0.8, 0.3) == found.predict(0.7, 0.8, 1)
+            assert found.gradient(0.7, 0.8, 1)[2] == 0
+            assert found.covers(0.7, 0.8, constant)
+            assert not found.covers(0.7, 0.8, 0.9)
+        assert fit(points).factors()[1][2].tolist() == [1, 0, 0, 0]
+    assert jacobian_rank(places, 1, 3) == 7
+    line = measure(AXIS[:5])
+    curve = np.polyfit(line[:, 0], line[:, 3], 3)
+    assert fit(line).predict(0.6, 1, 1) == pytest.approx(np.polyval(curve, 0.6))
+
+
+@pytest.mark.parametrize(
+    "options", [*VARIANTS, {"rank": None, "degree": 1}, {"rank": 2}]
+)
+def test_a_saved_map_is_the_same_to_the_last_bit(options, tmp_path):
+    found = quiet_fit(measure(AXIS, sd=0.3), **options)
+    again = Map.load(found.save(tmp_path / "map.json"))
+    assert again.coefficients.tobytes() == found.coefficients.tobytes()
+    assert again.as_dict() == found.as_dict()
+    assert again.predict(0.6, 0.8, 0.9) == found.predict(0.6, 0.8, 0.9)
+    assert again.solver == found.solver and again.monotone is found.monotone
+
+
+def test_a_map_without_degrees_of_freedom_has_no_noise_and_still_saves(tmp_path):
+    ten = np.delete(measure(AXIS, sd=0.3), [1, 6, 11], 0)
+    found = fit(ten)
+    assert math.isnan(found.residual_sd) and sum_squares(found, ten) < 1e-18
+    assert math.isnan(Map.load(found.save(tmp_path / "map.json")).residual_sd)
+    assert "null" in (tmp_path / "map.json").read_text()
+
+
+def test_coefficients_cannot_be_written_and_are_a_copy():
+    tensor = np.ones((2, 2, 2))
+    found = Map(tensor, (0.5, 0.5, 0.5), 1, 1, False, "lm", 8, 0.1)
+    tensor[:] = 5
+    assert found.coefficients.max() == 1
+    with pytest.raises(ValueError, match="read-only"):
+        found.coefficients[0] = 2
+
+
+# -- higher rank and the full tensor ---------------------------------------------------
+
+
+def interacting_truth(p):
+    """Rank 2: a product, less a loss where depth and width are pruned together."""
+    return truth(p) - 60 * (1 - p[:, 0]) * (1 - p[:, 1]) * (2 - p[:, 2])
+
+
+def test_a_sum_of_two_products_is_recovered_from_a_full_grid():
+    points = measure(make_grid(), surface=interacting_truth)
+    two = fit(points, rank=2)
+    np.testing.assert_allclose(
+        two.predict(*OFF.T), interacting_truth(OFF), rtol=0, atol=1e-7
+    )
+    assert fit(points).residual_sd > 0.3 > two.residual_sd
+    again = fit(points, rank=2)
+    assert again.coefficients.tobytes() == two.coefficients.tobytes()
+
+
+def test_the_full_tensor_is_plain_least_squares():
+    points = measure(make_grid(5), sd=0.5, surface=interacting_truth)
+    powers = list(itertools.product(range(4), repeat=3))
+    design = np.column_stack([(points[:, :3] ** power).prod(1) for power in powers])
+    by_hand = np.linalg.lstsq(design, points[:, 3], rcond=1e-15)[0]
+    found = fit(points, rank=None)
+    expected = [(OFF**power).prod(1) for power in powers] * by_hand[:, None]
+    np.testing.assert_allclose(found.predict(*OFF.T), sum(expected), rtol=0, atol=1e-6)
+    rest = ((design @ by_hand - points[:, 3]) ** 2).sum() / (125 - 64)
+    assert found.residual_sd == pytest.approx(math.sqrt(rest), rel=1e-6)
+
+
+def test_least_norm_leaves_what_axis_points_cannot_tell_at_zero():
+    points = measure(AXIS, sd=0.2)
+    with pytest.warns(UnidentifiedWarning, match="13 points determine 10 of 64"):
+        found = fit(points, rank=None)
+    mixed = [np.count_nonzero(i) > 1 for i in np.ndindex(4, 4, 4)]
+    assert np.abs(found.coefficients.ravel()[mixed]).max() < 1e-9
+    alone = fit(points)
+    np.testing.assert_allclose(
+        found.predict(*AXIS.T), alone.predict(*AXIS.T), rtol=0, atol=1e-9
+    )
+    assert found.residual_sd == pytest.approx(alone.residual_sd)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_axis_points_tell_nothing_about_the_rank(rank):
+    points = measure(AXIS, sd=0.2)
+    message = rf"determine 10 of {10 * rank} parameters.*two or three of d, w, r"
+    with pytest.warns(UnidentifiedWarning, match=message) as caught:
+        found = fit(points, rank=rank)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    alone = fit(points)
+    np.testing.assert_allclose(
+        found.predict(*AXIS.T), alone.predict(*AXIS.T), rtol=0, atol=1e-3
+    )
+    assert np.abs(found.predict(*OFF.T) - alone.predict(*OFF.T)).max() < 10
+    assert jacobian_rank(AXIS, rank, 3) == jacobian_rank(AXIS, None, 3) == 10
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, None])
+def test_a_grid_of_three_levels_determines_degree_2(rank):
+    points = measure(make_grid(3), sd=0.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = fit(points, rank=rank, degree=2, starts=2)
+    assert jacobian_rank(points, rank, 2) == count_parameters(rank, 2)
+    assert math.isnan(found.residual_sd) == (rank is None)
+    with pytest.raises(ValueError, match="d: degree 3 needs 4 levels"):
+        fit(points, rank=rank)
+
+
+def test_parameters_and_ranks_are_counted():
+    counts = [count_parameters(rank, 3) for rank in (1, 2, 6, None)]
+    assert counts == [10, 20, 60, 64] and count_parameters(1, 2) == 7
+    grid = make_grid()
+    assert [jacobian_rank(grid, rank, 3) for rank in (1, 2, 6, None)] == counts
+    assert jacobian_rank(AXIS[:, :3], 1, 3) == 10  # before anything is measured
+    frame = pd.DataFrame(AXIS, columns=["d", "w", "r"])
+    assert jacobian_rank(frame, 2, 2) == 7
+    line = np.repeat(np.linspace(0.5, 1, 4)[:, None], 3, 1)
+    assert jacobian_rank(line, None, 3) == 4
+
+
+# -- a falling fit ---------------------------------------------------------------------
+
+
+@few
+@given(st.integers(0, 10**6), st.sampled_from([0.3, 3.0, 30.0]), st.booleans())
+def test_a_monotone_map_never_rises_when_something_is_pruned(seed, sd, axis):
+    places = AXIS if axis else OFF[seed % 200 :][:30]
+    found = fit(measure(places, sd=sd, seed=seed), monotone=True)
+    grid = make_grid(12, found.low).reshape(12, 12, 12, 3)
+    values = found.predict(*np.moveaxis(grid, -1, 0))
+    for m in range(3):
+        assert np.diff(values, axis=m).min() >= -1e-10  # from pruned to whole
+    assert values.min() >= -1e-10
+    base, parts = found.factors()
+    assert base > 0 and all(np.all(part[1:] <= 0) for part in parts)
+
+
+def test_a_monotone_map_does_not_fall_below_zero_in_the_box():
+    points = measure(AXIS)
+    points[1:5, 3] = 60, 20, 0, 0  # a line or parabola through these goes on falling
+    for degree in (1, 2, 3):
+        found = fit(points, monotone=True, degree=degree)
+        values = found.predict(*make_grid(8).T).reshape(8, 8, 8)
+        assert values.min() >= -1e-10 and values.max() > 50
+        for m in range(3):
+            assert np.diff(values, axis=m).min() >= -1e-10
+    assert fit(points, degree=1).predict(0.5, 1, 1) < -1
+
+
+def test_a_monotone_map_counts_the_drops_it_uses():
+    points = measure(AXIS, sd=0.4, seed=1)
+    found = fit(points, monotone=True)
+    used = sum(np.count_nonzero(part[1:]) for part in found.factors()[1])
+    assert used < 9
+    rest = sum_squares(found, points) / (13 - 1 - used)
+    assert found.residual_sd == pytest.approx(math.sqrt(rest), rel=1e-9)
+    assert sum_squares(found, points) > sum_squares(fit(points), points)
+
+
+# -- equivariance ----------------------------------------------------------------------
+
+ANY = [*VARIANTS, {"rank": None, "degree": 1}]
+
+
+@few
+@given(st.integers(0, 10**6), st.sampled_from(ANY))
+def test_the_order_of_points_does_not_matter(seed, options):
+    points = measure(AXIS, sd=0.3, seed=seed)
+    moved = np.random.default_rng(seed).permutation(points)
+    a, b = (quiet_fit(p, **options) for p in (points, moved))
+    np.testing.assert_allclose(a.predict(*OFF.T), b.predict(*OFF.T), rtol=0, atol=2e-5)
+    assert a.residual_sd == pytest.approx(b.residual_sd, rel=1e-8)
+
+
+@few
+@given(st.integers(0, 10**6), st.floats(1e-3, 1), st.sampled_from(ANY))
+def test_scaling_accuracies_scales_the_map(seed, factor, options):
+    points = measure(AXIS, sd=0.3, seed=seed)
+    a = quiet_fit(points, **options)
+    b = quiet_fit(points * [1, 1, 1, factor], **options)
+    np.testing.assert_allclose(
+        b.predict(*OFF.T), factor * a.predict(*OFF.T), rtol=1e-6, atol=0
+    )
+    assert b.residual_sd == pytest.approx(factor * a.residual_sd, rel=1e-8)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=IDS)
+def test_a_weight_counts_like_as_many_copies_of_the_point(options):
+    points = measure(make_grid(), sd=0.4)
+    weights = np.ones(64)
+    weights[[0, 40, 63]] = 3
+    copies = np.repeat(points, weights.astype(int), axis=0)
+    a, b = fit(points, weights=weights, **options), fit(copies, **options)
+    np.testing.assert_allclose(a.coefficients, b.coefficients, rtol=0, atol=1e-5)
+    ratio = b.residual_sd / a.residual_sd  # the same squares, six points more
+    assert ratio**2 == pytest.approx(a_freedom(a) / (a_freedom(a) + 6), rel=1e-6)
+    assert b.num_points == 70
+
+
+def a_freedom(found):
+    """Degrees of freedom of a product: points less a and the coefficients not at 0."""
+    parts = found.factors()[1]
+    return found.num_points - 1 - sum(np.count_nonzero(part[1:]) for part in parts)
+
+
+def test_a_large_weight_pins_the_unpruned_point():
+    points = measure(AXIS, sd=0.5, seed=4)
+    free, pinned = fit(points), fit(points, weights=[1e8, *[1] * 12])
+    assert abs(free.predict(1, 1, 1) - points[0, 3]) > 0.01
+    assert pinned.predict(1, 1, 1) == pytest.approx(points[0, 3], abs=1e-6)
+    again = fit(points, weights=[7e8, *[7] * 12])
+    np.testing.assert_allclose(pinned.coefficients, again.coefficients, atol=1e-6)
+    assert again.residual_sd == pytest.approx(math.sqrt(7) * pinned.residual_sd)
+
+
+# -- held-out errors and the bootstrap -------------------------------------------------
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=IDS)
+def test_leave_one_out_is_the_loop_by_hand(options):
+    points = measure(AXIS, sd=0.3)
+    expected = []
+    for n in range(13):
+        found = fit([p for k, p in enumerate(points) if k != n], **options)
+        d, w, r, accuracy = points[n]
+        expected.append(found.predict(d, w, r) - accuracy)
+    np.testing.assert_array_equal(leave_one_out(points, **options), expected)
+
+
+def test_leave_one_out_of_a_linear_fit_has_a_closed_form():
+    points, rng = measure(make_grid(), sd=0.5), np.random.default_rng(6)
+    weights = rng.uniform(0.5, 2, 64)
+    powers = itertools.product(range(3), repeat=3)
+    design = np.column_stack([(points[:, :3] ** power).prod(1) for power in powers])
+    root = np.sqrt(weights)[:, None]
+    hat = (root * design) @ np.linalg.pinv(root * design)
+    rest = np.sqrt(weights) * points[:, 3]
+    expected = (hat @ rest - rest) / (1 - np.diag(hat)) / np.sqrt(weights)
+    found = leave_one_out(points, rank=None, degree=2, weights=weights)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-7)
+
+
+def test_the_bootstrap_has_the_covariance_of_a_linear_fit():
+    points, rng = measure(make_grid(), sd=0.5), np.random.default_rng(7)
+    weights = rng.uniform(0.3, 3, 64)
+    base = fit(points, rank=None, degree=1, weights=weights)
+    maps = bootstrap_maps(
+        points, repeats=500, seed=3, sd=0.8, rank=None, degree=1, weights=weights
+    )
+    design = base.centre(*points.T[:3])
+    powers = list(itertools.product(range(2), repeat=3))
+    design = np.column_stack([np.prod(design.T**power, 1) for power in powers])
+    expected = 0.64 * np.linalg.inv(design.T * weights @ design)
+    drawn = np.array([m.coefficients.ravel() for m in maps])
+    spread = np.sqrt(np.diag(expected))
+    np.testing.assert_allclose(np.std(drawn, axis=0, ddof=1), spread, rtol=0.12)
+    drift = (drawn.mean(0) - base.coefficients.ravel()) / spread
+    assert np.abs(drift).max() < 4 / math.sqrt(500)
+    expected /= np.outer(spread, spread)
+    assert np.abs(np.corrcoef(drawn.T) - expected).max() < 0.15
+
+
+def test_the_bootstrap_takes_the_residual_noise_and_repeats_itself():
+    points = measure(AXIS, sd=0.3)
+    a = bootstrap_maps(points, repeats=3, seed=5)
+    b = bootstrap_maps(points, repeats=3, seed=5, sd=fit(points).residual_sd)
+    c = bootstrap_maps(points, repeats=3, seed=6)
+    still = bootstrap_maps(points, repeats=2, sd=0.0, monotone=True)
+    for one, same, other in zip(a, b, c, strict=True):
+        np.testing.assert_array_equal(one.coefficients, same.coefficients)
+        assert np.abs(one.coefficients - other.coefficients).max() > 1e-3
+    expected = fit(points, monotone=True).predict(*OFF.T)
+    np.testing.assert_allclose(still[1].predict(*OFF.T), expected, atol=1e-4)
+    perfect = np.column_stack([AXIS, np.full(13, 100.0)])  # noise goes beyond 100 %
+    assert len(bootstrap_maps(perfect, repeats=4, sd=1.0)) == 4
+
+
+def test_what_cannot_be_determined_is_warned_of_once():
+    points = measure(AXIS, sd=0.3)
+    with pytest.warns(UnidentifiedWarning) as caught:
+        errors = leave_one_out(points, rank=None)
+    assert len(caught) == 1 and np.isfinite(errors).all()
+    with pytest.warns(UnidentifiedWarning) as caught:
+        maps = bootstrap_maps(points, repeats=5, rank=None)
+    assert len(caught) == 1 and len(maps) == 5
+
+
+def test_the_residual_noise_is_that_of_the_points():
+    found = [fit(measure(make_grid(), sd=0.2, seed=s)).residual_sd for s in range(40)]
+    assert np.mean(np.square(found)) == pytest.approx(0.04, rel=0.1)
+
+
+# -- real data -------------------------------------------------------------------------
+
+
+def read_deit() -> np.ndarray:
+    """The 22 points (a, t, accuracy) of the page on BoundaryDPT."""
+    rows = pd.read_csv(paths.PUBLISHED / "deit_b.csv").query("quantity == 'top1'")
+    shares = rows["variant"].str.extract(r"^a ([\d.]+), t ([\d.]+)$").astype(float)
+    return np.column_stack([shares, rows["value"].astype(float)])
+
+
+def test_deit_b_refutes_the_quadratic_that_is_printed_with_it():
+    a, t, accuracy = read_deit().T
+    assert len(a) == 22
+    design = np.column_stack([np.ones(22), a, t, a**2, a * t, t**2])
+    found = np.linalg.lstsq(design, accuracy, rcond=None)[0]
+    expected = [15.75, 98.33, 28.42, -45.42, -13.04, -2.40]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.0051)
+
+
+def test_deit_b_as_a_map_of_two_dimensions():
+    a, t, accuracy = read_deit().T
+    points = np.column_stack([a, t, np.ones(22), accuracy])
+    full = fit(points, rank=None, degree=2)
+    design = [a**i * t**j for i in range(3) for j in range(3)]
+    expected = np.linalg.lstsq(np.column_stack(design), accuracy, rcond=None)[0]
+    np.testing.assert_allclose(full.monomials()[:, :, 0].ravel(), expected, rtol=1e-7)
+
+
+def test_deit_b_pruned_both_ways_is_worse_than_its_axes_say():
+    a, t, accuracy = read_deit().T
+    a, t = np.round(12 * a) / 12, np.round(12 * t) / 12  # layers; print rounds them
+    points = np.column_stack([a, t, np.ones(22), accuracy])
+    axes, inner = points[(a == 1) | (t == 1)], points[(a < 1) & (t < 1)]
+    assert (len(axes), len(inner)) == (17, 5)
+    for degree, rmse in ((2, 0.604), (3, 0.621)):
+        errors = fit(axes, degree=degree).predict(*inner.T[:3]) - inner[:, 3]
+        assert np.sqrt(np.mean(errors**2)) == pytest.approx(rmse, abs=5e-4)
+        assert errors.mean() > 0.4
+    errors = leave_one_out(points)
+    assert np.abs(errors).mean() == pytest.approx(0.397, abs=5e-4)
+    assert np.sqrt(np.mean(errors**2)) == pytest.approx(0.547, abs=5e-4)
+    errors = leave_one_out(points, rank=None, degree=2)
+    assert np.sqrt(np.mean(errors**2)) == pytest.approx(1.514, abs=5e-4)
+
+
+# -- input -----------------------------------------------------------------------------
+
+
+def test_lists_and_tables_in_any_order_of_columns_are_taken():
+    points = measure(AXIS, sd=0.2)
+    expected = fit(points).coefficients
+    frame = pd.DataFrame(points, columns=["d", "w", "r", "accuracy"])
+    frame["seed"] = "a"
+    for same in (
+        points.tolist(),
+        frame,
+        frame[["accuracy", "r", "seed", "d", "w"]],
+        frame.rename(columns={"accuracy": "top1"}),
+        frame.assign(top1=1e9),
+    ):
+        assert fit(same).coefficients.tobytes() == expected.tobytes()
+    before = points.copy()
+    fit(points, weights=np.arange(1, 14))
+    np.testing.assert_array_equal(points, before)
+    np.testing.assert_array_equal(check_points(frame), points)
+
+
+def changed(row, column, value):
+    points = measure(AXIS)
+    points[row, column] = value
+    return points
+
+
+def framed(*names):
+    return pd.DataFrame(measure(AXIS)[:, : len(names)], columns=list(names))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fit(measure(AXIS)[:, :3]), r"expected \[N, 4\].*got \[13, 3\]"),
+        (lambda: fit(measure(AXIS)[0]), r"got \[4\]"),
+        (lambda: fit(np.empty((0, 4))), r"got \[0, 4\]"),
+        (lambda: fit([["a"] * 4] * 13), "table of numbers"),
+        (lambda: fit([[1, 1, 1, 90], [1, 1]]), "table of numbers"),
+        (lambda: fit(framed("d", "w", "accuracy")), r"missing columns \['r'\]"),
+        (lambda: fit(framed("d", "w", "r")), r"missing columns \['accuracy'\]"),
+        (lambda: fit(changed(3, 0, 0.0)), r"d: point 3 has 0.0, .*\(0, 1\]"),
+        (lambda: fit(changed(5, 1, 1.01)), "w: point 5 has 1.01"),
+        (lambda: fit(changed(12, 2, np.nan)), "r: point 12 has nan"),
+        (lambda: fit(changed(12, 2, 28)), "divide by its depth, width or side"),
+        (lambda: fit(changed(2, 3, np.nan)), "accuracy: point 2 has nan"),
+        (lambda: fit(changed(2, 3, np.inf)), "accuracy: point 2 has inf"),
+        (lambda: fit(changed(2, 3, 100.5)), "percent from 0 to 100"),
+        (lambda: fit(changed(2, 3, -0.1)), "point 2 has -0.1"),
+        (lambda: fit(measure(AXIS) * [1, 1, 1, 0]), "all are 0"),
+        (lambda: fit([[0.5, 1, 1, 90]] * 20), r"all 20 lie at \(0.5, 1, 1\)"),
+        (
+            lambda: fit(np.repeat(measure(AXIS)[[0, 1, 2]], 9, 0)),
+            "d: degree 3 needs 4 levels, the points have 3",
+        ),
+        (
+            lambda: fit(np.repeat(measure(make_grid()[::21]), 5, 0)),
+            "4 different ones, .* degree 3 has 10 parameters",
+        ),
+        (
+            lambda: fit(measure(OFF[:9]), rank=None),
+            "9 different ones, but a product of degree 3 has 10",
+        ),
+        (lambda: fit(measure(OFF[:9]), rank=2), "9 different ones"),
+        (lambda: fit(measure(AXIS), degree=0), "degree: expected an integer of 1"),
+        (lambda: fit(measure(AXIS), degree=2.0), "degree: expected an integer"),
+        (lambda: fit(measure(AXIS), rank=0), "rank: expected an integer of 1"),
+        (lambda: fit(measure(AXIS), rank=True), "rank: expected an integer of 1"),
+        (lambda: fit(measure(AXIS), rank=7), "rank: 7 has 70 .*64; use rank None"),
+        (lambda: fit(measure(AXIS), starts=0), "starts: expected"),
+        (lambda: fit(measure(AXIS), sweeps=0), "sweeps: expected"),
+        (lambda: fit(measure(AXIS), solver="sgd"), "solved by lm or als, got 'sgd'"),
+        (lambda: fit(measure(AXIS), rank=2, solver="als"), "by lm, got 'als'"),
+        (lambda: fit(measure(AXIS), rank=None, solver="lm"), "by lstsq, got 'lm'"),
+        (lambda: fit(measure(AXIS), monotone=True, solver="lm"), "by als, got 'lm'"),
+        (lambda: fit(measure(AXIS), monotone=True, rank=2), "monotone: .* rank 2"),
+        (lambda: fit(measure(AXIS), monotone=True, rank=None), "monotone: .*None"),
+        (lambda: fit(measure(AXIS), weights=[1] * 12), "weights: expected 13 positive"),
+        (lambda: fit(measure(AXIS), weights=[0] + [1] * 12), "weights: expected 13"),
+        (lambda: fit(measure(AXIS), weights=[np.nan] * 13), "weights: expected 13"),
+        (lambda: count_parameters(4, 2), "rank: 4 has 28 parameters at degree 2"),
+        (lambda: jacobian_rank(AXIS[:, :2]), r"expected \[N, 3\]"),
+        (lambda: jacobian_rank(AXIS, 0), "rank: expected"),
+        (lambda: jacobian_rank(2 * AXIS), "d: point 0 has 2.0"),
+        (lambda: leave_one_out(measure(make_grid(4)[:, ::-1])[:10]), "degree 3"),
+        (
+            lambda: leave_one_out(measure(np.delete(AXIS, [1, 5, 9], 0))),
+            "without point 0: points: 9 different",
+        ),
+        (
+            lambda: bootstrap_maps(measure(np.delete(AXIS, [1, 5, 9], 0))),
+            "sd: expected .* got nan",
+        ),
+        (lambda: bootstrap_maps(measure(AXIS), sd=-1), "sd: expected 0 or more"),
+        (lambda: bootstrap_maps(measure(AXIS), repeats=0), "repeats: expected"),
+        (lambda: draw_map().factors(), "rank None"),
+        (
+            lambda: Map(np.zeros((2, 2, 2)), FLOORS, 1, 1, False, "lm", 8, 0).factors(),
+            "accuracy above 0 has factors, this one has rank 1 and 0.0 %",
+        ),
+        (lambda: draw_map().elasticities(1, 1, 1, (1, 2)), "exponents: expected three"),
+        (lambda: draw_map().elasticities(1, 1, 1, (1, 0, 2)), "exponents: expected"),
+        (lambda: draw_map().predict([1, 1], [1, 1, 1], 1), r"broadcast.*\(2,\), \(3,"),
+        (lambda: draw_map().covers([1, 1], [1, 1, 1], 1), "broadcast"),
+    ],
+)
+def test_bad_input_is_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: [], "not a map"),
+        (lambda d: {"keep": {}}, "not a map"),
+        (lambda d: d | {"kind": "plan"}, "not a map"),
+        (lambda d: {k: v for k, v in d.items() if k != "low"}, r"missing \['low'\]"),
+        (lambda d: d | {"extra": 1}, r"unknown \['extra'\]"),
+        (lambda d: d | {"degree": 2}, r"coefficients: expected finite \(3, 3, 3\)"),
+        (lambda d: d | {"degree": "3"}, "degree: expected an integer"),
+        (lambda d: d | {"coefficients": [[1, 2], [3]]}, "damaged map"),
+        (lambda d: d | {"coefficients": None}, "damaged map"),
+        (lambda d: d | {"low": [0.5, 0.5]}, "low, high: expected 3"),
+        (lambda d: d | {"low": [0.5, 0.5, 0]}, "0 < low <= high <= 1"),
+        (lambda d: d | {"high": [0.4, 1, 1]}, "0 < low <= high <= 1"),
+        (lambda d: d | {"low": None}, "damaged map"),
+        (lambda d: d | {"rank": 0}, "rank: expected"),
+        (lambda d: d | {"monotone": 1}, "monotone, solver"),
+        (lambda d: d | {"num_points": -1}, "num_points: expected"),
+        (lambda d: d | {"residual_sd": -1.0}, "residual_sd: expected 0 or more"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_refused_by_name(change, message, tmp_path):
+    path = tmp_path / "some_map.json"
+    path.write_text(json.dumps(change(fit(measure(AXIS)).as_dict())))
+    with pytest.raises(ValueError, match=message) as error:
+        Map.load(path)
+    assert re.search(r"some_map\.json", str(error.value))
+
+
+def test_half_a_file_and_no_file_are_refused_by_name(tmp_path):
+    path = fit(measure(AXIS)).save(tmp_path / "map.json")
+    path.write_text(path.read_text()[:200])
+    with pytest.raises(ValueError, match=r"map\.json: not valid JSON"):
+        Map.load(path)
+    text = fit(measure(AXIS)).save(path).read_text()
+    first = re.search(r"\d+\.\d+", text).group()
+    path.write_text(text.replace(first, "NaN", 1))
+    with pytest.raises(ValueError, match=r"map\.json: a damaged map .*finite"):
+        Map.load(path)
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        Map.load(tmp_path / "none.json")
