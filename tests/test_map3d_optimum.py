@@ -550,6 +550,19 @@ def test_the_optimum_of_a_kinked_cost(seed):
     assert feasible.max() - 1e-9 <= found.accuracy <= feasible.max() + 1
 
 
+@pytest.mark.parametrize(
+    "start", [LOW, (0.5, 1, 0.8), (1, ROOT, 0.9), (0.9, 0.75, 0.8)]
+)
+def test_a_climb_crosses_the_cells_of_a_table(start):
+    map, keep = build_map(SMOOTH), 0.5
+    box = module.find_box(map, keep, measured)
+    point = module.Point(*start, map.predict(*start))
+    found = module._climb(map, point, keep, measured, box)
+    assert check_kkt(map, found, keep, measured).kkt_residual < 1e-6
+    best = optimum(map, keep, measured)
+    assert found.accuracy == pytest.approx(best.accuracy, rel=1e-10)
+
+
 def test_an_optimum_that_sticks_to_a_kink():
     # Below r = 0.9 the cost hardly falls, above it it rises steeply: stay there.
     def cost(d, w, r):

@@ -26,7 +26,7 @@ def pick_rivals(
     of d, w, r whose share lies in [keep - tolerance, keep]. `lattice` is what
     `Space.lattice` makes, `cost` the law by which equal and compound reckon (default:
     fitted to the lattice). Raises `ValueError` where a strategy cannot meet the budget,
-    naming the least share that it reaches.
+    naming the least share that it reaches: a single dimension by a tenth of `keep`.
     """
     cost = cost or fit_exponents(lattice)
     rows = {name: _pick_single(lattice, keep, name) for name in SINGLE}
