@@ -407,6 +407,20 @@ def test_pruning_once_probes_where_blocks_go_and_nowhere_else(model, sets, monke
     assert both == space.plan(model, shape, order=order, scores=scores)
 
 
+def test_probes_see_images_of_the_size_last_trained_at(model, sets, monkeypatch):
+    seen, real = [], map3d.probe_blocks
+
+    def probe(*arguments, **options):
+        seen.append((options["resolution"], options["seed"]))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(MODULE, "probe_blocks", probe)
+    chain = [(5 / 6, 1, 1), (5 / 6, 1, 0.85), (4 / 6, 1, 0.7), (3 / 6, 1, 1)]
+    table = collect(model, sets, [chain], epochs=0)
+    assert table["side"].tolist() == [14, 12, 10, 14]
+    assert seen == [(None, 1), (12, 1), (10, 1)]
+
+
 def test_a_collection_reads_no_test_image(model, sets):
     with pytest.raises(AssertionError, match="test set"):
         len(sets.test)

@@ -598,6 +598,7 @@ def test_the_bootstrap_takes_the_residual_noise_and_repeats_itself():
         assert np.abs(one.coefficients - other.coefficients).max() > 1e-3
     expected = fit(points, monotone=True).predict(*OFF.T)
     np.testing.assert_allclose(still[1].predict(*OFF.T), expected, atol=1e-4)
+    assert still[1].residual_sd < 1e-5 < fit(points, monotone=True).residual_sd
     perfect = np.column_stack([AXIS, np.full(13, 100.0)])  # noise goes beyond 100 %
     assert len(bootstrap_maps(perfect, repeats=4, sd=1.0)) == 4
 

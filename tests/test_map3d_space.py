@@ -413,11 +413,20 @@ def test_blocks_go_in_the_order_given_and_only_those_present():
     scores, target = scores_of("resnet20"), map3d.Shape(7, 16, 32)
     plan = space.plan(model, target, order=order, scores=scores)
     assert plan == Plan(drop=["layer2.1", "layer3.2"])
-    small = shrink(model, Plan(drop=["layer3.2"]))
+    small = shrink(model, Plan(drop=["layer2.1"]))
     assert space.find_present(small) == [
-        b.name for b in space.blocks if b.name != "layer3.2"
+        b.name for b in space.blocks if b.name != "layer2.1"
     ]
-    assert space.plan(small, target, order=order, scores=scores).drop == ["layer2.1"]
+    assert space.plan(small, target, order=order, scores=scores).drop == ["layer3.2"]
+
+
+def test_blocks_leave_evenly_over_the_stages_where_no_order_is_given():
+    order = make_space("resnet20").spread_removal()
+    assert order == [f"layer{s}.{b}" for b in (2, 1) for s in (3, 2, 1)]
+    model, table = make("densenet40"), make_lattice("densenet40")
+    few = table[(table["w"] == 1) & (table["r"] == 1)].set_index("blocks")["macs"]
+    drop = [f"block{b}.{i}" for i in (11, 10) for b in (3, 2, 1)][:5]
+    assert few[31] == cost.count(shrink(model, Plan(drop=drop)), SHAPE).macs
 
 
 def test_plans_that_cannot_be_made_are_refused():
