@@ -132,6 +132,15 @@ def epochs(monkeypatch) -> list:
     return done
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_from_the_start():
+    """Fixtures of the module are made before `one_thread` acts, and must agree."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def sets() -> Sets:
     return make_sets()
@@ -139,11 +148,7 @@ def sets() -> Sets:
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    made = make_baseline()
-    torch.set_num_threads(threads)
-    return made
+    return make_baseline()
 
 
 @pytest.fixture(scope="module")
