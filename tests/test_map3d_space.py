@@ -532,6 +532,8 @@ def test_halves_snap_up_whatever_the_last_bits():
     )
     assert space.snap(1e-9, 1e-9, 1e-9) == map3d.Shape(3, 1, 4)
     assert space.snap(1, 1, 1) == map3d.Shape(6, 16, 32)
+    coarse = make_space("resnet14", "uniform", 28, 8)
+    assert coarse.snap(1, 1, 0.999).side == 28 and coarse.snap(1, 1, 0.9).side == 24
 
 
 @pytest.mark.parametrize("bad", [0, -0.5, 1.001, math.nan, math.inf])
