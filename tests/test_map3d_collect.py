@@ -677,6 +677,15 @@ def test_points_of_other_networks_or_recipes_are_kept(other):
     assert len(map3d.read_points("toy/31")) == 2
 
 
+@pytest.mark.parametrize("column", ["net", "dataset", "width"])
+def test_points_of_different_networks_are_not_mixed(column):
+    map3d.write_points("toy/30/a", make_points({column: "this"}))
+    assert len(map3d.read_points("toy/31")) == 1
+    map3d.write_points("toy/30/b", make_points({column: "that"}))
+    with pytest.raises(ValueError, match=f"different {column} .*: this, that; give"):
+        map3d.read_points("toy/31")
+
+
 def test_no_points_is_an_error_that_says_what_to_run():
     map3d.write_points("other/30", make_points({}))
     with pytest.raises(ValueError, match="run 30_map_collection first"):

@@ -441,8 +441,12 @@ def test_plans_that_cannot_be_made_are_refused():
 
     with pytest.raises(ValueError, match="has 4 blocks left, 5 are wanted"):
         ask(drop, 5, 16, 32)
-    with pytest.raises(ValueError, match="2 blocks cannot be reached: 6 are there, 3"):
-        ask(model, 2, 16, 32)
+    for bad, word in {(2, 16, 32): "blocks", (7, 16, 32): "blocks", (6, 0, 32): "width",
+                      (6, 17, 32): "width", (6, 16, 0): "side"}.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"{word} must lie between"):
+            ask(model, *bad)
+    with pytest.raises(ValueError, match="no scores for 'conv1', which must be"):
+        ask(model, 6, 8, 32, scores={n: s for n, s in scores.items() if n != "conv1"})
     with pytest.raises(ValueError, match="4 blocks cannot be reached: 6 are there, 1"):
         ask(model, 4, 16, 32, order=order[:1])
     with pytest.raises(ValueError, match=r"'conv1' has 8 channels left, 9 are wanted"):
@@ -614,6 +618,12 @@ def test_each_floor_alone_meets_the_budget():
 def test_budgets_outside_0_to_1_are_refused(keep):
     with pytest.raises(ValueError, match=r"keep is the share of cost .* \(0, 1\]"):
         map3d.find_floors(keep)
+
+
+@pytest.mark.parametrize("exponents", [(0, 2, 2), (1, -1, 2), (1, 2), (1, 2, math.nan)])
+def test_exponents_that_are_no_cost_are_refused(exponents):
+    with pytest.raises(ValueError, match="exponents must be three positive numbers"):
+        map3d.find_floors(0.5, exponents)
 
 
 def test_the_axes_go_down_in_equal_steps_one_dimension_at_a_time():

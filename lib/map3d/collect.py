@@ -73,7 +73,11 @@ def write_points(run: str, points: pd.DataFrame) -> Path:
 
 
 def read_points(run: str) -> pd.DataFrame:
-    """All points that runs of the profile of `run` have collected, each once."""
+    """All points that runs of the profile of `run` have collected, each once.
+
+    ValueError where they are of more than one network, set of images or kind of width
+    (columns net, dataset, width, where there): one predictor cannot describe both.
+    """
     folder = profile_folder(run)
     files = sorted(folder.rglob("points.csv"))
     if not files:
@@ -81,6 +85,13 @@ def read_points(run: str) -> pd.DataFrame:
             f"no points.csv below {paths.shown(folder)}: run 30_map_collection first"
         )
     points = pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
+    for column in [c for c in ("net", "dataset", "width") if c in points]:
+        found = points[column].unique()
+        if len(found) > 1:
+            raise ValueError(
+                f"points of different {column} below {paths.shown(folder)}: "
+                f"{', '.join(map(str, found))}; give each a profile of its own"
+            )
     return points.drop_duplicates([c for c in points if c != "seconds"])
 
 

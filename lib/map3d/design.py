@@ -4,6 +4,7 @@ A design is a list of chains. A chain starts at the unpruned network; each of it
 is pruned from the network that the point before it left, and fine-tuned.
 """
 
+import math
 from collections.abc import Sequence
 
 Point = tuple[float, float, float]
@@ -16,10 +17,13 @@ def find_floors(keep: float, exponents: Sequence[float] = (1.0, 2.0, 2.0)) -> Po
     """The share at which one dimension alone meets the budget, for d, w and r.
 
     `keep`: share of the cost that stays, in (0, 1]; the cost is d^a w^b r^c with
-    `exponents` (a, b, c). Half of the paper's d w^2 r^2: (.5, .707, .707).
+    `exponents` (a, b, c), all positive. Half of the paper's d w^2 r^2: (.5, .707,
+    .707). ValueError for other values.
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep is the share of cost that stays, in (0, 1], got {keep}")
+    if len(exponents) != 3 or not all(0 < e < math.inf for e in exponents):
+        raise ValueError(f"exponents must be three positive numbers, got {exponents}")
     d, w, r = (keep ** (1 / exponent) for exponent in exponents)
     return d, w, r
 

@@ -152,8 +152,10 @@ class Space:
 
         The paper's order: blocks first, those at the head of `order`; then, in every
         layer that is left, the channels with the lowest `scores`; then the side.
-        `ValueError` where `model` is smaller than `shape` already.
+        `ValueError` where `model` is smaller than `shape` already, where `shape` is
+        not of the space, and for a layer that must be narrowed and has no scores.
         """
+        self._check_shape(shape)
         present = self.find_present(model)
         if len(present) < shape.blocks:
             raise ValueError(
@@ -189,6 +191,21 @@ class Space:
             if not isinstance(modules[block.name], nn.Identity)
         ]
 
+    def _check_shape(self, shape: Shape) -> None:
+        limits = zip(
+            Shape._fields,
+            shape,
+            (self.fewest, 1, 1),
+            (len(self.blocks), self.steps, self.native),
+            strict=True,
+        )
+        for name, value, low, high in limits:
+            if not low <= value <= high:
+                raise ValueError(
+                    f"{name} must lie between {low} and {high}, got {value}; "
+                    "`snap` turns shares into a network of the space"
+                )
+
     def _narrow(self, model, width: int, scores, drop: list[str]) -> dict:
         modules, gone = dict(model.named_modules()), tuple(f"{n}." for n in drop)
         rates = {}
@@ -204,6 +221,12 @@ class Space:
                     rates[name] = (now - wanted + 0.5) / now
         if not rates:
             return {}
+        missing = [name for name in rates if name not in scores]
+        if missing:
+            raise ValueError(
+                f"no scores for '{missing[0]}', which must be narrowed; "
+                "`score_channels(model, shape)` has all layers"
+            )
         narrowed = plans.from_scores(
             model, {name: scores[name] for name in rates}, self.input_shape,
             rate=rates, residual=self._residual,
