@@ -2,9 +2,11 @@
 
 Yu et al., "NISP: Pruning Networks using Neuron Importance Score Propagation", CVPR
 2018. frl (what the classifier reads) -> inf_fs (how much each response matters) ->
-propagation -> `lib.plan`; comparisons and errors ask whether it was worth it.
+propagation -> `lib.plan`; comparisons and errors ask whether it was worth it, activity
+what the closed form leaves out.
 """
 
+from lib.nisp.activity import measure_activity
 from lib.nisp.comparisons import METHODS, rank_layerwise, score_layers
 from lib.nisp.errors import find_retained, measure_errors
 from lib.nisp.frl import collect_responses, score_frl
@@ -16,6 +18,7 @@ __all__ = [
     "collect_responses",
     "find_retained",
     "inf_fs",
+    "measure_activity",
     "measure_errors",
     "propagate",
     "rank_layerwise",

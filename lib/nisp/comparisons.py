@@ -9,13 +9,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lib import baselines
 from lib.data import ImageSet
 from lib.graph import Graph, build_graph
+from lib.nisp.activity import measure_activity
 from lib.nisp.frl import score_frl, stream
 from lib.nisp.inf_fs import inf_fs
 from lib.nisp.propagation import propagate
 from lib.nisp.rules import ACTIVATIONS
 from lib.trace import Node
 
-FRL_RANKINGS = {"nisp": "inf_fs", "nisp-mag": "magnitude", "nisp-uniform": "uniform"}
+FRL_RANKINGS = {
+    "nisp": "inf_fs",
+    "nisp-sharp": "inf_fs",
+    "nisp-mag": "magnitude",
+    "nisp-uniform": "uniform",
+}
 UNCHANGED = set(
     "native_dropout dropout _to_copy to clone detach alias contiguous lift_fresh"
     "".split()
@@ -35,9 +41,11 @@ def score_layers(
 ) -> dict[str, Tensor]:
     """Channel scores by one of `METHODS`, for every layer that can be pruned.
 
-    "nisp": Inf-FS on the final responses, propagated; "nisp-mag", "nisp-uniform": the
-    same propagation of other final scores (`score_frl`); "layerwise": Inf-FS in every
-    layer by itself; "l1", "bn_scale", "random": `lib.baselines`. `joint` (only for the
+    "nisp": Inf-FS on the final responses, propagated; "nisp-sharp": those scores times
+    the size of each neuron's output (`measure_activity`), the bound that NISP's closed
+    form loosens, not a method of the paper; "nisp-mag", "nisp-uniform": the plain
+    propagation of other final scores (`score_frl`); "layerwise": Inf-FS in every layer
+    by itself; "l1", "bn_scale", "random": `lib.baselines`. `joint` (only for the
     propagated ones): rates of pruning while propagating, see `propagate`. Raises
     `ValueError` for an unknown method.
     """
@@ -46,7 +54,10 @@ def score_layers(
             model, images, FRL_RANKINGS[method], alpha=alpha, num_images=num_images,
             seed=seed,
         )  # fmt: skip
-        scores = propagate(model, final, images.shape, joint=joint)
+        sizes = None
+        if method == "nisp-sharp":
+            sizes = measure_activity(model, images, num_images=num_images, seed=seed)
+        scores = propagate(model, final, images.shape, joint=joint, activity=sizes)
     elif method == "layerwise":
         scores = rank_layerwise(
             model, images, alpha=alpha, num_images=num_images, seed=seed

@@ -29,6 +29,7 @@ def propagate(
     frl: str | None = None,
     neurons: bool = False,
     scale: str = "common",
+    activity: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Importance of the outputs of every layer in front of the final response layer.
 
@@ -48,18 +49,25 @@ def propagate(
     in a sweep without removal; those are the scores returned for them. None removes
     nothing.
 
+    `activity` puts back what the closed form replaces by one constant, the size of each
+    neuron's output (`measure_activity`; [C, H, W] or [C] by layer): a neuron's score is
+    multiplied by it before channels are summed and ranked, and handed on without. That
+    is the sharper of the two bounds, and unlike the closed form it does not change when
+    a layer's outputs are scaled up and its readers' weights down.
+
     All scores are on one scale, that of `frl_scores`, if float64 can hold them; if not,
     all are divided by the same power of two. `scale="layer"` divides each layer's by
     their sum instead. Biases have no part. The model is left as found.
 
     Raises `ValueError` for scores that do not fit the FRL, are negative, not finite or
     all zero, an FRL that cannot be found, rates outside [0, 1) or for layers that
-    cannot be pruned, weights that are not finite, and, by its name, an operation
-    without a rule. Source: Yu et al. 2018, sec. 3.
+    cannot be pruned, weights that are not finite, activity that is missing for a layer
+    or does not fit it, and, by its name, an operation without a rule.
+    Source: Yu et al. 2018, sec. 3.
     """
     if scale not in {"common", "layer"}:
         raise ValueError(f"scale must be 'common' or 'layer', got {scale!r}")
-    sweep = Sweep(model, build_graph(model, input_shape), frl)
+    sweep = Sweep(model, build_graph(model, input_shape), frl, activity)
     seed = sweep.read_scores(frl_scores)
     rates = read_rates(sweep, joint)
     found = run_joint(sweep, seed, rates) if rates else sweep.run(seed)
@@ -84,7 +92,13 @@ class Sweep:
     of it, in forward order; `calls` counts how often each runs.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, frl: str | None):
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        frl: str | None,
+        activity: Mapping[str, Tensor] | None = None,
+    ):
         self.graph = graph
         self.modules = dict(model.named_modules())
         self.target = find_frl(graph, self.modules, frl)
@@ -98,6 +112,7 @@ class Sweep:
                 "layer; name a later one with `frl`"
             )
         refuse_writes(self)
+        self.activity = None if activity is None else read_activity(self, activity)
 
     def step(self, node: Node) -> Step:
         """A node with what its rule needs to know."""
@@ -131,8 +146,10 @@ class Sweep:
         for node in reversed(self.nodes):
             made = [scores.pop(value, None) for value in node.outputs]
             if node.module in self.calls and made[0] is not None:
-                found[node.module].append(made[0])
-                made = [self.gate(node.module, made[0], alive or {}, rates or {})]
+                own = self.weigh(node.module, made[0])
+                found[node.module].append(own)
+                kept = self.choose(node.module, own, alive or {}, rates or {})
+                made = [self.gate(node.module, made[0], kept)]
             if any(value in self.features for value in node.inputs):
                 self.hand_back(node, made, scores)
         return found
@@ -147,15 +164,25 @@ class Sweep:
                 new = rescale(fold(part), power, f"'{node.module}' ({node.op})")
                 scores[value] = scores[value] + new if value in scores else new
 
-    def gate(self, name: str, s: Scores, alive: Mapping, rates: Mapping) -> Scores:
+    def weigh(self, name: str, s: Scores) -> Scores:
+        """Scores of a layer's neurons times how active they are."""
+        if self.activity is None:
+            return s
+        return Scores(s.values * self.activity[name], s.power)
+
+    def choose(
+        self, name: str, own: Scores, alive: Mapping, rates: Mapping
+    ) -> Tensor | None:
+        """Which channels pass something on, bool; None for all."""
+        if name in alive or name not in rates:
+            return alive.get(name)
+        group = self.graph.group_of[name]
+        total = self.sum_channels(name, [own]).values
+        return choose_units(group, {name: total}, rates[name])[group.index[name]]
+
+    def gate(self, name: str, s: Scores, kept: Tensor | None) -> Scores:
         """Zero the scores of channels that are removed."""
-        if name in alive:
-            kept = alive[name]
-        elif name in rates:
-            group = self.graph.group_of[name]
-            total = self.sum_channels(name, [s]).values
-            kept = choose_units(group, {name: total}, rates[name])[group.index[name]]
-        else:
+        if kept is None:
             return s
         shape = [1] * s.values.ndim
         shape[self.channel_dim(name)] = -1
@@ -311,6 +338,30 @@ def check_rate(what: str, rate: float) -> None:
     """Raise `ValueError` unless the rate lies in [0, 1)."""
     if not math.isfinite(rate) or not 0 <= rate < 1:
         raise ValueError(f"{what}: the rate must lie in [0, 1), got {rate}")
+
+
+def read_activity(sweep: Sweep, activity: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Activity of the sweep's layers, float64, in the shape of one image's output."""
+    found = {}
+    for name in sweep.layers:
+        if name not in activity:
+            raise ValueError(
+                f"activity: '{name}' is missing; `measure_activity` has all layers"
+            )
+        values = activity[name].detach()
+        node = next(n for n in sweep.nodes if n.module == name and n.outputs)
+        shape = tuple(sweep.graph.values[node.outputs[0]].shape[1:])
+        if tuple(values.shape) != shape:
+            raise ValueError(
+                f"activity: the output of '{name}' has the shape {shape} per image, "
+                f"got {tuple(values.shape)}"
+            )
+        if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
+            raise ValueError(
+                f"activity: '{name}' has values that are negative or not finite"
+            )
+        found[name] = values.to(sweep.modules[name].weight.device, torch.float64)
+    return found
 
 
 def check_scores(frl_scores: Tensor, size: int, shape: tuple[int, ...]) -> None:

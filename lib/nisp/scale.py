@@ -67,6 +67,8 @@ def common_power(rows: Iterable[Scores]) -> int:
     """
     tops = [(s.power, float(s.values.max())) for s in rows]
     tops = [power + math.frexp(top)[1] for power, top in tops if top > 0]
+    if not tops:  # nothing is active
+        return 0
     least, most = max(tops) - HIGHEST, min(tops) - LOWEST
     if least > most:
         raise ValueError(
