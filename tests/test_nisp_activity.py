@@ -11,11 +11,12 @@ from test_nisp_theory import (
     MOST,
     all_masks,
     bounds,
+    chains,
     cnns,
     draw_images,
     draw_scores,
+    loop_by_hand,
     lowest,
-    matrix_of,
     mlps,
     outputs_of,
     small_cnn,
@@ -151,34 +152,20 @@ def test_loud_channels_with_quiet_readers_change_only_the_plain_scores(joint):
         assert torch.allclose(*found, rtol=1e-9, atol=0) == same
 
 
-@pytest.mark.parametrize("rate", [0.25, 0.5, 0.7])
-def test_joint_pruning_ranks_with_activity_and_hands_on_without(rate):
-    """A loop by hand through dense matrices; what is chosen is what a plan removes."""
-    torch.manual_seed(1)
-    layers = [nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 5, 3, 2),
-              nn.ReLU(), nn.Flatten(), nn.Linear(45, 8), nn.ReLU(),
-              nn.Linear(8, 2)]  # fmt: skip
-    model, shape = nn.Sequential(*layers).double().eval(), (2, 7, 7)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(chains(), st.sampled_from([0.25, 0.5, 0.7]))
+def test_joint_pruning_ranks_with_activity_and_hands_on_without(drawn, rate):
+    model, shape = drawn
     s, activity = draw_scores(model), activity_of(model, shape)
     found = nisp.propagate(model, s, shape, joint=rate, activity=activity)
-    values, shapes = s.clone(), [shape]
-    for module in model:
-        with torch.no_grad():
-            shapes.append(tuple(module(torch.zeros(1, *shapes[-1]).double())[0].shape))
-    for k in reversed(range(len(model) - 1)):
-        if isinstance(model[k], nn.Conv2d | nn.Linear):
-            width = shapes[k + 1][0]
-            weighed = (values * activity[str(k)].flatten()).view(width, -1).sum(1)
-            torch.testing.assert_close(found[str(k)], weighed, rtol=1e-10, atol=0)
-            values = values.view(width, -1).clone()
-            values[lowest(weighed, rate)] = 0
-            values = values.flatten()
-        if not isinstance(model[k], nn.ReLU):
-            values = matrix_of(model[k], shapes[k]).T @ values
-    made = plan.from_scores(model, found, shape, rate=rate)
-    for name, kept in made.keep.items():
-        gone = lowest(found[name], rate)
-        assert sorted({*range(len(found[name]))} - set(gone)) == kept
+    expected = loop_by_hand(model, s, shape, rate, activity)
+    assert found.keys() == expected.keys()
+    for name, scores in expected.items():
+        torch.testing.assert_close(found[name], scores, rtol=1e-10, atol=0)
+        if int(rate * len(scores)):
+            made = plan.from_scores(model, {name: scores}, shape, rate=rate)
+            gone = {*range(len(scores))} - {*made.keep[name]}
+            assert gone == {*lowest(found[name], rate)}
 
 
 def test_tied_layers_are_decided_by_their_weighed_sum():

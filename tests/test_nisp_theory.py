@@ -539,7 +539,7 @@ def matrix_of(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
         return (module(basis) - module(zero)).abs().flatten(1).T
 
 
-def loop_by_hand(model, s: Tensor, shape, rate: float) -> dict[str, Tensor]:
+def loop_by_hand(model, s: Tensor, shape, rate, activity=None) -> dict[str, Tensor]:
     """Score, choose, zero, go on: one dense matrix per module, from the back."""
     shapes = [shape]
     for module in model:
@@ -550,8 +550,9 @@ def loop_by_hand(model, s: Tensor, shape, rate: float) -> dict[str, Tensor]:
         module = model[k]
         if isinstance(module, nn.Conv2d | nn.Linear):
             s = s.view(shapes[k + 1][0], -1)
-            found[str(k)] = s.sum(1)
-            s[lowest(s.sum(1), rate)] = 0
+            own = s * activity[str(k)].view_as(s) if activity else s
+            found[str(k)] = own.sum(1)
+            s[lowest(own.sum(1), rate)] = 0
             s = s.flatten()
         if not isinstance(module, nn.ReLU | nn.Tanh):
             s = matrix_of(module, shapes[k]).T @ s
