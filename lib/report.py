@@ -27,6 +27,7 @@ QUICK = "quick"  # its numbers teach, they are not results
 def collect_rows(profile: str, kind: str = "rows") -> pd.DataFrame:
     """One row per pruned network over all metrics.json of a profile.
 
+    Device, torch and revision are the row's own where it names them, else its run's.
     `kind` "points": one row per measured point of an accuracy predictor instead.
     """
     rows = []
@@ -38,7 +39,7 @@ def collect_rows(profile: str, kind: str = "rows") -> pd.DataFrame:
         try:
             made_with = {key: metrics["environment"][key] for key in MADE_WITH}
             found = metrics["rows"] if kind == "rows" else metrics.get(kind, [])
-            rows += [{**row, **made_with} for row in found]
+            rows += [made_with | row for row in found]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: not the metrics of a run ({error!r})") from None
     return pd.DataFrame(rows)

@@ -258,12 +258,19 @@ def environment() -> dict[str, str]:
     """Versions, device and code revision, for metrics.json."""
     return {
         "python": platform.python_version(),
-        "torch": version("torch"),
         "torchvision": version("torchvision"),
         "numpy": version("numpy"),
-        "device": device_name(),
-        "revision": code_revision(),
+        **made_with(),
         "code": hash_code(),
+    }
+
+
+def made_with() -> dict[str, str]:
+    """What a measured row names: device, version of torch, revision of the code."""
+    return {
+        "device": device_name(),
+        "torch": version("torch"),
+        "revision": code_revision(),
     }
 
 

@@ -131,9 +131,10 @@ def recover(
     folder named after method, extra columns and seed. The row has accuracy on the
     test set before pruning (`base_top1`, in percent), after recalibration over 100
     batches (`before`) and after fine-tuning (`after`, last epoch), MACs and parameters
-    of the shrunk network, and the `extra` columns. With `scratch` the shrunk network
-    starts from new random weights, drawn from `seed`: what the small architecture is
-    worth without the large one's weights.
+    of the shrunk network, what the last epoch was trained with (device, torch and
+    revision; a later run may have taken it up), and the `extra` columns. With `scratch`
+    the shrunk network starts from new random weights, drawn from `seed`: what the small
+    architecture is worth without the large one's weights.
     """
     tag = "-".join([method, *map(str, extra.values()), f"seed{seed}"])
     folder = run_folder(f"{run}/{tag}")
@@ -161,7 +162,7 @@ def recover(
         "base": base_top1, "before": before, "after": after,
         "macs": spent.macs, "params": spent.params, **spent.down_from(base),
         "seconds": history.seconds, "images_per_s": history.images_per_s,
-        "precision": history.precision,
+        "precision": history.precision, **history.made_with,
     }  # fmt: skip
     curve = [start, *(epoch["val_top1"] for epoch in history.rows)]
     return Recovered(small, row, folder, curve)

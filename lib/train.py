@@ -31,6 +31,7 @@ from lib.recipe import (
     pick_precision,
     rate_at,
 )
+from lib.settings import made_with
 from lib.step import EagerStep, GraphStep
 
 
@@ -39,13 +40,15 @@ class History:
     """What a fit did: one row per epoch, and on what.
 
     `rows`: epoch, loss, top1 and val_top1 in percent, lr, seconds, images_per_s.
-    `resumed` is the number of epochs taken over from a checkpoint.
+    `resumed` is the number of epochs taken over from a checkpoint, `made_with` the
+    device, torch and code revision that trained the last one, then or now.
     """
 
     rows: list[dict] = field(default_factory=list)
     device: str = "cpu"
     precision: str = "float32"
     resumed: int = 0
+    made_with: dict = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -92,10 +95,10 @@ def fit(
     model.to(device, memory_format=layout)
     _check_sets(model, train_set, val_set)
     optimizer = make_optimizer(model, recipe, device)
-    history = History(device=str(device), precision=precision)
     identity = _identify(model, recipe, train_set, precision)
-    history.rows = _resume(checkpoint, identity, model, optimizer)
-    history.resumed = len(history.rows)
+    rows, before = _resume(checkpoint, identity, model, optimizer)
+    history = History(rows, str(device), precision, resumed=len(rows))
+    history.made_with = made_with() if len(rows) < epochs else before
     make_step = GraphStep if device.type == "cuda" else EagerStep
     step = make_step(model, optimizer, recipe, precision)
     steps = count_batches(train_set, recipe.batch_size, train=True)
@@ -110,10 +113,10 @@ def fit(
                 )["top1"]
             row |= watch(model) if watch else {}
             history.rows.append(row)
-            _save(checkpoint, identity, model, optimizer, history.rows)
+            _save(checkpoint, identity, model, optimizer, history)
             report.epoch_done(row)
     if not history.rows:
-        _save(checkpoint, identity, model, optimizer, [])
+        _save(checkpoint, identity, model, optimizer, history)
     return history
 
 
@@ -258,10 +261,12 @@ def _identify(
     }
 
 
-def _resume(checkpoint, identity: dict, model: nn.Module, optimizer) -> list[dict]:
-    """Load the last finished epoch into model and optimizer; the rows so far."""
+def _resume(
+    checkpoint, identity: dict, model: nn.Module, optimizer
+) -> tuple[list[dict], dict]:
+    """Load the last finished epoch; the rows so far and what they were made with."""
     if checkpoint is None or not Path(checkpoint).is_file():
-        return []
+        return [], {}
     checkpoint = Path(checkpoint)
     state = load_checkpoint(checkpoint)
     differs = [k for k, v in identity.items() if state["identity"].get(k) != v]
@@ -274,14 +279,14 @@ def _resume(checkpoint, identity: dict, model: nn.Module, optimizer) -> list[dic
             f"{paths.shown(checkpoint)} was made with another {', '.join(differs)}; "
             f"kept as {aside.name}, starting afresh"
         )
-        return []
+        return [], {}
     model.load_state_dict(state["model"])
     own = ("lr", "fused", "foreach", "capturable")  # belong to the device, not the run
     groups = [{k: g[k] for k in own if k in g} for g in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
     for group, kept in zip(optimizer.param_groups, groups, strict=True):
         group.update(kept)
-    return state["rows"]
+    return state["rows"], state.get("made_with", {})
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -305,14 +310,15 @@ def load_checkpoint(path: str | Path) -> dict:
     return state
 
 
-def _save(checkpoint, identity: dict, model, optimizer, rows: list[dict]) -> None:
+def _save(checkpoint, identity: dict, model, optimizer, history: History) -> None:
     if checkpoint is None:
         return
     state = {
         "identity": identity,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "rows": rows,
+        "rows": history.rows,
+        "made_with": history.made_with,
     }
     paths.write_atomic(checkpoint, lambda tmp: torch.save(state, tmp))
 

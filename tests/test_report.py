@@ -65,6 +65,12 @@ def test_rows_of_all_runs_of_one_profile():
     assert report.collect_rows("none").empty
 
 
+def test_a_rows_own_revision_goes_before_its_runs():
+    write_run("toy/a", [make_row(seed=0), make_row(seed=1, revision="earlier")])
+    now = ENVIRONMENT["revision"]
+    assert report.collect_rows("toy")["revision"].tolist() == [now, "earlier"]
+
+
 def test_summary_is_mean_and_deviation_over_seeds():
     table = report.summarise(pd.DataFrame(ROWS))
     assert table["method"].tolist() == ["l1", "random"]

@@ -208,6 +208,17 @@ def test_recovery_takes_up_what_is_there(sets, resnet, monkeypatch):
     assert same(first.model, again.model) and first.row == again.row
 
 
+def test_a_row_names_the_code_that_trained_it(sets, resnet, monkeypatch):
+    made, then = make_plan(resnet), {"device": "abacus", "torch": "0", "revision": "a"}
+    now = recover(resnet, made, sets, seed=1).row
+    assert {key: now[key] for key in then} == settings.made_with()
+    with monkeypatch.context() as earlier:
+        earlier.setattr(train, "made_with", lambda: then)
+        recover(resnet, made, sets, seed=2)
+    found = recover(resnet, made, sets, seed=2).row
+    assert {key: found[key] for key in then} == then
+
+
 def test_two_seeds_of_one_run_are_both_kept(sets, resnet, monkeypatch):
     made = make_plan(resnet)
     for seed in (0, 1):

@@ -678,7 +678,7 @@ def test_a_checkpoint_keeps_the_kind_and_place_of_the_rate(tmp_path):
     optimizer = make_optimizer(model, Recipe(3), cpu)
     for saved, place in [(torch.tensor(0.1), "meta"), (0.1, "cpu")]:
         optimizer.param_groups[0]["lr"] = saved
-        train._save(file, {}, model, optimizer, [{}])
+        train._save(file, {}, model, optimizer, train.History([{}]))
         fresh = make_optimizer(model, Recipe(3), cpu)
         fresh.param_groups[0]["lr"] = torch.empty((), device=place)
         train._resume(file, {}, model, fresh)
