@@ -153,7 +153,9 @@ def recover(
         batch_size=batch_size, resolution=side, checkpoint=folder / "finetune.pt",
         label=folder.name,
     )  # fmt: skip
-    after = train.evaluate(small, sets.test, resolution=side)["top1"]
+    after = before
+    if epochs:
+        after = train.evaluate(small, sets.test, resolution=side)["top1"]
     here = (shape[0], side, side) if side else shape
     spent = cost.count(small, here)
     row = {

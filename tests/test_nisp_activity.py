@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_nisp_theory import (
@@ -41,21 +40,49 @@ def activity_of(model, shape) -> dict:
 # -- measured ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("net", ["lenet", "resnet8"])
-def test_activity_is_the_mean_of_each_layers_own_output(images, net):
+@pytest.mark.parametrize("net", ["lenet", "cifarnet", "resnet8"])
+def test_activity_is_the_mean_of_what_a_mask_takes_away(images, net):
+    """Behind a ReLU that alone reads the layer, in front of a BatchNorm."""
     torch.manual_seed(0)
     model = models.build(net, in_channels=1, image_size=28)
     found = nisp.measure_activity(model, images, num_images=70, seed=3, batch_size=32)
     assert model.training
     model.eval()
     x = next(iter(data.batches(images.take(70, 3), 70)))[0]
-    assert set(found) == {
-        n for n, m in model.named_modules()
-        if isinstance(m, nn.Conv2d | nn.Linear) and n not in {"fc", "ip2", "linear"}
-    }  # fmt: skip
+    last = {"lenet": "ip2", "cifarnet": "ip2", "resnet8": "linear"}[net]
+    layers = {
+        n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)
+    }
+    assert found.keys() == layers - {last}
+    relus = {"lenet": {"ip1"}, "cifarnet": {"conv2", "conv3"}, "resnet8": set()}[net]
     for name, values in found.items():
-        own = outputs_of(model, name, x).abs().double().mean(0)
-        torch.testing.assert_close(values, own, rtol=1e-5, atol=1e-6)
+        own = outputs_of(model, name, x).double()
+        own = own.relu() if name in relus else own.abs()
+        torch.testing.assert_close(values, own.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_what_an_activation_makes_of_zero_is_not_taken_away(images):
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Sigmoid(), nn.Flatten(),
+                          nn.Linear(3 * 26 * 26, 2))  # fmt: skip
+    x = next(iter(data.batches(images.take(30, 0), 30)))[0]
+    expected = (model[0](x).sigmoid() - 0.5).abs().mean(0).double()
+    found = nisp.measure_activity(model, images, num_images=30)
+    torch.testing.assert_close(found["0"], expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_without_its_norm_a_score_is_that_behind_it():
+    model, shape = small_cnn()
+    model[1].weight.data[2] = 0  # a constant channel
+    s = draw_scores(model)
+    factors = nisp.undo_norms(model, shape)
+    behind = nisp.propagate(model, s, shape, activity=factors)
+    plain = nisp.propagate(model, s, shape)
+    for name, norm in {"0": model[1], "3.0": model[3][1], "3.3": model[3][4]}.items():
+        gain = norm.weight.abs() / (norm.running_var + norm.eps).sqrt()
+        alive = gain > 0
+        torch.testing.assert_close((behind[name] * gain)[alive], plain[name][alive])
+        assert not behind[name][~alive].any()
+    assert torch.equal(behind["6"], plain["6"]) and torch.equal(behind["9"], plain["9"])
 
 
 class Twice(nn.Module):
@@ -201,20 +228,28 @@ def test_layers_that_are_never_active_score_zero():
         assert all(not values.any() for values in found.values())
 
 
-def test_the_method_is_the_propagation_with_activity(images):
+def test_methods_are_the_propagation_with_their_factors(images):
     torch.manual_seed(0)
-    model = models.build("lenet", in_channels=1, image_size=28)
-    options = {"num_images": 60, "seed": 1}
-    final = nisp.score_frl(model, images, **options)
-    sizes = nisp.measure_activity(model, images, **options)
-    expected = nisp.propagate(model, final, images.shape, joint=0.5, activity=sizes)
-    found = nisp.score_layers("nisp-sharp", model, images, joint=0.5, **options)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[n], expected[n]) for n in expected)
-    assert not F.cosine_similarity(
-        found["conv2"], nisp.score_layers("nisp", model, images, **options)["conv2"],
-        dim=0,
-    ).isclose(torch.ones(()).double(), rtol=0, atol=1e-6)  # fmt: skip
+    model = models.build("resnet8", in_channels=1, image_size=28)
+    nisp_options = {"num_images": 60, "seed": 1}
+    final = nisp.score_frl(model, images, **nisp_options)
+    factors = {
+        "nisp": None,
+        "nisp-norm": nisp.undo_norms(model, images.shape),
+        "nisp-sharp": nisp.measure_activity(model, images, **nisp_options),
+    }
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        assert bool((norm.running_var == 1).all())  # measuring changes nothing
+    for method, activity in factors.items():
+        found = nisp.score_layers(method, model, images, joint=0.5, **nisp_options)
+        expected = nisp.propagate(
+            model, final, images.shape, joint=0.5, activity=activity
+        )
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[n], expected[n]) for n in expected)
+    shallow = models.build("lenet", in_channels=1, image_size=28)
+    assert all(bool((f == 1).all())
+               for f in nisp.undo_norms(shallow, images.shape).values())  # fmt: skip
 
 
 def test_activity_that_does_not_fit_is_refused():

@@ -6,7 +6,7 @@ propagation -> `lib.plan`; comparisons and errors ask whether it was worth it, a
 what the closed form leaves out.
 """
 
-from lib.nisp.activity import measure_activity
+from lib.nisp.activity import measure_activity, undo_norms
 from lib.nisp.comparisons import METHODS, rank_layerwise, score_layers
 from lib.nisp.errors import find_retained, measure_errors
 from lib.nisp.frl import collect_responses, score_frl
@@ -24,4 +24,5 @@ __all__ = [
     "rank_layerwise",
     "score_frl",
     "score_layers",
+    "undo_norms",
 ]

@@ -1,12 +1,17 @@
 """How large each neuron's output is: what the closed form's constant C_x leaves out."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib import baselines
 from lib.data import ImageSet
-from lib.graph import build_graph
+from lib.graph import Graph, build_graph
+from lib.nisp.chains import find_chain, replay
 from lib.nisp.frl import stream
+from lib.trace import Node
 
 
 def measure_activity(
@@ -19,23 +24,27 @@ def measure_activity(
 ) -> dict[str, Tensor]:
     """Mean |output| of every neuron of every prunable layer, for `propagate`.
 
-    The output is the layer's own, in front of BatchNorm and activation, where
-    `propagate` takes its scores. Returns float64 [C, H, W] or [C] on the model's
-    device, averaged over `num_images` images (stratified, fixed by `seed`, in
-    evaluation mode) and, in a layer that runs more than once, over its calls. Raises
-    `ValueError` where those calls differ in shape. Source: the term a_u of the bound in
-    Yu et al. 2018, sec. 3, before it is replaced by a constant.
+    The output is the layer's own behind the activations that alone read it, less what
+    they make of zero, and in front of any BatchNorm: what a mask there takes away.
+    Returns float64 [C, H, W] or [C] on the model's device, averaged over `num_images`
+    images (stratified, fixed by `seed`, in evaluation mode) and, in a layer that runs
+    more than once, over its calls. Raises `ValueError` where those calls differ in
+    shape. Source: the term |x| of the bound in Yu et al. 2018, sec. 3, before it is
+    replaced by a constant.
     """
     graph = build_graph(model, images.shape)
     modules = dict(model.named_modules())
     names = [n for n in baselines.prunable_layers(model) if n in graph.layers]
+    chains = {name: find_activations(graph, modules, name) for name in names}
     totals: dict[str, Tensor | float] = dict.fromkeys(names, 0.0)
     calls: dict[str, list[Tensor]] = {name: [] for name in names}
     seen = 0
 
     def make_hook(name: str):
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            calls[name].append(output.abs().sum(0, dtype=torch.float64))
+            there = replay(chains[name], modules, output)
+            gone = replay(chains[name], modules, torch.zeros_like(output[:1]))
+            calls[name].append((there - gone).abs().sum(0, dtype=torch.float64))
 
         return hook
 
@@ -58,3 +67,38 @@ def measure_activity(
         for hook in hooks:
             hook.remove()
     return {name: total / seen for name, total in totals.items()}
+
+
+def undo_norms(
+    model: nn.Module, input_shape: tuple[int, int, int]
+) -> dict[str, Tensor]:
+    """sigma / |gamma| of the BatchNorm that alone reads each prunable layer, or 1.
+
+    As `activity` of `propagate` it gives the scores behind that BatchNorm instead of
+    those in front of it. A channel with gamma = 0 is constant and gets 0.
+    """
+    graph, modules = build_graph(model, input_shape), dict(model.named_modules())
+    found = {}
+    for name in baselines.prunable_layers(model):
+        if name not in graph.layers:
+            continue
+        node = next(n for n in graph.nodes if n.module == name and n.outputs)
+        shape = graph.values[node.outputs[0]].shape[1:]
+        chain = find_chain(graph, modules, name)
+        norm = modules[chain[0].module] if chain else None
+        factor = torch.ones(shape[0], dtype=torch.float64)
+        if isinstance(norm, _BatchNorm) and norm.weight is not None:
+            gamma = norm.weight.detach().double().abs()
+            sigma = (norm.running_var.double() + norm.eps).sqrt()
+            factor = torch.where(gamma > 0, sigma / gamma, torch.zeros_like(gamma))
+        found[name] = factor.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+    return found
+
+
+def find_activations(graph: Graph, modules: Mapping, name: str) -> list[Node]:
+    """The activations right behind a layer that alone read it."""
+    chain = find_chain(graph, modules, name)
+    norms = [
+        i for i, n in enumerate(chain) if isinstance(modules[n.module], _BatchNorm)
+    ]
+    return chain[: norms[0]] if norms else chain

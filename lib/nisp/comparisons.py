@@ -4,28 +4,23 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib import baselines
 from lib.data import ImageSet
-from lib.graph import Graph, build_graph
-from lib.nisp.activity import measure_activity
+from lib.graph import build_graph
+from lib.nisp.activity import measure_activity, undo_norms
+from lib.nisp.chains import find_chain, replay
 from lib.nisp.frl import score_frl, stream
 from lib.nisp.inf_fs import inf_fs
 from lib.nisp.propagation import propagate
-from lib.nisp.rules import ACTIVATIONS
-from lib.trace import Node
 
 FRL_RANKINGS = {
     "nisp": "inf_fs",
+    "nisp-norm": "inf_fs",
     "nisp-sharp": "inf_fs",
     "nisp-mag": "magnitude",
     "nisp-uniform": "uniform",
 }
-UNCHANGED = set(
-    "native_dropout dropout _to_copy to clone detach alias contiguous lift_fresh"
-    "".split()
-)
 METHODS = (*FRL_RANKINGS, "layerwise", "l1", "bn_scale", "random")
 
 
@@ -41,13 +36,15 @@ def score_layers(
 ) -> dict[str, Tensor]:
     """Channel scores by one of `METHODS`, for every layer that can be pruned.
 
-    "nisp": Inf-FS on the final responses, propagated; "nisp-sharp": those scores times
-    the size of each neuron's output (`measure_activity`), the bound that NISP's closed
-    form loosens, not a method of the paper; "nisp-mag", "nisp-uniform": the plain
-    propagation of other final scores (`score_frl`); "layerwise": Inf-FS in every layer
-    by itself; "l1", "bn_scale", "random": `lib.baselines`. `joint` (only for the
-    propagated ones): rates of pruning while propagating, see `propagate`. Raises
-    `ValueError` for an unknown method.
+    "nisp": Inf-FS on the final responses, propagated; "nisp-norm": the same read behind
+    the BatchNorm of each layer instead of in front (`undo_norms`); "nisp-sharp": those
+    scores times the size of each neuron's output (`measure_activity`), the bound that
+    NISP's closed form loosens, not a method of the paper; "nisp-mag", "nisp-uniform":
+    the plain propagation of other final scores (`score_frl`); "layerwise": Inf-FS in
+    every layer by itself; "l1", "bn_scale", "random": `lib.baselines`.
+
+    `joint` (only for those propagated): rates of pruning while propagating, see
+    `propagate`. Raises `ValueError` for an unknown method.
     """
     if method in FRL_RANKINGS:
         final = score_frl(
@@ -57,6 +54,8 @@ def score_layers(
         sizes = None
         if method == "nisp-sharp":
             sizes = measure_activity(model, images, num_images=num_images, seed=seed)
+        elif method == "nisp-norm":
+            sizes = undo_norms(model, images.shape)
         scores = propagate(model, final, images.shape, joint=joint, activity=sizes)
     elif method == "layerwise":
         scores = rank_layerwise(
@@ -137,36 +136,6 @@ def collect_channels(
         for hook in hooks:
             hook.remove()
     return {name: torch.cat(rows) for name, rows in found.items()}
-
-
-def find_chain(graph: Graph, modules: Mapping, name: str) -> list[Node]:
-    """Norm and activations behind a layer, each the only reader of what is before."""
-    readers: dict[int, list[Node]] = {}
-    for node in graph.nodes:
-        for value in node.inputs:
-            readers.setdefault(value, []).append(node)
-    own = [node for node in graph.nodes if node.module == name and node.outputs]
-    value, chain = own[0].outputs[0], []
-    while len(readers.get(value, [])) == 1:
-        node = readers[value][0]
-        module = modules[node.module]
-        norm = isinstance(module, _BatchNorm) and node.op == type(module).__name__
-        if not norm and node.op not in ACTIVATIONS:
-            break
-        chain.append(node)
-        value = node.outputs[0]
-    return chain
-
-
-def replay(chain: list[Node], modules: Mapping, x: Tensor) -> Tensor:
-    """The operations of `find_chain` on a layer's output, which stays as it is."""
-    for node in chain:
-        if node.op == type(modules[node.module]).__name__:
-            x = modules[node.module](x)
-        elif node.op not in UNCHANGED:
-            operation = getattr(torch.ops.aten, node.op.removesuffix("_"))
-            x = operation(x, *node.args[1:], **node.kwargs)
-    return x
 
 
 def mean_channels(layer: nn.Module, response: Tensor) -> Tensor:

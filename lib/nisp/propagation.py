@@ -53,7 +53,8 @@ def propagate(
     neuron's output (`measure_activity`; [C, H, W] or [C] by layer): a neuron's score is
     multiplied by it before channels are summed and ranked, and handed on without. That
     is the sharper of the two bounds, and unlike the closed form it does not change when
-    a layer's outputs are scaled up and its readers' weights down.
+    a layer's outputs are scaled up and its readers' weights down. (`undo_norms` gives
+    factors that move the place of the scores behind each BatchNorm.)
 
     All scores are on one scale, that of `frl_scores`, if float64 can hold them; if not,
     all are divided by the same power of two. `scale="layer"` divides each layer's by
