@@ -10,7 +10,7 @@ from lib import baselines
 from lib.data import ImageSet
 from lib.graph import Graph, build_graph
 from lib.nisp.chains import find_chain, replay
-from lib.nisp.frl import stream
+from lib.nisp.frl import stream_layers
 from lib.trace import Node
 
 
@@ -34,19 +34,19 @@ def measure_activity(
     """
     graph = build_graph(model, images.shape)
     modules = dict(model.named_modules())
-    names = [n for n in baselines.prunable_layers(model) if n in graph.layers]
-    chains = {name: find_activations(graph, modules, name) for name in names}
-    totals: dict[str, Tensor | float] = dict.fromkeys(names, 0.0)
-    calls: dict[str, list[Tensor]] = {name: [] for name in names}
+    chains = {
+        name: find_activations(graph, modules, name)
+        for name in baselines.prunable_layers(model)
+        if name in graph.layers
+    }
+    totals: dict[str, Tensor | float] = dict.fromkeys(chains, 0.0)
+    calls: dict[str, list[Tensor]] = {name: [] for name in chains}
     seen = 0
 
-    def make_hook(name: str):
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            there = replay(chains[name], modules, output)
-            gone = replay(chains[name], modules, torch.zeros_like(output[:1]))
-            calls[name].append((there - gone).abs().sum(0, dtype=torch.float64))
-
-        return hook
+    def record(name: str, output: Tensor) -> None:
+        there = replay(chains[name], modules, output)
+        gone = replay(chains[name], modules, torch.zeros_like(output[:1]))
+        calls[name].append((there - gone).abs().sum(0, dtype=torch.float64))
 
     def add_batch(x: Tensor) -> None:
         nonlocal seen
@@ -60,12 +60,10 @@ def measure_activity(
             totals[name] = totals[name] + torch.stack(rows).mean(0)
             rows.clear()
 
-    hooks = [modules[name].register_forward_hook(make_hook(name)) for name in names]
-    try:
-        stream(model, images, add_batch, num_images, seed, batch_size)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    stream_layers(
+        model, chains, images, record, add_batch,
+        num_images=num_images, seed=seed, batch_size=batch_size,
+    )  # fmt: skip
     return {name: total / seen for name, total in totals.items()}
 
 

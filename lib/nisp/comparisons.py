@@ -10,7 +10,7 @@ from lib.data import ImageSet
 from lib.graph import build_graph
 from lib.nisp.activity import measure_activity, undo_norms
 from lib.nisp.chains import find_chain, replay
-from lib.nisp.frl import score_frl, stream
+from lib.nisp.frl import score_frl, stream_layers
 from lib.nisp.inf_fs import inf_fs
 from lib.nisp.propagation import propagate
 
@@ -117,24 +117,19 @@ def collect_channels(
     calls: dict[str, list[Tensor]] = {name: [] for name in names}
     found: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    def make_hook(name: str):
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            response = replay(chains[name], modules, output)
-            calls[name].append(mean_channels(module, response))
-
-        return hook
+    def record(name: str, output: Tensor) -> None:
+        response = replay(chains[name], modules, output)
+        calls[name].append(mean_channels(modules[name], response))
 
     def join_calls(x: Tensor) -> None:
         for name, rows in calls.items():
             found[name].append(torch.stack(rows).mean(0))
             rows.clear()
 
-    hooks = [modules[name].register_forward_hook(make_hook(name)) for name in names]
-    try:
-        stream(model, images, join_calls, num_images, seed, batch_size)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    stream_layers(
+        model, names, images, record, join_calls,
+        num_images=num_images, seed=seed, batch_size=batch_size,
+    )  # fmt: skip
     return {name: torch.cat(rows) for name, rows in found.items()}
 
 

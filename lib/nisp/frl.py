@@ -4,7 +4,7 @@ NISP measures importance once, on what the classifier reads; `propagate` hands i
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,31 @@ def stream(
         for x, _ in batches(images, batch_size, device=device, dtype=dtype_of(model)):
             model(x)
             after(x)
+
+
+def stream_layers(
+    model: nn.Module,
+    names: Iterable[str],
+    images: ImageSet,
+    record: Callable[[str, Tensor], None],
+    after: Callable[[Tensor], None],
+    **sample,
+) -> None:
+    """`stream`, with `record(name, output)` at every call of the layers named."""
+    modules = dict(model.named_modules())
+
+    def make_hook(name: str):
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            record(name, output)
+
+        return hook
+
+    hooks = [modules[name].register_forward_hook(make_hook(name)) for name in names]
+    try:
+        stream(model, images, after, **sample)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 # -- where it is -------------------------------------------------------------------
