@@ -195,6 +195,26 @@ def test_joint_pruning_ranks_with_activity_and_hands_on_without(drawn, rate):
             assert gone == {*lowest(found[name], rate)}
 
 
+def test_norms_without_scale_or_statistics():
+    layers = [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3, affine=False), nn.Flatten(),
+              nn.Linear(3 * 4 * 4, 2)]  # fmt: skip
+    model, shape = nn.Sequential(*layers).double().eval(), (1, 6, 6)
+    model[1].running_var.copy_(torch.tensor([1.0, 4, 9]))
+    s = torch.ones(48).double()
+    behind = nisp.propagate(model, s, shape, activity=nisp.undo_norms(model, shape))
+    torch.testing.assert_close(behind["0"], torch.full((3,), 16.0).double())
+    model[1] = nn.BatchNorm2d(3, track_running_stats=False).double()
+    with pytest.raises(ValueError, match=r"in '1' .* keeps no running variance"):
+        nisp.undo_norms(model, shape)
+
+
+def test_a_layer_on_maps_of_two_sizes_has_no_activity():
+    model = Twice(2).double().eval()
+    factors = nisp.undo_norms(model, (1, 8, 8))
+    with pytest.raises(ValueError, match="'conv' runs on inputs of different sizes"):
+        nisp.propagate(model, torch.ones(1).double(), (1, 8, 8), activity=factors)
+
+
 def test_tied_layers_are_decided_by_their_weighed_sum():
     model, shape = models.build("resnet8").double().eval(), (3, 16, 16)
     s, activity = draw_scores(model), activity_of(model, shape)

@@ -11,6 +11,7 @@ from lib.data import ImageSet
 from lib.graph import Graph, build_graph
 from lib.nisp.chains import find_chain, replay
 from lib.nisp.frl import stream_layers
+from lib.nisp.rules import Step, norm_scale
 from lib.trace import Node
 
 
@@ -73,7 +74,9 @@ def undo_norms(
     """sigma / |gamma| of the BatchNorm that alone reads each prunable layer, or 1.
 
     As `activity` of `propagate` it gives the scores behind that BatchNorm instead of
-    those in front of it. A channel with gamma = 0 is constant and gets 0.
+    those in front of it. A channel with gamma = 0 is constant and gets 0. For a layer
+    that runs more than once the BatchNorm of the first call counts. Raises `ValueError`
+    for a BatchNorm that keeps no running statistics.
     """
     graph, modules = build_graph(model, input_shape), dict(model.named_modules())
     found = {}
@@ -83,12 +86,10 @@ def undo_norms(
         node = next(n for n in graph.nodes if n.module == name and n.outputs)
         shape = graph.values[node.outputs[0]].shape[1:]
         chain = find_chain(graph, modules, name)
-        norm = modules[chain[0].module] if chain else None
         factor = torch.ones(shape[0], dtype=torch.float64)
-        if isinstance(norm, _BatchNorm) and norm.weight is not None:
-            gamma = norm.weight.detach().double().abs()
-            sigma = (norm.running_var.double() + norm.eps).sqrt()
-            factor = torch.where(gamma > 0, sigma / gamma, torch.zeros_like(gamma))
+        if chain and isinstance(modules[chain[0].module], _BatchNorm):
+            gain = norm_scale(Step(chain[0], modules[chain[0].module], [], []))
+            factor = torch.where(gain > 0, 1 / gain, 0.0)
         found[name] = factor.view(-1, *[1] * (len(shape) - 1)).expand(shape)
     return found
 

@@ -350,8 +350,13 @@ def read_activity(sweep: Sweep, activity: Mapping[str, Tensor]) -> dict[str, Ten
                 f"activity: '{name}' is missing; `measure_activity` has all layers"
             )
         values = activity[name].detach()
-        node = next(n for n in sweep.nodes if n.module == name and n.outputs)
-        shape = tuple(sweep.graph.values[node.outputs[0]].shape[1:])
+        nodes = [n for n in sweep.nodes if n.module == name and n.outputs]
+        shapes = {tuple(sweep.graph.values[n.outputs[0]].shape[1:]) for n in nodes}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"activity: '{name}' runs on inputs of different sizes; rank without"
+            )
+        (shape,) = shapes
         if tuple(values.shape) != shape:
             raise ValueError(
                 f"activity: the output of '{name}' has the shape {shape} per image, "
