@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.meta import dtype_of, meta_state, modes_kept, tensors_in, to_meta
+from lib.graph.dry_run import meta_state, tensors_in, to_meta
+from lib.graph.watch import dtype_of, modes_kept
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import nn
 from lib import cost, data, models, paths, settings, surgery, train
 from lib.data import ImageSet
 from lib.plan import Plan
-from lib.recipe import pick_device
+from lib.train.recipe import pick_device
 
 STARTED = time.monotonic()  # a notebook imports this module when it begins
 

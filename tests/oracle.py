@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lib import surgery
 from lib.plan import Plan
+from lib.surgery.movers import Gate
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -184,7 +185,7 @@ def assert_clean(small: nn.Module) -> None:
     """No hook, no mask and no zero filter in a shrunk network."""
     for name, module in small.named_modules():
         assert not module._forward_hooks and not module._forward_pre_hooks, name
-        assert not isinstance(module, surgery.Gate), name
+        assert not isinstance(module, Gate), name
         if isinstance(module, nn.Conv2d | nn.Linear):
             rows = module.weight.detach().flatten(1).abs().sum(1)
             assert (rows > 0).all(), f"{name} has zero filters"

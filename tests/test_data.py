@@ -19,6 +19,7 @@ from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 from lib import data, paths
+from lib.data import sources
 
 HAS_CIFAR10 = (paths.data_root() / "cifar10" / "test.npz").is_file()
 
@@ -62,7 +63,7 @@ def write_image(path, *, side=8, mode="RGB", colour=None, seed=0):
 
 
 def write_tree(folder, *, classes=("ant", "bee"), per_class=2, **image):
-    for split, name in itertools.product(data.SPLITS, classes):
+    for split, name in itertools.product(sources.SPLITS, classes):
         for i in range(per_class):
             write_image(folder / split / name / f"{i}.png", seed=i, **image)
     return folder
@@ -82,7 +83,7 @@ def drain(*args, **kwargs):
 
 
 def test_mnist5k_is_whole_balanced_and_disjoint():
-    train, test = (data.load("mnist5k", split) for split in data.SPLITS)
+    train, test = (data.load("mnist5k", split) for split in sources.SPLITS)
     assert (len(train), len(test), train.shape) == (4000, 1000, (1, 28, 28))
     assert train.labels.bincount().tolist() == [400] * 10
     assert test.labels.bincount().tolist() == [100] * 10
@@ -120,7 +121,7 @@ def test_npz_shards_join_in_name_order_and_measure_train(tmp_path):
     write_npz(folder / "train-1.npz", parts[1], np.array([2, 1], np.int16))
     write_npz(folder / "train-0.npz", parts[0], np.array([0, 1, 2, 0]))
     write_npz(folder / "test.npz", parts[1], np.array([0, 1]))
-    train, test = (data.load("own", s, root=tmp_path) for s in data.SPLITS)
+    train, test = (data.load("own", s, root=tmp_path) for s in sources.SPLITS)
     whole = np.concatenate(parts)
     assert np.array_equal(train.images, whole)
     assert train.labels.tolist() == [0, 1, 2, 0, 2, 1]
@@ -143,7 +144,7 @@ def test_changed_train_file_is_measured_again(tmp_path):
 
 
 def test_tree_reads_pixels_in_order_of_names(tmp_path):
-    for split, (c, name) in itertools.product(data.SPLITS, enumerate("ba")):
+    for split, (c, name) in itertools.product(sources.SPLITS, enumerate("ba")):
         write_image(tmp_path / "own" / split / name / "x.PNG", seed=c)
         write_image(tmp_path / "own" / split / name / "y.png", seed=c + 5)
     (tmp_path / "own/train/a/notes.txt").write_text("not an image")

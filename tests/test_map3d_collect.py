@@ -21,9 +21,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib import data, map3d, models, paths, report, settings, stages, surgery, train
-from lib.meta import digest_tensors
 from lib.plan import Plan
 from lib.stages import Sets
+from lib.train import loop
+from lib.train.checkpoint import digest_tensors
 
 SHAPE = (1, 14, 14)
 COLUMNS = [
@@ -122,13 +123,13 @@ def runs_apart(tmp_path, monkeypatch):
 @pytest.fixture
 def epochs(monkeypatch) -> list:
     """Grows by one for every epoch trained."""
-    done, real = [], train._run_epoch
+    done, real = [], loop._run_epoch
 
     def run(*arguments):
         done.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(train, "_run_epoch", run)
+    monkeypatch.setattr(loop, "_run_epoch", run)
     return done
 
 
@@ -480,8 +481,8 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 import test_map3d_collect as here
-from lib import train
-model, calls, real = here.models.build("resnet14", in_channels=1), [], train._run_epoch
+from lib.train import loop
+model, calls, real = here.models.build("resnet14", in_channels=1), [], loop._run_epoch
 model.load_state_dict(torch.load({weights!r}, weights_only=True))
 
 def run(*arguments):
@@ -490,7 +491,7 @@ def run(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
 
-train._run_epoch = run
+loop._run_epoch = run
 here.collect(model, here.make_sets(), here.SHORT, epochs=2)
 """
 

@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from lib import models, plan
 from lib.models.resnet import PadShortcut
-from lib.movers import Scatter
 from lib.nisp import scale
 from lib.nisp.propagation import propagate
+from lib.surgery.movers import Scatter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,11 +13,11 @@ from torch.testing import assert_close
 
 from lib import data, paths
 from lib.kernels import mmd2
-from lib.recipe import pick_device
-from lib.scop import reduced, swap_gan, training
-from lib.scop.build import ARMS, build_control
-from lib.scop.control import Shuffle
-from lib.scop.gan import OFFICIAL, GanOptions, Generator
+from lib.scop.controls import reduced, swap_gan, training
+from lib.scop.controls.base import Shuffle
+from lib.scop.controls.build import ARMS, build_control
+from lib.scop.controls.gan import OFFICIAL, GanOptions, Generator
+from lib.train.recipe import pick_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {
@@ -229,8 +229,8 @@ SCRIPT = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
 from lib import data
-from lib.scop.build import build_control
-from lib.scop.gan import GanGame
+from lib.scop.controls.build import build_control
+from lib.scop.controls.gan import GanGame
 
 whole = GanGame.step
 

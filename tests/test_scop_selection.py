@@ -15,7 +15,7 @@ from torch import nn
 from lib import cost, data, models, surgery
 from lib import plan as plans
 from lib.scop import selection
-from lib.scop.control import Control, NoControl, Noise, Shuffle
+from lib.scop.controls.base import Control, NoControl, Noise, Shuffle
 from lib.scop.selection import Betas, MixedNet, importance, select
 
 SHAPE = (1, 14, 14)

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lib.scop import diagnostics, knockoff_filter
-from lib.scop.diagnostics import two_sample_test
-from lib.scop.gaussian import (
+from lib.scop.controls.gaussian import (
     GaussianKnockoffs,
     ar1_covariance,
     draw_normal,
@@ -21,6 +20,7 @@ from lib.scop.gaussian import (
     sample_ar1,
     solve_s,
 )
+from lib.scop.diagnostics import two_sample_test
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 few = settings(max_examples=15, deadline=None)

@@ -12,7 +12,7 @@ from torch import nn
 from lib import cost, models, paths, surgery
 from lib import plan as plans
 from lib.graph import build_graph
-from lib.scop.blocks import block_layers, find_pairs
+from lib.scop.layers import block_layers, find_pairs
 
 CIFAR, IMAGENET, SMALL = (3, 32, 32), (3, 224, 224), (3, 64, 64)
 SHRINKS = [  # net, rate, params down, MACs down

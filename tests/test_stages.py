@@ -8,6 +8,7 @@ import torch
 
 from lib import baselines, cost, models, paths, plan, settings, stages, surgery, train
 from lib.stages import Sets
+from lib.train import loop
 
 SHAPE = (1, 28, 28)
 
@@ -81,7 +82,7 @@ def test_validation_does_not_depend_on_the_training_size(n_train):
 def test_a_baseline_is_trained_once_and_then_read(sets, capsys, monkeypatch):
     first = make_baseline(sets)
     assert "training, into" in capsys.readouterr().out
-    monkeypatch.setattr(train, "_run_epoch", refuse_training)
+    monkeypatch.setattr(loop, "_run_epoch", refuse_training)
     second = make_baseline(sets, run="toy/another/seed1")
     assert "reading" in capsys.readouterr().out
     assert same(first, second)
@@ -117,7 +118,7 @@ def test_a_baseline_with_another_rate_is_not_said_to_be_read(sets, capsys):
 def test_two_rates_do_not_evict_each_other(sets, monkeypatch):
     for lr in (0.02, 0.01):
         make_baseline(sets, epochs=1, lr=lr)
-    monkeypatch.setattr(train, "_run_epoch", refuse_training)
+    monkeypatch.setattr(loop, "_run_epoch", refuse_training)
     for lr in (0.02, 0.01):
         make_baseline(sets, epochs=1, lr=lr)
 
@@ -203,7 +204,7 @@ def test_the_row_says_what_was_measured(sets, resnet, resolution):
 def test_recovery_takes_up_what_is_there(sets, resnet, monkeypatch):
     made = make_plan(resnet)
     first = recover(resnet, made, sets)
-    monkeypatch.setattr(train, "_run_epoch", refuse_training)
+    monkeypatch.setattr(loop, "_run_epoch", refuse_training)
     again = recover(resnet, made, sets)
     assert same(first.model, again.model) and first.row == again.row
 
@@ -213,7 +214,7 @@ def test_a_row_names_the_code_that_trained_it(sets, resnet, monkeypatch):
     now = recover(resnet, made, sets, seed=1).row
     assert {key: now[key] for key in then} == settings.made_with()
     with monkeypatch.context() as earlier:
-        earlier.setattr(train, "made_with", lambda: then)
+        earlier.setattr(loop, "made_with", lambda: then)
         recover(resnet, made, sets, seed=2)
     found = recover(resnet, made, sets, seed=2).row
     assert {key: found[key] for key in then} == then
@@ -223,7 +224,7 @@ def test_two_seeds_of_one_run_are_both_kept(sets, resnet, monkeypatch):
     made = make_plan(resnet)
     for seed in (0, 1):
         recover(resnet, made, sets, seed=seed)
-    monkeypatch.setattr(train, "_run_epoch", refuse_training)
+    monkeypatch.setattr(loop, "_run_epoch", refuse_training)
     for seed in (0, 1):
         recover(resnet, made, sets, seed=seed)
 

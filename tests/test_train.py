@@ -16,9 +16,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from lib import data, models, step, train
+from lib import data, models, train
 from lib.data import ImageSet
-from lib.recipe import Recipe, make_optimizer, pick_device, pick_precision, rate_at
+from lib.train import checkpoint as checkpoints
+from lib.train import loop, step
+from lib.train.recipe import (
+    Recipe,
+    make_optimizer,
+    pick_device,
+    pick_precision,
+    rate_at,
+)
 
 EPOCHS, BATCH = 3, 16
 HAS_BF16 = pick_precision("auto", torch.device("cpu"), nn.Linear(1, 1)) == "bfloat16"
@@ -401,7 +409,7 @@ def test_a_diverged_run_names_epoch_and_rate(tmp_path, monkeypatch, later):
     file = tmp_path / "run.pt"
     if later:  # a sound first epoch, then an infinite step
         rate = lambda recipe, epoch: 1e38 if epoch >= 1 else 0.05  # noqa: E731
-        monkeypatch.setattr(train, "rate_at", rate)
+        monkeypatch.setattr(loop, "rate_at", rate)
     with pytest.raises(ValueError, match=r"diverged in epoch") as error:
         fit(make_net(), lr=0.05 if later else 1e30, checkpoint=file)
     assert f"epoch {2 if later else 1} of 3" in str(error.value)
@@ -433,15 +441,19 @@ def slow(function):
 def run_and_die(folder, precision, moment, count):
     """Train in a process of its own that is killed at the `count`-th `moment`."""
     torch.set_num_threads(1)
-    calls = {"step": step.EagerStep.__call__, "save": torch.save, "saved": train._save}
+    calls = {
+        "step": step.EagerStep.__call__,
+        "save": torch.save,
+        "saved": checkpoints.save,
+    }
     left = [count]
 
     def wrap(name, before=lambda *a: None, after=lambda *a: None):
-        def wrapped(*args):
+        def wrapped(*args, **options):
             left[0] -= 1
             if left[0] == 0:
                 before(*args)
-            result = calls[name](*args)
+            result = calls[name](*args, **options)
             if left[0] == 0:
                 after(*args)
             return result
@@ -460,7 +472,7 @@ def run_and_die(folder, precision, moment, count):
     elif moment == "save":
         torch.save = wrap("save", before=write_half)
     elif moment == "saved":
-        train._save = wrap("saved", after=lambda *a: kill_self())
+        checkpoints.save = wrap("saved", after=lambda *a, **k: kill_self())
     fit(make_net(), precision=precision, checkpoint=folder / "run.pt")
 
 
@@ -554,7 +566,7 @@ def test_a_finished_run_is_only_read(tmp_path, monkeypatch):
     first, second = make_net(), make_net()
     done = fit(first, checkpoint=file)
     content = file.read_bytes()
-    monkeypatch.setattr(train, "_run_epoch", None)  # must not be called
+    monkeypatch.setattr(loop, "_run_epoch", None)  # must not be called
     history = fit(second, checkpoint=file)
     assert history.rows == done.rows and history.resumed == EPOCHS
     assert_same(state_of(first), state_of(second))
@@ -678,10 +690,10 @@ def test_a_checkpoint_keeps_the_kind_and_place_of_the_rate(tmp_path):
     optimizer = make_optimizer(model, Recipe(3), cpu)
     for saved, place in [(torch.tensor(0.1), "meta"), (0.1, "cpu")]:
         optimizer.param_groups[0]["lr"] = saved
-        train._save(file, {}, model, optimizer, train.History([{}]))
+        checkpoints.save(file, {}, model, optimizer, rows=[{}], made_with={})
         fresh = make_optimizer(model, Recipe(3), cpu)
         fresh.param_groups[0]["lr"] = torch.empty((), device=place)
-        train._resume(file, {}, model, fresh)
+        checkpoints.resume(file, {}, model, fresh)
         rate = fresh.param_groups[0]["lr"]
         assert isinstance(rate, torch.Tensor) and rate.device.type == place
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lib import surgery
 from lib.data import ImageSet, batches
-from lib.meta import dtype_of, modes_kept
+from lib.graph.watch import dtype_of, modes_kept
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from lib import paths, surgery, train
 from lib.map3d.blocks import order_removal, probe_blocks
 from lib.map3d.design import Chain
 from lib.map3d.space import Shape, Space, score_channels
-from lib.meta import digest_tensors
 from lib.plan import Plan
-from lib.recipe import Recipe
 from lib.stages import Sets, profile_folder, run_folder
+from lib.train.checkpoint import digest_tensors
+from lib.train.recipe import Recipe
 
 COLUMNS = [
     "chain", "round", "d", "w", "r", "top1", "blocks", "side", "macs", "params",

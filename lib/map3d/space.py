@@ -18,9 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lib import cost
 from lib import plan as plans
 from lib.graph import Graph, build_graph, dropped_units
+from lib.graph.trace import trace
 from lib.map3d.blocks import find_blocks
 from lib.plan import Plan, resolve
-from lib.trace import trace
 
 WIDTHS = ("uniform", "inner")
 FINEST = 16  # widths are multiples of 1/16, or of 1 / (the narrowest layer)

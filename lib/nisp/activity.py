@@ -9,10 +9,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lib import baselines
 from lib.data import ImageSet
 from lib.graph import Graph, build_graph
+from lib.graph.trace import Node
 from lib.nisp.chains import find_chain, replay
 from lib.nisp.frl import stream_layers
 from lib.nisp.rules import Step, norm_scale
-from lib.trace import Node
 
 
 def measure_activity(

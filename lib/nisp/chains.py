@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.graph import Graph
+from lib.graph.trace import Node
 from lib.nisp.rules import ACTIVATIONS
-from lib.trace import Node
 
 UNCHANGED = set(
     "native_dropout dropout _to_copy to clone detach alias contiguous lift_fresh"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lib.data import ImageSet, batches
 from lib.graph import Graph, build_graph
-from lib.meta import dtype_of, modes_kept
+from lib.graph.watch import dtype_of, modes_kept
 from lib.nisp.inf_fs import inf_fs
 from lib.plan.record import nearest_name
 

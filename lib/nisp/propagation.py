@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lib.graph import Graph, Group, build_graph
+from lib.graph.trace import BATCH, Node
 from lib.nisp.frl import find_frl
 from lib.nisp.rules import FACTORS, IN_PLACE, MOVES, SUMS, Step, pull
 from lib.nisp.scale import Scores, add_up, common_power, fold, rescale, sum_to_one
 from lib.plan.record import nearest_name
-from lib.trace import BATCH, Node
 
 
 def propagate(

@@ -18,10 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from lib import labels
+from lib.graph import tags as labels
+from lib.graph.tags import REDUCTIONS
+from lib.graph.trace import Node
 from lib.kernels import abs_matmul
-from lib.labels import REDUCTIONS
-from lib.trace import Node
 
 Shape = tuple[int, ...]
 

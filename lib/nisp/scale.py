@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib.trace import BATCH
+from lib.graph.trace import BATCH
 
 LARGEST = 128  # powers of two a step's scores may leave 1 by before they are rescaled
 HIGHEST, LOWEST = 1000, -900  # powers of two that returned scores stay between

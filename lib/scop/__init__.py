@@ -6,9 +6,9 @@ control (what stands in for the image) -> selection (beta) -> importance -> `lib
 diagnostics and knockoff_filter ask how good a control is.
 """
 
-from lib.scop.blocks import block_layers
-from lib.scop.build import build_control
-from lib.scop.control import Control
+from lib.scop.controls.base import Control
+from lib.scop.controls.build import build_control
+from lib.scop.layers import block_layers
 from lib.scop.selection import Betas, correlate_ranks, importance, read_scales, select
 from lib.scop.stage import learn_betas
 

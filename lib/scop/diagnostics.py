@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lib.meta import modes_kept
-from lib.scop.gaussian import check_covariance
+from lib.graph.watch import modes_kept
+from lib.scop.controls.gaussian import check_covariance
 
 OCTAVES = tuple(2.0**k for k in range(8))  # 1, 2, ..., 128
 SWAPS = ("full", "partial")

@@ -11,7 +11,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from lib.scop.gaussian import (
+from lib.scop.controls.gaussian import (
     GaussianKnockoffs,
     ar1_covariance,
     draw_normal,

@@ -24,9 +24,9 @@ from lib import baselines, train
 from lib.data import ImageSet
 from lib.graph import RELUS, Graph, build_graph
 from lib.kernels import mix_norm_relu
-from lib.recipe import pick_device
-from lib.scop.blocks import block_layers, find_pairs
-from lib.scop.control import Control
+from lib.scop.controls.base import Control
+from lib.scop.layers import block_layers, find_pairs
+from lib.train.recipe import pick_device
 
 RELU_CALLS = {
     torch.relu, torch.relu_, nn.functional.relu, Tensor.relu, Tensor.relu_,

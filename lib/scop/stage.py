@@ -3,7 +3,7 @@
 from torch import nn
 
 from lib import stages
-from lib.scop.build import build_control
+from lib.scop.controls.build import build_control
 from lib.scop.selection import Betas, select
 
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from lib import models
 from lib.graph import build_graph
-from lib.recipe import Recipe, make_optimizer, pick_device, pick_precision
 from lib.scop import block_layers, selection
-from lib.scop.blocks import find_pairs
-from lib.scop.control import NoControl, Noise, Shuffle
-from lib.step import EagerStep
+from lib.scop.controls.base import NoControl, Noise, Shuffle
+from lib.scop.layers import find_pairs
+from lib.train.recipe import Recipe, make_optimizer, pick_device, pick_precision
+from lib.train.step import EagerStep
 
 BATCH, GOAL, SHAPE = 128, 2.2, (3, 32, 32)
 

@@ -29,8 +29,8 @@ from torchvision import transforms
 
 from lib import data, models, paths, train
 from lib.data import ImageSet
-from lib.recipe import Recipe, make_optimizer, pick_precision
-from lib.step import EagerStep
+from lib.train.recipe import Recipe, make_optimizer, pick_precision
+from lib.train.step import EagerStep
 
 BATCH, GOAL = 128, 1.8
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from lib.data import ImageSet
-from lib.recipe import pick_device
-from lib.scop.control import Control, NoControl, Noise, Shuffle
-from lib.scop.gan import Generator
-from lib.scop.reduced import Deep, Gaussian
-from lib.scop.swap_gan import SwapGAN
-from lib.scop.training import Options, Trained, train_control
+from lib.scop.controls.base import Control, NoControl, Noise, Shuffle
+from lib.scop.controls.gan import Generator
+from lib.scop.controls.reduced import Deep, Gaussian
+from lib.scop.controls.swap_gan import SwapGAN
+from lib.scop.controls.training import Options, Trained, train_control
+from lib.train.recipe import pick_device
 
 ARMS: dict[str, type[Control]] = {
     arm.name: arm

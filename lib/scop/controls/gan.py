@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.data import ImageSet
-from lib.scop.training import Game, Options, Trained, number
+from lib.scop.controls.training import Game, Options, Trained, number
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from lib import paths
 from lib.data import ImageSet, batches, count_batches
-from lib.progress import Report
-from lib.recipe import Recipe
-from lib.scop.control import Control
+from lib.scop.controls.base import Control
+from lib.train.progress import Report
+from lib.train.recipe import Recipe
 
 FACTS = {"epoch", "seconds", "images_per_s"}  # what a row has beside losses
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lib.data import ImageSet, batches
 from lib.kernels import mmd2
-from lib.scop.training import Game, Options, Trained, number
+from lib.scop.controls.training import Game, Options, Trained, number
 
 WIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 LARGEST = 8192  # pixels times channels: the covariance then takes 512 MiB

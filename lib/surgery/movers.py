@@ -111,3 +111,13 @@ def _restore(alive: Tensor, within: Tensor) -> Tensor:
     result = torch.zeros_like(alive)
     result[positions(alive)[within]] = True
     return result
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of `name`, and wherever else that instance stands."""
+    old = model.get_submodule(name)
+    module.train(old.training)
+    for path, found in list(model.named_modules(remove_duplicate=False)):
+        if found is old:
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, module)

@@ -5,13 +5,12 @@ a CPU, ends with bit-identical weights. On a GPU the whole step is one CUDA grap
 nothing is synchronised before the epoch's end.
 """
 
-import itertools
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lib import paths
 from lib.data import ImageSet, batches, count_batches
-from lib.meta import digest_tensors, modes_kept
-from lib.progress import Report
-from lib.recipe import (
+from lib.graph.watch import modes_kept
+from lib.settings import made_with
+from lib.train import checkpoint as checkpoints
+from lib.train.progress import Report
+from lib.train.recipe import (
     Recipe,
     make_optimizer,
     pick_device,
@@ -31,8 +31,7 @@ from lib.recipe import (
     pick_precision,
     rate_at,
 )
-from lib.settings import made_with
-from lib.step import EagerStep, GraphStep
+from lib.train.step import EagerStep, GraphStep
 
 
 @dataclass
@@ -95,8 +94,8 @@ def fit(
     model.to(device, memory_format=layout)
     _check_sets(model, train_set, val_set)
     optimizer = make_optimizer(model, recipe, device)
-    identity = _identify(model, recipe, train_set, precision)
-    rows, before = _resume(checkpoint, identity, model, optimizer)
+    identity = checkpoints.identify(model, recipe, train_set, precision)
+    rows, before = checkpoints.resume(checkpoint, identity, model, optimizer)
     history = History(rows, str(device), precision, resumed=len(rows))
     history.made_with = made_with() if len(rows) < epochs else before
     make_step = GraphStep if device.type == "cuda" else EagerStep
@@ -104,6 +103,13 @@ def fit(
     steps = count_batches(train_set, recipe.batch_size, train=True)
     report = Report(recipe, steps, label, done=history.resumed)
     train_set = train_set.to(device)
+
+    def keep() -> None:
+        checkpoints.save(
+            checkpoint, identity, model, optimizer,
+            rows=history.rows, made_with=history.made_with,
+        )  # fmt: skip
+
     with report, _determinism(deterministic), modes_kept(model):
         for epoch in range(history.resumed, recipe.epochs):
             row = _run_epoch(model, train_set, step, recipe, epoch, report, layout)
@@ -113,10 +119,10 @@ def fit(
                 )["top1"]
             row |= watch(model) if watch else {}
             history.rows.append(row)
-            _save(checkpoint, identity, model, optimizer, history)
+            keep()
             report.epoch_done(row)
     if not history.rows:
-        _save(checkpoint, identity, model, optimizer, history)
+        keep()
     return history
 
 
@@ -132,19 +138,37 @@ def evaluate(
     Every image counts once, whatever the size of the last batch. The model's device
     and train/eval mode stay; with fewer than 6 classes top5 is 100 by definition.
     """
-    device = next(model.parameters()).device
-    dtype = next(model.parameters()).dtype
-    layout = pick_layout(model, device)
-    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    totals = torch.zeros(3, dtype=torch.float64)
+    for output, y in forward(
+        model, images, resolution=resolution, batch_size=batch_size
+    ):
+        totals = totals.to(y.device) + _count_batch(output, y)
+    loss, top1, top5 = (totals / len(images)).tolist()
+    return {"top1": 100 * top1, "top5": 100 * top5, "loss": loss}
+
+
+def forward(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    resolution: int | None = None,
+    batch_size: int = 500,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run every image through `model` once, in order: (output, labels) batch by batch.
+
+    In evaluation mode, without gradients, on the model's device and in its precision;
+    each module's own mode is put back when the iteration ends or is left.
+    """
+    weight = next(model.parameters())
+    layout = pick_layout(model, weight.device)
     stream = batches(
-        images, batch_size, resolution=resolution, device=device, dtype=dtype
-    )
+        images, batch_size, resolution=resolution,
+        device=weight.device, dtype=weight.dtype,
+    )  # fmt: skip
     with modes_kept(model), torch.inference_mode():
         model.eval()
         for x, y in stream:
-            totals += _count_batch(model(x.contiguous(memory_format=layout)), y)
-    loss, top1, top5 = (totals / len(images)).tolist()
-    return {"top1": 100 * top1, "top5": 100 * top5, "loss": loss}
+            yield model(x.contiguous(memory_format=layout)), y
 
 
 def recalibrate(
@@ -239,88 +263,6 @@ def _count_batch(output: Tensor, y: Tensor) -> Tensor:
     loss = F.cross_entropy(output, y, reduction="sum")
     ranks = output.topk(min(5, output.shape[1]), dim=1).indices == y[:, None]
     return torch.stack([loss.double(), ranks[:, 0].sum(), ranks.any(1).sum()])
-
-
-# -- checkpoints --------------------------------------------------------------------
-
-
-def _identify(
-    model: nn.Module, recipe: Recipe, train_set: ImageSet, precision: str
-) -> dict:
-    """What a checkpoint must agree on to be taken up."""
-    trained = [n for n, p in model.named_parameters() if p.requires_grad]
-    facts = [train_set.mean, train_set.std, train_set.pad, train_set.flip]
-    return {
-        **asdict(recipe),
-        "precision": precision,
-        "data": digest_tensors(str(facts), train_set.images, train_set.labels),
-        "trained": digest_tensors(" ".join(trained)),
-        "start": digest_tensors(
-            " ".join(model.state_dict().keys()), *model.state_dict().values()
-        ),
-    }
-
-
-def _resume(
-    checkpoint, identity: dict, model: nn.Module, optimizer
-) -> tuple[list[dict], dict]:
-    """Load the last finished epoch; the rows so far and what they were made with."""
-    if checkpoint is None or not Path(checkpoint).is_file():
-        return [], {}
-    checkpoint = Path(checkpoint)
-    state = load_checkpoint(checkpoint)
-    differs = [k for k, v in identity.items() if state["identity"].get(k) != v]
-    if differs:
-        numbers = itertools.count(1)
-        names = (checkpoint.with_name(f"{checkpoint.name}.old{i}") for i in numbers)
-        aside = next(name for name in names if not name.exists())
-        os.replace(checkpoint, aside)
-        print(
-            f"{paths.shown(checkpoint)} was made with another {', '.join(differs)}; "
-            f"kept as {aside.name}, starting afresh"
-        )
-        return [], {}
-    model.load_state_dict(state["model"])
-    own = ("lr", "fused", "foreach", "capturable")  # belong to the device, not the run
-    groups = [{k: g[k] for k in own if k in g} for g in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
-    for group, kept in zip(optimizer.param_groups, groups, strict=True):
-        group.update(kept)
-    return state["rows"], state.get("made_with", {})
-
-
-def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint of `fit`: identity, model, optimizer, rows; never pickled code.
-
-    A missing or damaged file is one error that names it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        missing = {"identity", "model", "optimizer", "rows"} - state.keys()
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise ValueError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}); delete it to "
-            "start afresh"
-        ) from error
-    if missing:
-        raise ValueError(f"{path}: not a checkpoint of fit, it lacks {sorted(missing)}")
-    return state
-
-
-def _save(checkpoint, identity: dict, model, optimizer, history: History) -> None:
-    if checkpoint is None:
-        return
-    state = {
-        "identity": identity,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "rows": history.rows,
-        "made_with": history.made_with,
-    }
-    paths.write_atomic(checkpoint, lambda tmp: torch.save(state, tmp))
 
 
 # -- checks and settings that are put back ------------------------------------------

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.data import ImageSet
-from lib.scop.training import Game, Options, Trained, number
+from lib.scop.controls.training import Game, Options, Trained, number
 
 
 @dataclass(frozen=True)

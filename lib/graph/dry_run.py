@@ -1,14 +1,10 @@
-"""Handling a model without a trace: on the meta device, modes put back, digests."""
-
-import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""Running a model on shapes alone: its state and its operations on the meta device."""
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lib.labels import SHAPE_KEEPING
+from lib.graph.tags import SHAPE_KEEPING
 
 
 def meta_state(model: nn.Module):
@@ -28,35 +24,6 @@ def meta_state(model: nn.Module):
             elif id(tensor) not in made:
                 made[id(tensor)] = tensor.detach().clone()
             yield f"{path}.{key}" if path else key, made[id(tensor)]
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """The floating type of the model's parameters."""
-    for tensor in model.parameters():
-        if tensor.is_floating_point():
-            return tensor.dtype
-    return torch.get_default_dtype()
-
-
-@contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Put every module back into its own train/eval mode."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def digest_tensors(text: str, *tensors: Tensor) -> str:
-    """A short hash of a text and of tensors, their shapes included."""
-    digest = hashlib.sha256(text.encode())
-    for tensor in tensors:
-        digest.update(str(tuple(tensor.shape)).encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def to_meta(tree):

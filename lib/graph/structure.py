@@ -14,7 +14,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from lib.trace import Layer, Node, Trace, trace
+from lib.graph.trace import Layer, Node, Trace, trace
 
 RELUS = {"relu", "relu_"}
 

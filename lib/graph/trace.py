@@ -20,16 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleUnit
 
-from lib import labels as rules
-from lib.labels import Ledger, Operand, Value
-from lib.meta import (
-    dtype_of,
-    meta_state,
-    modes_kept,
-    run_leaf,
-    run_operation,
-    tensors_in,
-)
+from lib.graph import tags as rules
+from lib.graph.dry_run import meta_state, run_leaf, run_operation, tensors_in
+from lib.graph.tags import Ledger, Operand, Value
+from lib.graph.watch import dtype_of, modes_kept
 
 BATCH = 2  # images in the pass: one would make batch and channels hard to tell apart
 LEAVES = (_ConvNd, nn.Linear, _BatchNorm, nn.LocalResponseNorm, nn.PReLU, _DropoutNd)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.recipe import Recipe
+from lib.train.recipe import Recipe
 
 
 class EagerStep:

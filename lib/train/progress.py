@@ -6,7 +6,7 @@ import time
 
 from tqdm.auto import tqdm
 
-from lib.recipe import Recipe
+from lib.train.recipe import Recipe
 
 
 class Report:

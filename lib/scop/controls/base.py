@@ -14,7 +14,7 @@ each says so in its docstring, in these words:
 import torch
 from torch import Tensor, nn
 
-from lib.meta import digest_tensors
+from lib.train.checkpoint import digest_tensors
 
 
 class Control(nn.Module):

@@ -1,10 +1,4 @@
-"""Acting on a plan: `mask` silences what a plan removes, `shrink` cuts it out.
-
-Both return a copy of the model. Their outputs agree in evaluation for every plan; the
-shrunk network holds no mask, no hook and no zeroed channel. Where channels are moved
-about inside a network (zero-padded shortcuts, channel shuffles, responses normalised
-across channels), small modules with integer index maps take that step's place.
-"""
+"""`shrink`: a physically smaller copy in which nothing removed is left."""
 
 import copy
 import warnings
@@ -16,54 +10,22 @@ from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleUnit
 
 from lib.graph import (
     Graph,
-    Group,
     build_graph,
-    droppable_blocks,
-    dropped_units,
 )
-from lib.labels import ELEMENTWISE, REDUCTIONS
-from lib.movers import GappedLRN, Gate, PinnedShuffleUnit, Remap, Scatter, positions
+from lib.graph.tags import ELEMENTWISE, REDUCTIONS
+from lib.graph.trace import Node, trace
 from lib.plan import Kept, Plan, resolve
-from lib.trace import Node, trace
+from lib.surgery.movers import (
+    GappedLRN,
+    PinnedShuffleUnit,
+    Remap,
+    Scatter,
+    positions,
+    replace,
+)
 
 # A PReLU with one slope is an operation, with more it is a leaf: not compared.
 COUNTED = (ELEMENTWISE | REDUCTIONS) - {"prelu", "_prelu_kernel"}
-
-
-def channel_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> list[Group]:
-    """The groups of layers whose output channels must be kept together.
-
-    `input_shape` is (C, H, W). See `lib.graph.Group`; `group.fixed` says why a group
-    cannot be pruned at all.
-    """
-    return build_graph(model, input_shape).groups
-
-
-def droppable(model: nn.Module, input_shape: tuple[int, int, int]) -> list[str]:
-    """Names of the blocks that `Plan.drop` may replace by the identity."""
-    return droppable_blocks(build_graph(model, input_shape), model)
-
-
-def mask(model: nn.Module, plan: Plan, input_shape: tuple[int, int, int]) -> nn.Module:
-    """A full-size copy in which every removed channel is zero and read by nobody.
-
-    Raises `ValueError` for a plan that does not fit, naming the layers.
-    """
-    graph = build_graph(model, input_shape)
-    kept = resolve(graph, plan, model)
-    masked = copy.deepcopy(model)
-    modules = dict(masked.named_modules())
-    with torch.no_grad():
-        _zero_rows(graph, _rows_when_masked(graph, kept), modules)
-        _zero_columns(graph, kept, modules)
-    for name, labels in _readers(graph).items():
-        alive = kept.units[graph.unit_of(labels)]
-        if not alive.all():
-            _replace(masked, name, Gate(modules[name], alive))
-    for block in kept.dropped:
-        if not len(dropped_units(graph, block)):  # a residual block
-            _replace(masked, block, nn.Identity())
-    return masked
 
 
 def shrink(
@@ -87,7 +49,7 @@ def shrink(
     _replace_movers(graph, kept, small, modules)
     _insert_scatters(graph, kept, small, modules)
     for block in kept.dropped:
-        _replace(small, block, nn.Identity())
+        replace(small, block, nn.Identity())
     _check_runs(graph, kept, small, input_shape, plan.resolution)
     return small
 
@@ -99,69 +61,6 @@ def shrunk_from(
     small = shrink(model, plan, input_shape)
     small.load_state_dict(state)
     return small
-
-
-# -- mask ---------------------------------------------------------------------------
-
-
-def _rows_when_masked(graph: Graph, kept: Kept) -> dict[str, Tensor]:
-    """Rows per layer; a dropped block's last layers fall silent altogether."""
-    rows = dict(kept.rows)
-    for name, layer in graph.layers.items():
-        if name not in rows:
-            rows[name] = torch.ones(len(layer.outputs), dtype=torch.bool)
-    for block in kept.dropped:
-        target = graph.values[graph.calls[block][1]]
-        ends = graph.unit_of(target.labels).flatten()
-        for name, layer in graph.layers.items():
-            if name.startswith(f"{block}."):
-                rows[name] &= ~torch.isin(graph.unit_of(layer.outputs), ends)
-    return rows
-
-
-def _zero_rows(graph: Graph, rows: dict[str, Tensor], modules: dict) -> None:
-    dead = torch.zeros(graph.num_labels, dtype=torch.bool)
-    for name, alive in rows.items():
-        layer, module = graph.layers[name], modules[name]
-        for tensor in (module.weight, module.bias):
-            if tensor is not None:
-                tensor[~alive] = 0
-        dead[layer.outputs[~alive]] = True
-    for name, labels in graph.norms.items():
-        gone = dead[labels] & (labels >= 0)
-        module = modules[name]
-        if isinstance(module, nn.LocalResponseNorm | nn.PReLU):
-            continue
-        if module.weight is not None:
-            module.weight[gone] = 0
-            module.bias[gone] = 0
-        elif bool(gone.any()):
-            module.running_mean[gone] = 0
-
-
-def _zero_columns(graph: Graph, kept: Kept, modules: dict) -> None:
-    for name, layer in graph.layers.items():
-        alive = kept.units[graph.unit_of(layer.inputs)]
-        if alive.all():
-            continue
-        weight = modules[name].weight
-        if layer.groups == 1:
-            weight[:, ~alive] = 0
-        elif not layer.depthwise:
-            for block, part in zip(
-                weight.chunk(layer.groups), alive.chunk(layer.groups), strict=True
-            ):
-                block[:, ~part] = 0
-
-
-def _readers(graph: Graph) -> dict[str, Tensor]:
-    """Modules without weights that read several channels at once."""
-    readers = {name: remap.inputs for name, remap in graph.remaps.items()}
-    for node in graph.nodes:
-        if node.op.endswith("LRN") or node.op == "LocalResponseNorm":
-            if node.module in graph.norms:
-                readers[node.module] = graph.norms[node.module]
-    return readers
 
 
 # -- shrink -------------------------------------------------------------------------
@@ -264,12 +163,12 @@ def _replace_movers(graph: Graph, kept: Kept, small: nn.Module, modules: dict) -
         write = kept.units[graph.unit_of(remap.outputs)]
         if not (read.all() and write.all()):
             moved = Remap(modules[name], read, write)
-            _replace(small, name, moved.to(_device(small)))
+            replace(small, name, moved.to(_device(small)))
     for name, labels in graph.norms.items():
         alive = kept.units[graph.unit_of(labels)]
         if isinstance(modules[name], nn.LocalResponseNorm) and not alive.all():
             thinned = GappedLRN(modules[name], alive)
-            _replace(small, name, thinned.to(_device(small)))
+            replace(small, name, thinned.to(_device(small)))
     for name, unit in graph.shuffles.items():
         _pin_shuffle(modules[name], graph, kept, unit)
 
@@ -305,17 +204,7 @@ def _insert_scatters(graph: Graph, kept: Kept, small: nn.Module, modules: dict) 
             continue
         end = pairs.get(name, name)
         scatter = Scatter(positions(rows), len(rows)).to(_device(small))
-        _replace(small, end, nn.Sequential(modules[end], scatter))
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of `name`, and wherever else that instance stands."""
-    old = model.get_submodule(name)
-    module.train(old.training)
-    for path, found in list(model.named_modules(remove_duplicate=False)):
-        if found is old:
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, module)
+        replace(small, end, nn.Sequential(modules[end], scatter))
 
 
 def _device(model: nn.Module) -> torch.device:

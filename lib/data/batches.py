@@ -1,0 +1,161 @@
+"""Batches drawn from an image set: cropped, flipped, normalised, resized as a whole.
+
+No per-image Python and no worker processes. Every random choice of an epoch comes from
+`(seed, epoch)` alone, so a resumed run sees the batches it would have seen.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib.data.images import ImageSet
+
+
+class Draws(NamedTuple):
+    """The random choices of one epoch, by position: tensors [N] on the CPU."""
+
+    order: Tensor
+    top: Tensor
+    left: Tensor
+    flipped: Tensor
+
+
+def batches(
+    images: ImageSet,
+    batch_size: int,
+    *,
+    train: bool = False,
+    seed: int = 0,
+    epoch: int = 0,
+    resolution: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    drop_last: bool | None = None,
+    augment: bool | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Iterate over one epoch: x [B, C, h, w] normalised, channels_last, and y [B].
+
+    train: shuffle, zero-padded random crop, random flip, and drop the last partial
+    batch (unless it is the only one); otherwise in order, unchanged, to the last image.
+    `augment` and `drop_last` override those defaults. resolution: bilinear,
+    antialiased resize to a square of that many pixels; None or the native size is no
+    resize. The order and every crop depend on (seed, epoch) only, not on the batch
+    size or the device; torch's own generators are not touched. Keep the set on
+    `device` (`images.to(device)`) to spare a copy per epoch. ValueError: an empty set,
+    or an argument out of range.
+    """
+    count = count_batches(images, batch_size, train=train, drop_last=drop_last)
+    if resolution is not None and resolution < 1:
+        raise ValueError(f"resolution must be at least 1 pixel, got {resolution}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating type, got {dtype}")
+    augment = train if augment is None else augment
+    draws = draw_epoch(images, shuffle=train, augment=augment, seed=seed, epoch=epoch)
+
+    def generate() -> Iterator[tuple[Tensor, Tensor]]:
+        here = images.to(device)
+        order, *offsets = (draw.to(device) for draw in draws)
+        scale = channel_rows(here)
+        for start in range(0, count * batch_size, batch_size):
+            part = slice(start, start + batch_size)
+            x = here.images.index_select(0, order[part])
+            if augment:
+                x = crop_flip(x, *(draw[part] for draw in offsets), pad=images.pad)
+            x = resize(scale_rows(x, *scale), resolution).to(dtype)
+            x = x.contiguous(memory_format=torch.channels_last)
+            yield x, here.labels.index_select(0, order[part])
+
+    return generate()
+
+
+def count_batches(
+    images: ImageSet,
+    batch_size: int,
+    *,
+    train: bool = False,
+    drop_last: bool | None = None,
+) -> int:
+    """How many batches `batches` gives with the same arguments; its ValueErrors."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if len(images) == 0:
+        raise ValueError(f"{images.name}: no images to make batches of")
+    full = len(images) // batch_size
+    if drop_last and not full:
+        raise ValueError(
+            f"{images.name}: drop_last leaves nothing, {len(images)} images do not "
+            f"fill one batch of {batch_size}"
+        )
+    drop = bool(train and full) if drop_last is None else drop_last
+    return full if drop else -(-len(images) // batch_size)
+
+
+def draw_epoch(
+    images: ImageSet, *, shuffle: bool, augment: bool, seed: int, epoch: int
+) -> Draws:
+    """Draw one epoch's order, crop offsets and flips from (seed, epoch), both >= 0."""
+    if seed < 0 or epoch < 0:
+        raise ValueError(f"seed and epoch must be >= 0, got {seed} and {epoch}")
+    # SeedSequence mixes: neither seed + epoch nor nearby pairs share a stream.
+    state = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(state[0]))
+    n = len(images)
+    order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
+    if not augment:
+        zeros = torch.zeros(n, dtype=torch.int64)
+        return Draws(order, zeros, zeros, zeros.bool())
+    offsets = torch.randint(0, 2 * images.pad + 1, (2, n), generator=generator)
+    flipped = torch.rand(n, generator=generator) < (0.5 if images.flip else 0.0)
+    return Draws(order, offsets[0], offsets[1], flipped)
+
+
+def crop_flip(
+    batch: Tensor, top: Tensor, left: Tensor, flipped: Tensor, *, pad: int
+) -> Tensor:
+    """Crop each zero-padded image at (top, left), 0..2 pad, and mirror the flipped.
+
+    batch: uint8 [B, H, W, C]; top, left: int64 [B]; flipped: bool [B]; returns
+    [B, H, W, C]. One gather over whole pixels for crop and flip of the batch.
+    """
+    count, height, width, channels = batch.shape
+    padded = F.pad(batch, (0, 0, pad, pad, pad, pad))
+    rows = top[:, None] + torch.arange(height, device=batch.device)
+    columns = torch.arange(width, device=batch.device)
+    columns = torch.where(flipped[:, None], width - 1 - columns, columns)
+    first = torch.arange(count, device=batch.device) * padded.shape[1]
+    starts = (first[:, None] + rows) * padded.shape[2]
+    index = starts[:, :, None] + (left[:, None] + columns)[:, None, :]
+    pixels = padded.view(-1, channels).index_select(0, index.view(-1))
+    return pixels.view(batch.shape)
+
+
+def normalise(batch: Tensor, images: ImageSet) -> Tensor:
+    """uint8 [B, H, W, C] -> float32 [B, C, H, W], channels_last, by the set's mean."""
+    return scale_rows(batch, *channel_rows(images))
+
+
+def channel_rows(images: ImageSet) -> tuple[Tensor, Tensor]:
+    """The set's mean and std repeated along one row of pixels: [W * C] each."""
+    width = images.images.shape[2]
+    values = torch.tensor([images.mean, images.std]).repeat(1, width)
+    mean, std = values.to(images.images.device)
+    return mean, std
+
+
+def scale_rows(batch: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Normalise uint8 [B, H, W, C] by rows [W * C]; returns [B, C, H, W]."""
+    # Whole rows rather than 3 channels: the inner loop is long enough to vectorise.
+    rows = batch.reshape(-1, len(mean)).float()
+    return rows.div_(255).sub_(mean).div_(std).view(batch.shape).permute(0, 3, 1, 2)
+
+
+def resize(batch: Tensor, resolution: int | None) -> Tensor:
+    """Resize [B, C, H, W] to a square; the very tensor where there is none to do."""
+    if resolution is None or tuple(batch.shape[2:]) == (resolution, resolution):
+        return batch
+    size = (resolution, resolution)
+    return F.interpolate(batch, size=size, mode="bilinear", antialias=True)

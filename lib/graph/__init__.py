@@ -1,0 +1,27 @@
+"""What a network does with its channels: one pass watched, and what follows from it.
+
+trace (the operations of one pass, with a tag on every channel) -> structure (which
+channels stand or fall together).
+"""
+
+from lib.graph.structure import (
+    RELUS,
+    Graph,
+    Group,
+    build_graph,
+    droppable_blocks,
+    dropped_units,
+)
+from lib.graph.trace import Layer, Node, trace
+
+__all__ = [
+    "RELUS",
+    "Graph",
+    "Group",
+    "Layer",
+    "Node",
+    "build_graph",
+    "droppable_blocks",
+    "dropped_units",
+    "trace",
+]

@@ -1,0 +1,29 @@
+"""Acting on a plan: `mask` silences what a plan removes, `shrink` cuts it out.
+
+Both return a copy of the model. Their outputs agree in evaluation for every plan; the
+shrunk network holds no mask, no hook and no zeroed channel. Where channels are moved
+about inside a network (zero-padded shortcuts, channel shuffles, responses normalised
+across channels), small modules with integer index maps take that step's place.
+"""
+
+from torch import nn
+
+from lib.graph import Group, build_graph, droppable_blocks
+from lib.surgery.cut import shrink, shrunk_from
+from lib.surgery.silence import mask
+
+__all__ = ["channel_groups", "droppable", "mask", "shrink", "shrunk_from"]
+
+
+def channel_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> list[Group]:
+    """The groups of layers whose output channels must be kept together.
+
+    `input_shape` is (C, H, W). See `lib.graph.Group`; `group.fixed` says why a group
+    cannot be pruned at all.
+    """
+    return build_graph(model, input_shape).groups
+
+
+def droppable(model: nn.Module, input_shape: tuple[int, int, int]) -> list[str]:
+    """Names of the blocks that `Plan.drop` may replace by the identity."""
+    return droppable_blocks(build_graph(model, input_shape), model)

@@ -1,0 +1,92 @@
+"""`mask`: a full-size copy in which a plan's channels are silent."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from lib.graph import Graph, build_graph, dropped_units
+from lib.plan import Kept, Plan, resolve
+from lib.surgery.movers import Gate, replace
+
+
+def mask(model: nn.Module, plan: Plan, input_shape: tuple[int, int, int]) -> nn.Module:
+    """A full-size copy in which every removed channel is zero and read by nobody.
+
+    Raises `ValueError` for a plan that does not fit, naming the layers.
+    """
+    graph = build_graph(model, input_shape)
+    kept = resolve(graph, plan, model)
+    masked = copy.deepcopy(model)
+    modules = dict(masked.named_modules())
+    with torch.no_grad():
+        _zero_rows(graph, _rows_when_masked(graph, kept), modules)
+        _zero_columns(graph, kept, modules)
+    for name, labels in _readers(graph).items():
+        alive = kept.units[graph.unit_of(labels)]
+        if not alive.all():
+            replace(masked, name, Gate(modules[name], alive))
+    for block in kept.dropped:
+        if not len(dropped_units(graph, block)):  # a residual block
+            replace(masked, block, nn.Identity())
+    return masked
+
+
+def _rows_when_masked(graph: Graph, kept: Kept) -> dict[str, Tensor]:
+    """Rows per layer; a dropped block's last layers fall silent altogether."""
+    rows = dict(kept.rows)
+    for name, layer in graph.layers.items():
+        if name not in rows:
+            rows[name] = torch.ones(len(layer.outputs), dtype=torch.bool)
+    for block in kept.dropped:
+        target = graph.values[graph.calls[block][1]]
+        ends = graph.unit_of(target.labels).flatten()
+        for name, layer in graph.layers.items():
+            if name.startswith(f"{block}."):
+                rows[name] &= ~torch.isin(graph.unit_of(layer.outputs), ends)
+    return rows
+
+
+def _zero_rows(graph: Graph, rows: dict[str, Tensor], modules: dict) -> None:
+    dead = torch.zeros(graph.num_labels, dtype=torch.bool)
+    for name, alive in rows.items():
+        layer, module = graph.layers[name], modules[name]
+        for tensor in (module.weight, module.bias):
+            if tensor is not None:
+                tensor[~alive] = 0
+        dead[layer.outputs[~alive]] = True
+    for name, labels in graph.norms.items():
+        gone = dead[labels] & (labels >= 0)
+        module = modules[name]
+        if isinstance(module, nn.LocalResponseNorm | nn.PReLU):
+            continue
+        if module.weight is not None:
+            module.weight[gone] = 0
+            module.bias[gone] = 0
+        elif bool(gone.any()):
+            module.running_mean[gone] = 0
+
+
+def _zero_columns(graph: Graph, kept: Kept, modules: dict) -> None:
+    for name, layer in graph.layers.items():
+        alive = kept.units[graph.unit_of(layer.inputs)]
+        if alive.all():
+            continue
+        weight = modules[name].weight
+        if layer.groups == 1:
+            weight[:, ~alive] = 0
+        elif not layer.depthwise:
+            for block, part in zip(
+                weight.chunk(layer.groups), alive.chunk(layer.groups), strict=True
+            ):
+                block[:, ~part] = 0
+
+
+def _readers(graph: Graph) -> dict[str, Tensor]:
+    """Modules without weights that read several channels at once."""
+    readers = {name: remap.inputs for name, remap in graph.remaps.items()}
+    for node in graph.nodes:
+        if node.op.endswith("LRN") or node.op == "LocalResponseNorm":
+            if node.module in graph.norms:
+                readers[node.module] = graph.norms[node.module]
+    return readers
