@@ -2,7 +2,7 @@
 # lock if it is not there yet (.ci/setup).
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help venv reproduce lab test bench check notebooks lock clean
+.PHONY: help venv reproduce publish lab test bench check notebooks lock clean
 
 PROFILE ?= quick
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
@@ -26,6 +26,9 @@ venv:
 
 reproduce: venv  ## run a profile (PROFILE=quick) and print its table; resumes
 	@.venv/bin/python .ci/reproduce.py $(PROFILE) --cores $(CORES) $(ARGS)
+
+publish: venv  ## copy a finished profile's figures and rows to where they are committed
+	@.venv/bin/python -m lib.report --profile $(PROFILE) --publish
 
 lab: venv  ## open the notebooks in JupyterLab
 	@jupyter lab notebooks $(ARGS)

@@ -179,9 +179,17 @@ def show_results(profile):
     if subprocess.call(report, cwd=ROOT) != 0:
         say("failed: the results table could not be made (see above)", sys.stderr)
         return 1
-    figures = RUNS / "figures" if os.environ.get("PRUNING_RUNS") else ROOT / "figures"
-    say(f"figures: {shown(figures)}/   executed notebooks: {shown(RUNS / profile)}/")
+    folder = shown(RUNS / profile)
+    say(f"executed notebooks: {folder}/   their figures: {folder}/figures/")
     return 0
+
+
+def count_gpus():
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    except OSError:
+        return 0
+    return listed.stdout.count("GPU ")
 
 
 def main():
@@ -196,6 +204,8 @@ def main():
         sys.exit(f"reproduce: no profile {options.profile!r}; have {', '.join(known)}")
     arguments = ["--cores", options.cores, *more]  # of two --config, the last counts
     arguments += ["--config", *options.config, f"profile={options.profile}"]
+    if not any(word.startswith("--res") for word in more) and count_gpus() > 0:
+        arguments += ["--resources", "gpu=1"]  # every notebook takes the first one
     if {"-n", "--dry-run", "--dryrun"} & set(more):  # Snakemake's own words
         engine = start_snakemake(arguments)
         sys.stdout.writelines(engine.stdout)

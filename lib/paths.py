@@ -1,7 +1,7 @@
 """Where things lie on disk, whatever the working directory, and writing them safely.
 
 Environment variables: `PRUNING_DATA` moves the data root, `PRUNING_RUNS` the folder of
-runs (figures then go there too, so that tests never touch the committed ones).
+runs.
 """
 
 import json
@@ -14,6 +14,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 PUBLISHED = ROOT / "data" / "published"
+RESULTS = ROOT / "data" / "results"
+FIGURES = ROOT / "figures"
 
 
 def data_root(root: str | Path | None = None) -> Path:
@@ -24,18 +26,6 @@ def data_root(root: str | Path | None = None) -> Path:
 def runs_root() -> Path:
     """The folder for everything a run makes: `PRUNING_RUNS`, else `data/runs/`."""
     return Path(os.environ.get("PRUNING_RUNS") or ROOT / "data" / "runs").resolve()
-
-
-def results_root() -> Path:
-    """`data/results/`, or a folder beside the runs when `PRUNING_RUNS` moved those."""
-    moved = os.environ.get("PRUNING_RUNS")
-    return Path(moved).resolve() / "results" if moved else ROOT / "data" / "results"
-
-
-def figures_root() -> Path:
-    """`figures/`, or a folder beside the runs when `PRUNING_RUNS` moved those."""
-    moved = os.environ.get("PRUNING_RUNS")
-    return Path(moved).resolve() / "figures" if moved else ROOT / "figures"
 
 
 def shown(path: str | Path) -> str:

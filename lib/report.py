@@ -1,17 +1,20 @@
 """Tables and figures: the last step of every notebook and of every profile.
 
-    python -m lib.report --profile quick
+    python -m lib.report --profile quick [--publish]
 
-prints the table of a profile that has run.
+prints the table of a profile that has run; `--publish` also copies what it drew and
+measured to where it is committed.
 """
 
 import argparse
+import shutil
+from pathlib import Path
 
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from lib import paths, settings
+from lib import paths, settings, stages
 
 KEYS = ["net", "dataset", "method", "rate", "keep", "residual", "epochs"]
 RESULT_COLUMNS = [
@@ -79,22 +82,21 @@ def _format_value(value, digits: str) -> str:
     return f"{value:{digits}}" if isinstance(value, float) else str(value)
 
 
-def save_figure(name: str, figure: Figure, numbers: pd.DataFrame) -> None:
-    """Write `figures/NAME.png` and beside it the numbers it shows, `NAME.csv`."""
-    folder = paths.figures_root()
-    paths.write_atomic(
-        folder / f"{name}.png",
-        lambda tmp: figure.savefig(
-            tmp, dpi=130, bbox_inches="tight", metadata={"Software": None}
-        ),
-    )
-    paths.write_text(folder / f"{name}.csv", numbers.to_csv(index=False))
+def save_figure(run: str, name: str, figure: Figure, numbers: pd.DataFrame) -> Path:
+    """Write a picture and, beside it, the numbers it shows; return the picture's path.
 
-
-def figure_name(name: str, run: str) -> str:
-    """`NAME` for the quick profile, `NAME_PROFILE[_VARIED]` for a run of another."""
+    Both go to `figures/` in the folder of the run's profile: `NAME.png` and `NAME.csv`
+    for the quick profile, `NAME_PROFILE[_VARIED]` for others. `publish` copies them to
+    the committed `figures/`.
+    """
     profile, *rest = run.split("/")
-    return name if profile == QUICK else "_".join([name, profile, *rest[1:]])
+    if profile != QUICK:
+        name = "_".join([name, profile, *rest[1:]])
+    path = stages.profile_folder(run) / "figures" / f"{name}.png"
+    options = {"dpi": 130, "bbox_inches": "tight", "metadata": {"Software": None}}
+    paths.write_atomic(path, lambda tmp: figure.savefig(tmp, **options))
+    paths.write_text(path.with_suffix(".csv"), numbers.to_csv(index=False))
+    return path
 
 
 def draw_results(rows: pd.DataFrame) -> Figure:
@@ -124,8 +126,77 @@ def set_style() -> None:
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
 
 
-def publish_results(profile: str, rows: pd.DataFrame) -> None:
-    """Write the rows of a full profile to `data/results/PROFILE.csv`, one per run."""
+def main() -> None:
+    """Print the table of a profile and keep it beside the runs; publish if asked."""
+    parser = argparse.ArgumentParser(
+        description="Print the results table of a profile."
+    )
+    parser.add_argument("--profile", default=QUICK)
+    parser.add_argument(
+        "--publish", action="store_true",
+        help="copy its figures to figures/ and its rows to data/results/",
+    )  # fmt: skip
+    options = parser.parse_args()
+    profile, runs = options.profile, settings.read_profile(options.profile)
+    missing = [run.name for run in runs if not _has_run(run)]
+    if len(missing) == len(runs) or (missing and options.publish):
+        names = ", ".join(missing)
+        raise SystemExit(
+            f"no results yet of {names}: run `make reproduce PROFILE={profile}` first"
+        )
+    rows = collect_rows(profile)
+    if not rows.empty:
+        print_results(profile, rows)
+    elif collect_rows(profile, "points").empty:
+        print("no pruned network in this profile: its figures are its result")
+    if options.publish:
+        publish(profile)
+
+
+def _has_run(run: settings.Run) -> bool:
+    return (run.folder / "metrics.json").is_file()
+
+
+def print_results(profile: str, rows: pd.DataFrame) -> None:
+    """Print the table of a profile's pruned networks, and keep it beside the runs."""
+    table = format_table(summarise(rows))
+    print(f"\n{table}\n")
+    print(
+        "base, before, after: top-1 on the test set in percent, unpruned, pruned and\n"
+        "recalibrated, fine-tuned (last epoch); macs_down, params_down: reduction in\n"
+        "percent, 1 MAC = 1 multiply-add of a convolution or linear layer; n: seeds."
+    )
+    folder = stages.profile_folder(profile)
+    paths.write_text(folder / "table.md", table + "\n")
+    paths.write_text(folder / "table.json", rows.to_json(orient="records", indent=1))
+    if profile != QUICK:
+        set_style()
+        shown_columns = RESULT_COLUMNS[: RESULT_COLUMNS.index("macs_down") + 1]
+        present = [column for column in shown_columns if column in rows]
+        save_figure(profile, "results", draw_results(rows), rows[present])
+
+
+# -- what is committed -----------------------------------------------------------------
+
+
+def publish(profile: str) -> None:
+    """Copy a profile's figures to `figures/`, its rows and points to `data/results/`.
+
+    Nothing else writes there. Of the quick profile only figures: its numbers teach.
+    """
+    drawn = sorted((stages.profile_folder(profile) / "figures").glob("[!.]*"))
+    for path in drawn:
+        paths.write_atomic(
+            paths.FIGURES / path.name, lambda tmp, path=path: shutil.copyfile(path, tmp)
+        )
+    print(f"wrote {len(drawn)} files to {paths.shown(paths.FIGURES)}")
+    if profile != QUICK:
+        publish_rows(profile, collect_rows(profile))
+        publish_points(profile, collect_rows(profile, "points"))
+
+
+def publish_rows(profile: str, rows: pd.DataFrame) -> None:
+    """Write `data/results/PROFILE.csv`: one row per pruned network, if there is any."""
     columns = [column for column in RESULT_COLUMNS if column in rows]
     _write_table(f"{profile}.csv", rows[columns])
 
@@ -134,60 +205,16 @@ def publish_points(profile: str, points: pd.DataFrame) -> None:
     """Write the measured points of a profile to `data/results/PROFILE_points.csv`."""
     order = [column for column in ("seed", "chain", "round") if column in points]
     told = [column for column in points if column not in ("seconds", *MADE_WITH)]
-    points = points.sort_values(order, kind="stable").drop_duplicates(told)
+    if not points.empty:
+        points = points.sort_values(order, kind="stable").drop_duplicates(told)
     _write_table(f"{profile}_points.csv", points)
 
 
 def _write_table(name: str, table: pd.DataFrame) -> None:
-    path = paths.results_root() / name
+    if table.empty:
+        return
     text = table.to_csv(index=False, float_format="%.4f", lineterminator="\n")
-    paths.write_text(path, text)
-    print(f"wrote {paths.shown(path)}")
-
-
-def main() -> None:
-    """Print the table of a profile; keep it beside the runs, publish a full one."""
-    parser = argparse.ArgumentParser(
-        description="Print the results table of a profile."
-    )
-    parser.add_argument("--profile", default=QUICK)
-    profile = parser.parse_args().profile
-    rows, points = collect_rows(profile), collect_rows(profile, "points")
-    done = [run for run in settings.read_profile(profile) if _has_run(run)]
-    if not done:
-        raise SystemExit(
-            f"no results yet: run `make reproduce PROFILE={profile}` first"
-        )
-    if rows.empty and points.empty:
-        print("no pruned network in this profile: its figures are its result")
-    if not rows.empty:
-        print_results(profile, rows)
-    if not points.empty and profile != QUICK:
-        publish_points(profile, points)
-
-
-def _has_run(run: settings.Run) -> bool:
-    return (run.folder / "metrics.json").is_file()
-
-
-def print_results(profile: str, rows: pd.DataFrame) -> None:
-    """Print the table of a profile's pruned networks; publish a full profile's."""
-    table = format_table(summarise(rows))
-    print(f"\n{table}\n")
-    print(
-        "base, before, after: top-1 on the test set in percent, unpruned, pruned and\n"
-        "recalibrated, fine-tuned (last epoch); macs_down, params_down: reduction in\n"
-        "percent, 1 MAC = 1 multiply-add of a convolution or linear layer; n: seeds."
-    )
-    folder = paths.runs_root() / profile
-    paths.write_text(folder / "table.md", table + "\n")
-    paths.write_text(folder / "table.json", rows.to_json(orient="records", indent=1))
-    if profile != QUICK:
-        publish_results(profile, rows)
-        set_style()
-        shown_columns = RESULT_COLUMNS[: RESULT_COLUMNS.index("macs_down") + 1]
-        present = [column for column in shown_columns if column in rows]
-        save_figure(f"results_{profile}", draw_results(rows), rows[present])
+    print(f"wrote {paths.shown(paths.write_text(paths.RESULTS / name, text))}")
 
 
 if __name__ == "__main__":

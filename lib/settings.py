@@ -5,7 +5,6 @@ is a YAML file that names notebooks and the parameters it changes; `read_profile
 it into runs, or refuses it before anything has run.
 """
 
-import difflib
 import hashlib
 import itertools
 import math
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from lib import paths
+from lib.messages import suggest
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ PARAMETERS = {
     "dataset": NAME,
     "net": NAME,
     "pretrained": Rule(bool),
+    "threads": Rule(int, 1),
     "seed": Rule(int, 0, 2**31),
     "seeds": Rule(list),
     "n_train": COUNT,
@@ -109,7 +110,7 @@ def check(**values: Any) -> Settings:
 def check_value(name: str, value: Any) -> Any:
     """One parameter against its rule in `PARAMETERS`."""
     if name not in PARAMETERS:
-        raise ValueError(f"unknown parameter '{name}'{_nearest(name, PARAMETERS)}")
+        raise ValueError(f"unknown parameter '{name}'{suggest(name, PARAMETERS)}")
     if PARAMETERS[name].kind is list:
         if not isinstance(value, (list, tuple)) or not value:
             raise ValueError(f"{name} must be a list with an entry, got {value!r}")
@@ -137,11 +138,6 @@ def _check_one(name: str, value: Any, rule: Rule) -> Any:
     return value
 
 
-def _nearest(name: str, known) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {sorted(known)}"
-
-
 # -- profiles ----------------------------------------------------------------------
 
 
@@ -152,6 +148,7 @@ class Run:
     notebook: str
     parameters: dict[str, Any]
     varied: dict[str, Any]
+    threads: int = 1
 
     @property
     def name(self) -> str:
@@ -164,19 +161,20 @@ class Run:
         return paths.runs_root() / self.name
 
 
-def read_profile(profile: str) -> list[Run]:
+def read_profile(profile: str, *, threads: int | None = None) -> list[Run]:
     """The runs of `notebooks/params/PROFILE.yaml`, checked.
 
     The file maps notebooks to changed parameters. A list where the notebook declares
-    a single value makes one run per entry. Refuses notebooks and parameters that do
-    not exist, naming the nearest, and values that `check` would refuse.
+    a single value makes one run per entry. `threads` goes before the profile's own.
+    Refuses notebooks and parameters that do not exist, naming the nearest, and values
+    that `check` would refuse.
     """
     import yaml
 
     folder = paths.NOTEBOOKS / "params"
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if profile not in known:
-        raise ValueError(f"no profile '{profile}'{_nearest(profile, known)}")
+        raise ValueError(f"no profile '{profile}'{suggest(profile, known)}")
     path = folder / f"{profile}.yaml"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -186,28 +184,48 @@ def read_profile(profile: str) -> list[Run]:
         raise ValueError(f"{path.name}: expected notebooks with their parameters")
     runs = []
     for notebook, changes in content.items():
-        runs += expand_runs(profile, str(notebook), changes or {})
+        runs += expand_runs(profile, str(notebook), changes or {}, threads)
     return runs
 
 
-def expand_runs(profile: str, notebook: str, changes: dict[str, Any]) -> list[Run]:
-    """The runs of one notebook in a profile."""
+def expand_runs(
+    profile: str, notebook: str, changes: dict[str, Any], threads: int | None = None
+) -> list[Run]:
+    """The runs of one notebook in a profile, see `read_profile`."""
     books = {path.stem for path in paths.NOTEBOOKS.glob("[0-9]*.ipynb")}
     if notebook not in books:
         raise ValueError(
-            f"{profile}: no notebook '{notebook}'{_nearest(notebook, books)}"
+            f"{profile}: no notebook '{notebook}'{suggest(notebook, books)}"
         )
     if not isinstance(changes, dict) or not all(isinstance(n, str) for n in changes):
         raise ValueError(f"{profile}: {notebook} needs parameters as 'name: value'")
     declared = declared_parameters(notebook)
-    grid = {}
-    for name, value in changes.items():
+    if threads is not None and "threads" in declared:
+        changes = {**changes, "threads": threads}
+    for name in changes:
         if name not in declared:
             raise ValueError(
                 f"{profile}: {notebook} declares no parameter '{name}'"
-                f"{_nearest(name, declared)}"
+                f"{suggest(name, declared)}"
             )
-        if not isinstance(value, list) or _is_list(name):
+    default = int(declared.get("threads", 1))
+    grid = _find_varied(profile, notebook, changes)
+    runs = []
+    for chosen in itertools.product(*grid.values()):
+        varied = dict(zip(grid, chosen, strict=True))
+        tag = "-".join(f"{name}{value}" for name, value in varied.items())
+        run = "/".join(filter(None, [profile, notebook, tag]))
+        values = {**changes, **varied, "run": run}
+        runs.append(Run(notebook, values, varied, values.get("threads", default)))
+    return runs
+
+
+def _find_varied(profile: str, notebook: str, changes: dict) -> dict[str, list]:
+    """The parameters that take several values; every value is checked on the way."""
+    grid = {}
+    for name, value in changes.items():
+        rule = PARAMETERS.get(name)
+        if not isinstance(value, list) or (rule and rule.kind is list):
             check_value(name, value)
             continue
         grid[name] = [check_value(name, item) for item in value]
@@ -215,26 +233,16 @@ def expand_runs(profile: str, notebook: str, changes: dict[str, Any]) -> list[Ru
             raise ValueError(
                 f"{profile}: {notebook} needs different values of '{name}', got {value}"
             )
-    fixed = {name: value for name, value in changes.items() if name not in grid}
-    runs = []
-    for chosen in itertools.product(*grid.values()):
-        varied = dict(zip(grid, chosen, strict=True))
-        tag = "-".join(f"{name}{value}" for name, value in varied.items())
-        run = "/".join(filter(None, [profile, notebook, tag]))
-        runs.append(Run(notebook, {**fixed, **varied, "run": run}, varied))
-    return runs
+    return grid
 
 
-def _is_list(name: str) -> bool:
-    return name in PARAMETERS and PARAMETERS[name].kind is list
-
-
-def declared_parameters(notebook: str) -> set[str]:
-    """Names in the cell tagged `parameters` of a notebook."""
+def declared_parameters(notebook: str) -> dict[str, str]:
+    """Names and defaults (as written) in the cell tagged `parameters` of a notebook."""
     import papermill
 
     path = paths.NOTEBOOKS / f"{notebook}.ipynb"
-    return set(papermill.inspect_notebook(str(path)))
+    declared = papermill.inspect_notebook(str(path))
+    return {name: entry["default"] for name, entry in declared.items()}
 
 
 def hash_code() -> str:
@@ -252,6 +260,18 @@ def hash_code() -> str:
 def seed_everything(seed: int) -> None:
     """Seed torch's generators; numpy's global one is used nowhere."""
     torch.manual_seed(seed)
+
+
+def use_threads(threads: int) -> None:
+    """Let torch and the BLAS below numpy and scipy use so many CPU threads.
+
+    Sums are split among threads, so their last bits depend on the number; with one
+    thread a run repeats to the bit.
+    """
+    import threadpoolctl
+
+    torch.set_num_threads(threads)
+    threadpoolctl.threadpool_limits(threads)
 
 
 def environment() -> dict[str, str]:

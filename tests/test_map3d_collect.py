@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lib import data, map3d, models, paths, report, settings, stages, surgery, train
+from lib import data, map3d, models, paths, stages, surgery, train
 from lib.plan import Plan
 from lib.stages import Sets
 from lib.train import loop
@@ -805,92 +805,3 @@ def test_unseen_validation_is_half_of_the_test_images():
     assert again.train.labels.bincount().tolist() == [7] * 10
     held = stages.load_sets("mnist5k")
     assert len(held.train) == 3600 and not set(rows_of(held.val)) & set(rows_of(test))
-
-
-# -- points in reports -----------------------------------------------------------------
-
-MADE = {"device": "CPU", "torch": "2.11", "revision": "abc", "python": "3.11"}
-
-
-@pytest.fixture
-def write_run(monkeypatch):
-    """Writes metrics.json of a run of profile "toy"."""
-    runs: list[settings.Run] = []
-    monkeypatch.setattr(settings, "read_profile", lambda profile: runs)
-
-    def write(name: str, points=None, rows=(), **made):
-        runs.append(settings.Run("30_map_collection", {"run": name}, {}))
-        content = {"run": name, "environment": MADE | made, "rows": list(rows)}
-        if points is not None:
-            content["points"] = points
-        return paths.write_json(paths.runs_root() / name / "metrics.json", content)
-
-    return write
-
-
-def records(*rows: dict) -> list[dict]:
-    rows = [{"net": "resnet20", "dataset": "mnist5k"} | row for row in rows]
-    return make_points(*rows).to_dict("records")
-
-
-def run_report(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["report", *arguments])
-    report.main()
-
-
-def published() -> pd.DataFrame:
-    return pd.read_csv(paths.results_root() / "toy_points.csv")
-
-
-def test_points_of_all_runs_are_collected(write_run):
-    write_run("toy/30/part0", records({}, {"round": 2}))
-    write_run("toy/30/part1", records({"round": 3}))
-    write_run("toy/02", rows=[{"method": "l1", "after": 1.0}])
-    found = report.collect_rows("toy", kind="points")
-    assert found["round"].tolist() == [1, 2, 3]
-    assert set(found["device"]) == {"CPU"} and "after" not in found
-    assert report.collect_rows("toy")["after"].tolist() == [1.0]
-
-
-@pytest.mark.parametrize("points", [5, [1], ["x"]])
-def test_damaged_points_are_one_error_that_names_the_file(write_run, points):
-    write_run("toy/30", points)
-    with pytest.raises(ValueError, match=r"toy/30/metrics\.json"):
-        report.collect_rows("toy", kind="points")
-
-
-def test_a_profile_with_points_only_is_published(write_run, monkeypatch, capsys):
-    """A point that two runs hold is published once, the rest in order."""
-    shared = {"chain": "whole", "d": 1.0}
-    write_run("toy/30/part0", records({"round": 2}, shared))
-    write_run("toy/30/part1", records(shared, {"round": 1}), revision="def")
-    run_report(monkeypatch, "--profile", "toy")
-    assert "toy_points.csv" in capsys.readouterr().out
-    table = published()
-    assert table[["chain", "round"]].to_numpy().tolist() == [
-        ["d", 1], ["d", 2], ["whole", 1]
-    ]  # fmt: skip
-    assert table["macs"].tolist() == [10**9] * 3 and table["macs"].dtype == "int64"
-    assert table["share"].tolist() == [0.3] * 3
-    assert not (paths.results_root() / "toy.csv").exists()
-    text = (paths.results_root() / "toy_points.csv").read_bytes()
-    run_report(monkeypatch, "--profile", "toy")
-    assert (paths.results_root() / "toy_points.csv").read_bytes() == text
-
-
-@pytest.mark.parametrize(
-    "other", [{"net": "resnet56"}, {"dataset": "cifar10"}, {"epochs": 4}, {"seed": 2}]
-)
-def test_the_same_shares_of_another_network_are_another_point(write_run, other):
-    """Every network has a point at d = w = r = 1."""
-    whole = {"chain": "whole", "d": 1.0, "r": 1.0}
-    write_run("toy/30/a", records(whole))
-    write_run("toy/30/b", records(whole | other))
-    report.publish_points("toy", report.collect_rows("toy", kind="points"))
-    assert len(published()) == 2
-
-
-def test_points_of_the_quick_profile_are_not_published(write_run, monkeypatch):
-    write_run("quick/30", records({}))
-    run_report(monkeypatch)
-    assert not paths.results_root().exists()

@@ -16,8 +16,10 @@ ENVIRONMENT = {"device": "CPU", "torch": "2.11", "revision": "abc", "python": "3
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
-    """Runs and published results in a temporary folder."""
+    """Runs, published results and figures in a temporary folder."""
     monkeypatch.setenv("PRUNING_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(paths, "FIGURES", tmp_path / "figures")
     monkeypatch.setattr(settings, "read_profile", lambda profile: RUNS.get(profile, []))
     RUNS.clear()
     return tmp_path
@@ -140,7 +142,13 @@ def test_main_without_runs_says_what_to_do(monkeypatch):
         run_main(monkeypatch, "--profile", "toy")
 
 
-def test_main_prints_keeps_and_publishes(monkeypatch, capsys, folders):
+def list_files(folder) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_main_prints_and_keeps_and_publishes_only_when_asked(
+    monkeypatch, capsys, folders
+):
     write_run("toy/x", ROWS)
     run_main(monkeypatch, "--profile", "toy")
     table = report.format_table(report.summarise(pd.DataFrame(ROWS)))
@@ -148,25 +156,49 @@ def test_main_prints_keeps_and_publishes(monkeypatch, capsys, folders):
     folder = paths.runs_root() / "toy"
     assert (folder / "table.md").read_text() == table + "\n"
     assert len(json.loads((folder / "table.json").read_text())) == 4
-    published = pd.read_csv(folders / "runs" / "results" / "toy.csv")
-    assert len(published) == 4
+    drawn = ["results_toy.csv", "results_toy.png"]
+    assert list_files(folder / "figures") == drawn
+    shown = pd.read_csv(folder / "figures" / "results_toy.csv")
+    assert shown["after"].tolist() == [80, 82, 87, 70.25]
+    assert not paths.FIGURES.exists() and not paths.RESULTS.exists()
+    run_main(monkeypatch, "--profile", "toy", "--publish")
+    assert list_files(paths.FIGURES) == drawn
+    picture = (paths.FIGURES / "results_toy.png").read_bytes()
+    assert picture == (folder / "figures" / "results_toy.png").read_bytes()
+    assert len(picture) > 1000
+
+
+def test_published_rows_have_the_agreed_columns(monkeypatch):
+    write_run("toy/x", ROWS)
+    run_main(monkeypatch, "--profile", "toy", "--publish")
+    published = pd.read_csv(paths.RESULTS / "toy.csv")
+    assert len(published) == 4 and list_files(paths.RESULTS) == ["toy.csv"]
     of_map = {"keep", "d", "w", "r"}
     wanted = [name for name in report.RESULT_COLUMNS if name not in of_map]
     assert list(published) == wanted, "in this order, and only those that rows have"
     assert published["after"].tolist() == [80, 82, 87, 70.25]
     assert published["macs"].dtype == "int64"
-    assert (paths.figures_root() / "results_toy.png").stat().st_size > 1000
-    shown = pd.read_csv(paths.figures_root() / "results_toy.csv")
-    assert shown["after"].tolist() == published["after"].tolist()
-    again = (folders / "runs" / "results" / "toy.csv").read_bytes()
+    again = (paths.RESULTS / "toy.csv").read_bytes()
+    run_main(monkeypatch, "--profile", "toy", "--publish")
+    assert (paths.RESULTS / "toy.csv").read_bytes() == again
+
+
+def test_of_the_quick_profile_only_figures_are_published(monkeypatch):
+    write_run("quick/x", ROWS, points=[make_point("d", 1)])
+    report.save_figure("quick/x", "curve", Figure(), pd.DataFrame({"x": [1]}))
+    run_main(monkeypatch, "--publish")
+    assert list_files(paths.FIGURES) == ["curve.csv", "curve.png"]
+    assert not paths.RESULTS.exists()
+
+
+def test_half_a_profile_is_shown_but_not_published(monkeypatch, capsys):
+    write_run("toy/x", ROWS)
+    RUNS["toy"].append(settings.Run("y", {"run": "toy/y"}, {}))
     run_main(monkeypatch, "--profile", "toy")
-    assert (folders / "runs" / "results" / "toy.csv").read_bytes() == again
-
-
-def test_quick_is_not_published(monkeypatch, folders):
-    write_run("quick/x", ROWS)
-    run_main(monkeypatch)
-    assert not (folders / "runs" / "results").exists()
+    assert "resnet8" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no results yet of toy/y: run `make"):
+        run_main(monkeypatch, "--profile", "toy", "--publish")
+    assert not paths.FIGURES.exists() and not paths.RESULTS.exists()
 
 
 def test_kept_table_is_strict_json(monkeypatch):
@@ -182,6 +214,62 @@ def test_kept_table_is_strict_json(monkeypatch):
     assert json.loads(text, parse_constant=refuse)
 
 
+# -- points ----------------------------------------------------------------------------
+
+
+def make_point(chain: str, d: float, **more) -> dict:
+    return {
+        "net": "resnet20", "dataset": "mnist5k", "seed": 0, "chain": chain, "round": 1,
+        "d": d, "w": 1.0, "r": 1.0, "top1": 80.0, "macs": 10**9, "seconds": 1.5,
+    } | more  # fmt: skip
+
+
+def test_points_of_all_runs_are_collected():
+    write_run("toy/30/part0", [], points=[make_point("d", 0.9), make_point("d", 0.8)])
+    write_run("toy/30/part1", [], points=[make_point("d", 0.7)])
+    write_run("toy/02", [{"method": "l1", "after": 1.0}])
+    found = report.collect_rows("toy", kind="points")
+    assert found["d"].tolist() == [0.9, 0.8, 0.7]
+    assert set(found["device"]) == {"CPU"} and "after" not in found
+    assert report.collect_rows("toy")["after"].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("points", [5, [1], ["x"]])
+def test_damaged_points_are_one_error_that_names_the_file(points):
+    write_run("toy/30", [], points=points)
+    with pytest.raises(ValueError, match=r"toy/30/metrics\.json"):
+        report.collect_rows("toy", kind="points")
+
+
+def test_a_profile_with_points_only_is_published(monkeypatch, capsys):
+    """A point that two runs hold is published once, the rest in order."""
+    whole = make_point("whole", 1.0)
+    later = ENVIRONMENT | {"revision": "def"}
+    write_run("toy/30/part0", [], points=[make_point("d", 0.8, round=2), whole])
+    write_run("toy/30/part1", [], points=[whole | {"seconds": 2.0},
+              make_point("d", 0.9)], environment=later)  # fmt: skip
+    run_main(monkeypatch, "--profile", "toy", "--publish")
+    assert "toy_points.csv" in capsys.readouterr().out
+    table = pd.read_csv(paths.RESULTS / "toy_points.csv")
+    assert table[["chain", "round"]].to_numpy().tolist() == [
+        ["d", 1], ["d", 2], ["whole", 1]
+    ]  # fmt: skip
+    assert table["macs"].tolist() == [10**9] * 3 and table["macs"].dtype == "int64"
+    assert list_files(paths.RESULTS) == ["toy_points.csv"]
+
+
+@pytest.mark.parametrize(
+    "other", [{"net": "resnet56"}, {"dataset": "cifar10"}, {"epochs": 4}, {"seed": 2}]
+)
+def test_the_same_shares_of_another_network_are_another_point(other):
+    """Every network has a point at d = w = r = 1."""
+    whole = make_point("whole", 1.0)
+    write_run("toy/30/a", [], points=[whole])
+    write_run("toy/30/b", [], points=[whole | other])
+    report.publish("toy")
+    assert len(pd.read_csv(paths.RESULTS / "toy_points.csv")) == 2
+
+
 # -- figures ---------------------------------------------------------------------------
 
 
@@ -191,17 +279,19 @@ def test_a_figure_is_a_picture_and_its_numbers(folders):
     numbers = pd.DataFrame({"x": [1, 2], "y": [0.5, 0.25]})
     report.set_style()
     for _ in range(2):
-        report.save_figure("curve", figure, numbers)
-    folder = folders / "runs" / "figures"
-    assert sorted(p.name for p in folder.iterdir()) == ["curve.csv", "curve.png"]
-    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+        report.save_figure("quick/x", "curve", figure, numbers)
+    folder = folders / "runs" / "quick" / "figures"
+    assert list_files(folders) == ["curve.csv", "curve.png"]
+    picture = (folder / "curve.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert b"Software" not in picture and b"atplotlib" not in picture
     pd.testing.assert_frame_equal(pd.read_csv(folder / "curve.csv"), numbers)
 
 
-def test_a_failed_figure_keeps_the_old_one(folders, monkeypatch):
+def test_a_failed_figure_keeps_the_old_one(monkeypatch):
     figure, numbers = Figure(), pd.DataFrame({"x": [1]})
-    report.save_figure("curve", figure, numbers)
-    old = (folders / "runs" / "figures" / "curve.png").read_bytes()
+    file = report.save_figure("quick/x", "curve", figure, numbers)
+    old = file.read_bytes()
 
     def fail(path, **options):
         path.write_bytes(b"half")
@@ -209,22 +299,21 @@ def test_a_failed_figure_keeps_the_old_one(folders, monkeypatch):
 
     monkeypatch.setattr(figure, "savefig", fail)
     with pytest.raises(RuntimeError, match="no font"):
-        report.save_figure("curve", figure, numbers)
-    folder = folders / "runs" / "figures"
-    assert (folder / "curve.png").read_bytes() == old
-    assert len(list(folder.iterdir())) == 2
+        report.save_figure("quick/x", "curve", figure, numbers)
+    assert file.read_bytes() == old and len(list_files(file.parent)) == 2
 
 
 @pytest.mark.parametrize(
-    "run, name",
+    "run, file",
     [
-        ("quick/02_surgery", "trade"),
-        ("cifar10/02_surgery", "trade_cifar10"),
-        ("cifar10/02_surgery/seed1", "trade_cifar10_seed1"),
+        ("quick/02_surgery", "quick/figures/trade.png"),
+        ("cifar10/02_surgery", "cifar10/figures/trade_cifar10.png"),
+        ("cifar10/02_surgery/seed1", "cifar10/figures/trade_cifar10_seed1.png"),
     ],
 )
-def test_figures_of_other_profiles_have_other_names(run, name):
-    assert report.figure_name("trade", run) == name
+def test_figures_of_other_profiles_have_other_names(run, file):
+    made = report.save_figure(run, "trade", Figure(), pd.DataFrame({"x": [1]}))
+    assert made == paths.runs_root() / file
 
 
 # -- writing files ---------------------------------------------------------------------
@@ -273,9 +362,7 @@ def test_reading_names_the_file(tmp_path):
 
 def test_places_follow_the_environment(tmp_path, monkeypatch):
     assert paths.runs_root() == tmp_path / "runs"
-    assert paths.figures_root() == tmp_path / "runs" / "figures"
     monkeypatch.delenv("PRUNING_RUNS")
     assert paths.runs_root() == paths.ROOT / "data" / "runs"
-    assert paths.figures_root() == paths.ROOT / "figures"
     assert paths.shown(paths.ROOT / "data" / "x") == "data/x"
     assert paths.shown(tmp_path / "x.pt") == "x.pt"

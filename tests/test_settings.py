@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import threadpoolctl
 import torch
 import yaml
 
@@ -38,7 +39,8 @@ def test_checked_parameters_are_attributes():
 
 WRONG = [
     ({"sed": 0}, r"unknown parameter 'sed'; did you mean 'seed'\?"),
-    ({"xyzzy": 0}, r"unknown parameter 'xyzzy'; known: \["),
+    ({"xyzzy": 0}, r"unknown parameter 'xyzzy'; known: alpha, "),
+    ({"threads": 0}, r"threads must lie in \[1, inf\), got 0"),
     ({"lr": "1e-3"}, r"lr must be a float, got '1e-3', .* str .*write 1\.0e-3"),
     ({"seed": "3"}, r"seed must be a int, got '3'"),
     ({"seed": True}, r"seed must be a int, got True, which is a bool"),
@@ -110,6 +112,23 @@ def test_a_profile_gives_runs_with_folders(books, tmp_path):
     assert runs[1].parameters == expected and runs[1].varied == {"seed": 2}
     assert runs[1].folder == tmp_path / "runs" / "toy/01_first/seed2"
     assert runs[2].parameters == {"run": "toy/02_second"}
+
+
+def test_a_run_takes_its_threads_from_notebook_profile_or_caller(books, tmp_path):
+    write_notebook(tmp_path / "01_first.ipynb", "run = 'x'\nthreads: int = 3  # cores")
+    books("01_first: {}\n02_second: {}\n")
+    runs = settings.read_profile("toy")
+    assert [run.threads for run in runs] == [3, 1]
+    assert all("threads" not in run.parameters for run in runs)
+    asked = settings.read_profile("toy", threads=2)
+    assert [run.threads for run in asked] == [2, 1]
+    assert asked[0].parameters["threads"] == 2, "the notebook is told as well"
+    assert "threads" not in asked[1].parameters, "it declares none"
+    with pytest.raises(ValueError, match=r"threads must lie in \[1"):
+        settings.read_profile("toy", threads=0)
+    books("01_first: {threads: 4}\n")
+    assert [run.threads for run in settings.read_profile("toy")] == [4]
+    assert settings.read_profile("toy", threads=1)[0].threads == 1
 
 
 def test_two_lists_make_a_grid(books, tmp_path):
@@ -196,6 +215,14 @@ def test_a_machine_without_git_has_an_unknown_revision(monkeypatch):
 def test_a_copy_outside_git_has_an_unknown_revision(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     assert settings.code_revision() == "unknown"
+
+
+def test_threads_are_those_of_torch_and_of_blas(one_thread):
+    for threads in (2, 1):
+        settings.use_threads(threads)
+        assert torch.get_num_threads() == threads
+        pools = threadpoolctl.threadpool_info()
+        assert {pool["num_threads"] for pool in pools} == {threads}, pools
 
 
 def test_seeding_repeats_draws():
