@@ -14,6 +14,7 @@ from torch import nn
 
 from lib import baselines, cost, models, surgery
 from lib import plan as plans
+from lib.graph import build_graph
 from lib.plan import Plan
 
 TINY = (3, 8, 8)
@@ -686,6 +687,51 @@ def test_small_nets_shrink_exactly(kind):
             model, plan, TINY, oracle.images(TINY), hooks=hooks, behind=False
         )
         oracle.train_step(small, oracle.images(TINY))
+
+
+class Pick(nn.Module):
+    """Hands its channels on in the order of a buffer and a private attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("order", torch.arange(8).flip(0))
+        self._shift = 0
+
+    def forward(self, x):
+        return x[:, self.order.roll(self._shift)]
+
+
+@pytest.mark.parametrize("change", ["buffer", "attribute"])
+def test_a_change_between_two_calls_is_seen(change):
+    """What moves channels may itself have moved since the network was last traced."""
+    model = net(forward=lambda s, x: s.b(s.c(F.relu(s.a(x)))), **two(c=Pick()))
+    plan = Plan({"a": [0, 1, 2, 5]})
+    oracle.assert_exact(model, plan, TINY, oracle.images(TINY), behind=False)
+    if change == "buffer":
+        model.c.order.copy_(torch.arange(8).roll(2))
+    else:
+        model.c._shift = 3
+    oracle.assert_exact(model, plan, TINY, oracle.images(TINY), behind=False)
+
+
+def test_a_given_graph_stands_for_the_trace(monkeypatch):
+    model, shape = make("resnet8")
+    graph = build_graph(model, shape)
+    x, scores = oracle.images(shape), baselines.random(model, 0)
+    expected = plans.from_scores(model, scores, shape, macs=0.5)
+    whole = surgery.shrink(model, expected, shape)
+    for room in (plans.ranking, surgery.cut, surgery.silence, surgery):
+        monkeypatch.delattr(room, "build_graph")
+    plan = plans.from_scores(model, scores, shape, macs=0.5, graph=graph)
+    assert plan == expected
+    small = surgery.shrink(model, plan, shape, graph=graph)
+    again = surgery.shrunk_from(model, plan, shape, small.state_dict(), graph=graph)
+    for result in (small, again):
+        assert torch.equal(oracle.evaluate(result, x), oracle.evaluate(whole, x))
+    assert surgery.channel_groups(model, shape, graph=graph) is graph.groups
+    assert surgery.droppable(model, shape, graph=graph) == ["layer1.0"]
+    masked = oracle.evaluate(surgery.mask(model, plan, shape, graph=graph), x)
+    assert oracle.difference(masked, oracle.evaluate(small, x)) < 1e-10
 
 
 SHARED = {

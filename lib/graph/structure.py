@@ -7,7 +7,6 @@ convolution that writes into one residual stream.
 
 from collections import defaultdict
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from scipy.sparse import coo_array
@@ -52,6 +51,7 @@ class Graph:
     labels), `norms`, `vectors`, `remaps` and `shuffles` the same for everything else
     with a size, `pairs` each layer with the BatchNorm that alone reads it; `unit_of`
     maps labels to units, the last unit stands for constants and is always kept.
+    `has_other_work` says whether the pass has MACs outside of `layers`.
     """
 
     def __init__(self, record: Trace):
@@ -63,6 +63,7 @@ class Graph:
         self.remaps = record.remaps
         self.shuffles = record.units
         self.calls = record.calls
+        self.has_other_work = record.has_other_work
         self.num_labels = record.ledger.count
         self.pairs: dict[str, str] = self._find_pairs()
         self._units, self.num_units = _components(
@@ -203,39 +204,13 @@ class Graph:
         return total
 
 
-_RECENT: WeakKeyDictionary[nn.Module, tuple[tuple, Graph]] = WeakKeyDictionary()
-
-
 def build_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> Graph:
     """Trace `model` once at `input_shape` (C, H, W) on the meta device.
 
-    The model, its parameters and its train/eval mode are left as found. The latest
-    graph of a model is kept as long as its structure and its plain attributes are the
-    same, since scoring, planning and shrinking ask for it one after the other.
+    The model, its parameters and its train/eval mode are left as found. Nothing is
+    remembered: build it once at the entry of a task and hand it down.
     """
-    key = (tuple(input_shape), _fingerprint(model))
-    known = _RECENT.get(model)
-    if known is None or known[0] != key:
-        known = (key, Graph(trace(model, input_shape)))
-        _RECENT[model] = known
-    return known[1]
-
-
-def _fingerprint(model: nn.Module) -> tuple:
-    """Everything about the modules that a forward pass can depend on but values."""
-    rows = []
-    for name, module in model.named_modules(remove_duplicate=False):
-        rows.append((name, id(module), type(module)))
-        for key, value in module.__dict__.items():
-            if key == "_parameters" or key == "_buffers":
-                tensors = [
-                    (k, id(v), None if v is None else v.shape) for k, v in value.items()
-                ]
-                rows.append(tuple(tensors))
-            elif key != "training" and not key.startswith("_"):
-                plain = isinstance(value, (int, float, str, tuple, list, type(None)))
-                rows.append((key, repr(value) if plain else id(value)))
-    return tuple(rows)
+    return Graph(trace(model, input_shape))
 
 
 def droppable_blocks(graph: Graph, model: nn.Module) -> list[str]:

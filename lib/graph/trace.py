@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
 from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleUnit
 
 from lib.graph import tags as rules
@@ -95,6 +96,7 @@ class Trace(TorchDispatchMode):
         self.remaps: dict[str, Remap] = {}
         self.units: dict[str, Remap] = {}
         self.calls: dict[str, tuple[int, int]] = {}
+        self.has_other_work = False
         self.evaluating = True
         self._known: dict[int, int] = {}
         self._alive: list[Tensor] = []
@@ -234,6 +236,8 @@ class Trace(TorchDispatchMode):
             return run_leaf(name, func, args, kwargs)
         tensors = tensors_in((*args, *kwargs.values()))
         output = run_operation(name, func, args, kwargs, tensors)
+        if self.evaluating and func._overloadpacket in flop_registry:
+            self.has_other_work = True
         if not any(id(t) in self._known for t in tensors):
             return output
         inputs = tuple(self._known[id(t)] for t in tensors if id(t) in self._known)

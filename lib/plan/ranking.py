@@ -25,6 +25,7 @@ def from_scores(
     macs: float | None = None,
     scope: str = "layer",
     residual: str = "tie",
+    graph: Graph | None = None,
 ) -> Plan:
     """Keep the channels with the highest scores.
 
@@ -40,18 +41,20 @@ def from_scores(
     full-width (Tang et al. 2020), "keep" leaves them whole.
 
     Raises `ValueError` for scores that fit no layer, are not finite or belong to
-    channels that cannot be pruned; warns when nothing is removed.
+    channels that cannot be pruned; warns when nothing is removed. `graph`, if given,
+    is that of `build_graph(model, input_shape)`.
     """
     _check_request(rate, macs, scope, residual)
-    graph = build_graph(model, input_shape)
+    graph = graph or build_graph(model, input_shape)
     _check_scores(graph, scores, model)
     for name in rate.keys() - scores.keys() if isinstance(rate, Mapping) else ():
         raise ValueError(f"rate: '{name}' has no scores{nearest_name(name, scores)}")
     pools = _make_pools(graph, scores, residual)
     if macs is not None:
-        other = cost.count(model, input_shape).macs - _macs_of(
-            graph, pools, [0] * len(pools)
-        )
+        other = 0
+        if graph.has_other_work:
+            other = cost.count(model, input_shape).macs
+            other -= _macs_of(graph, pools, [0] * len(pools))
         removed = _meet_macs(graph, pools, macs, scope, other)
     elif scope == "global":
         removed = _lowest(_global_order(pools), pools, rate)

@@ -8,22 +8,32 @@ across channels), small modules with integer index maps take that step's place.
 
 from torch import nn
 
-from lib.graph import Group, build_graph, droppable_blocks
+from lib.graph import Graph, Group, build_graph, droppable_blocks
 from lib.surgery.cut import shrink, shrunk_from
 from lib.surgery.silence import mask
 
 __all__ = ["channel_groups", "droppable", "mask", "shrink", "shrunk_from"]
 
 
-def channel_groups(model: nn.Module, input_shape: tuple[int, int, int]) -> list[Group]:
+def channel_groups(
+    model: nn.Module,
+    input_shape: tuple[int, int, int],
+    *,
+    graph: Graph | None = None,
+) -> list[Group]:
     """The groups of layers whose output channels must be kept together.
 
     `input_shape` is (C, H, W). See `lib.graph.Group`; `group.fixed` says why a group
     cannot be pruned at all.
     """
-    return build_graph(model, input_shape).groups
+    return (graph or build_graph(model, input_shape)).groups
 
 
-def droppable(model: nn.Module, input_shape: tuple[int, int, int]) -> list[str]:
+def droppable(
+    model: nn.Module,
+    input_shape: tuple[int, int, int],
+    *,
+    graph: Graph | None = None,
+) -> list[str]:
     """Names of the blocks that `Plan.drop` may replace by the identity."""
-    return droppable_blocks(build_graph(model, input_shape), model)
+    return droppable_blocks(graph or build_graph(model, input_shape), model)

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleUnit
 
-from lib.graph import (
-    Graph,
-    build_graph,
-)
+from lib.graph import Graph, build_graph
 from lib.graph.tags import ELEMENTWISE, REDUCTIONS
 from lib.graph.trace import Node, trace
 from lib.plan import Kept, Plan, resolve
@@ -29,16 +26,21 @@ COUNTED = (ELEMENTWISE | REDUCTIONS) - {"prelu", "_prelu_kernel"}
 
 
 def shrink(
-    model: nn.Module, plan: Plan, input_shape: tuple[int, int, int]
+    model: nn.Module,
+    plan: Plan,
+    input_shape: tuple[int, int, int],
+    *,
+    graph: Graph | None = None,
 ) -> nn.Module:
     """A physically smaller copy of the same class.
 
     Parameters keep their names (a scattered layer's BatchNorm becomes the first item of
     a pair), `requires_grad`, dtype, device and memory format; train/eval mode is kept.
     `plan.resolution`, if set, is checked to pass through the result. Warns when the
-    plan removes nothing. Raises `ValueError` for a plan that does not fit.
+    plan removes nothing. Raises `ValueError` for a plan that does not fit. `graph`, if
+    given, is that of `build_graph(model, input_shape)`.
     """
-    graph = build_graph(model, input_shape)
+    graph = graph or build_graph(model, input_shape)
     kept = resolve(graph, plan, model)
     if kept.is_whole() and plan.resolution is None:
         warnings.warn("the plan removes nothing", stacklevel=2)
@@ -55,10 +57,15 @@ def shrink(
 
 
 def shrunk_from(
-    model: nn.Module, plan: Plan, input_shape: tuple[int, int, int], state: dict
+    model: nn.Module,
+    plan: Plan,
+    input_shape: tuple[int, int, int],
+    state: dict,
+    *,
+    graph: Graph | None = None,
 ) -> nn.Module:
     """The pruned network of a checkpoint: `plan` applied to `model`, then `state`."""
-    small = shrink(model, plan, input_shape)
+    small = shrink(model, plan, input_shape, graph=graph)
     small.load_state_dict(state)
     return small
 

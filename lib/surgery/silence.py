@@ -10,12 +10,19 @@ from lib.plan import Kept, Plan, resolve
 from lib.surgery.movers import Gate, replace
 
 
-def mask(model: nn.Module, plan: Plan, input_shape: tuple[int, int, int]) -> nn.Module:
+def mask(
+    model: nn.Module,
+    plan: Plan,
+    input_shape: tuple[int, int, int],
+    *,
+    graph: Graph | None = None,
+) -> nn.Module:
     """A full-size copy in which every removed channel is zero and read by nobody.
 
-    Raises `ValueError` for a plan that does not fit, naming the layers.
+    `graph`, if given, is that of `build_graph(model, input_shape)`. Raises `ValueError`
+    for a plan that does not fit, naming the layers.
     """
-    graph = build_graph(model, input_shape)
+    graph = graph or build_graph(model, input_shape)
     kept = resolve(graph, plan, model)
     masked = copy.deepcopy(model)
     modules = dict(masked.named_modules())
