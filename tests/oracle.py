@@ -2,7 +2,7 @@
 
 `hooked` computes a pruned network's output on the full-size one by zeroing the outputs
 of modules from outside. It finds the BatchNorm behind a convolution by watching a real
-forward pass, and shares no code with `lib.trace`, `lib.graph` or `lib.surgery`.
+forward pass, and shares no code with `lib.graph` or `lib.surgery`.
 """
 
 from contextlib import contextmanager

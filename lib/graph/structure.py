@@ -48,9 +48,9 @@ class Graph:
     """A traced network: operations, layers, units and groups. Built by `build_graph`.
 
     `layers` maps names to what each convolution and linear layer reads and makes (as
-    labels), `norms`, `vectors`, `remaps` and `shuffles` the same for everything else
+    tags), `norms`, `vectors`, `moves` and `shuffles` the same for everything else
     with a size, `pairs` each layer with the BatchNorm that alone reads it; `unit_of`
-    maps labels to units, the last unit stands for constants and is always kept.
+    maps tags to units, the last unit stands for constants and is always kept.
     `has_other_work` says whether the pass has MACs outside of `layers`.
     """
 
@@ -60,11 +60,11 @@ class Graph:
         self.layers: dict[str, Layer] = record.layers
         self.norms = record.norms
         self.vectors = record.ledger.vectors
-        self.remaps = record.remaps
-        self.shuffles = record.units
+        self.moves = record.moves
+        self.shuffles = record.shuffles
         self.calls = record.calls
         self.has_other_work = record.has_other_work
-        self.num_labels = record.ledger.count
+        self.num_tags = record.ledger.count
         self.pairs: dict[str, str] = self._find_pairs()
         self._units, self.num_units = _components(
             record.ledger.count, record.ledger.ties
@@ -78,9 +78,9 @@ class Graph:
 
     # -- units ---------------------------------------------------------------------
 
-    def unit_of(self, labels: Tensor) -> Tensor:
-        """The unit of each label; constants get the extra, always kept, last unit."""
-        return self._units[labels]
+    def unit_of(self, tags: Tensor) -> Tensor:
+        """The unit of each tag; constants get the extra, always kept, last unit."""
+        return self._units[tags]
 
     def _mark(self, record: Trace, rows: list[Tensor]) -> Tensor:
         marks = torch.zeros(record.ledger.count, dtype=torch.bool)
@@ -90,8 +90,8 @@ class Graph:
 
     def _read_reasons(self, record: Trace) -> dict[int, str]:
         reasons: dict[int, str] = {}
-        for labels, reason in record.ledger.frozen:
-            for unit in self.unit_of(labels).tolist():
+        for tags, reason in record.ledger.frozen:
+            for unit in self.unit_of(tags).tolist():
                 reasons.setdefault(unit, reason)
         return reasons
 
@@ -152,12 +152,12 @@ class Graph:
 
     def _is_scatterable(self, name: str) -> bool:
         """Between it and the addition there is at most its own BatchNorm."""
-        labels = self.layers[name].outputs
-        if not self._feeds_addition(name) or bool(self._bound[labels].any()):
+        tags = self.layers[name].outputs
+        if not self._feeds_addition(name) or bool(self._bound[tags].any()):
             return False
         pair = self.pairs.get(name)
         return not any(
-            bool(torch.isin(row, labels).any())
+            bool(torch.isin(row, tags).any())
             for norm, row in self.norms.items()
             if norm != pair
         )
@@ -168,11 +168,11 @@ class Graph:
         for layer in self.layers.values():
             if layer.groups == 1 or layer.depthwise:
                 continue
-            for labels in (layer.inputs, layer.outputs):
+            for tags in (layer.inputs, layer.outputs):
                 block = torch.full((self.num_units + 1,), -1)
                 number = torch.arange(layer.groups)
-                block[self.unit_of(labels)] = number.repeat_interleave(
-                    len(labels) // layer.groups
+                block[self.unit_of(tags)] = number.repeat_interleave(
+                    len(tags) // layer.groups
                 )
                 found.append(block)
         return found
@@ -226,18 +226,18 @@ def droppable_blocks(graph: Graph, model: nn.Module) -> list[str]:
 def dropped_units(graph: Graph, block: str) -> Tensor:
     """The units that vanish with `block`: those it hands on but does not read."""
     source, target = (graph.values[v] for v in graph.calls[block])
-    before, after = graph.unit_of(source.labels), graph.unit_of(target.labels)
+    before, after = graph.unit_of(source.tags), graph.unit_of(target.tags)
     return after[~torch.isin(after, before)].unique()
 
 
 def _is_residual(graph: Graph, block: str) -> bool:
     source, target = (graph.values[v] for v in graph.calls[block])
-    if source.labels is None or source.shape[2:] != target.shape[2:]:
+    if source.tags is None or source.shape[2:] != target.shape[2:]:
         return False
     if len(source.shape) != len(target.shape):
         return False
-    before = graph.unit_of(source.labels).flatten()
-    after = graph.unit_of(target.labels).flatten()
+    before = graph.unit_of(source.tags).flatten()
+    after = graph.unit_of(target.tags).flatten()
     kept = after[torch.isin(after, before)]
     return torch.equal(kept, before) and _carries_input(graph, block)
 

@@ -1,10 +1,10 @@
-"""How channel labels travel through one operation.
+"""How channel tags travel through one operation.
 
-A *label* is the number of an output channel of a layer. The labels of a tensor are an
+A *tag* is the number of an output channel of a layer. The tags of a tensor are an
 int64 tensor of as many dimensions, of size 1 along every dimension in which they do not
 vary: those of an activation [N, C, H, W] have the shape [1, C, 1, 1]. An element-wise
 operation keeps them, an addition ties two rows of them, a concatenation joins them,
-`view` and `transpose` act on the labels themselves. What has no rule freezes the labels
+`view` and `transpose` act on the tags themselves. What has no rule freezes the tags
 it reads, with the reason, so that nothing is pruned on a guess.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CONSTANT = -1  # the label of a channel that no layer makes: zero padding, a constant
+CONSTANT = -1  # the tag of a channel that no layer makes: zero padding, a constant
 
 ADDITIONS = {"add", "add_", "sub", "sub_"}
 ELEMENTWISE = ADDITIONS | set(
@@ -51,10 +51,10 @@ MOVES = set(
 
 @dataclass(eq=False)
 class Value:
-    """A tensor of the pass: its shape and its labels, None where they were lost."""
+    """A tensor of the pass: its shape and its tags, None where they were lost."""
 
     shape: tuple[int, ...]
-    labels: Tensor | None
+    tags: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,17 @@ class Operand:
     parameter: str | None = None
 
     @property
-    def labels(self) -> Tensor | None:
-        """Its labels; None for a constant and for what could not be followed."""
-        return None if self.value is None else self.value.labels
+    def tags(self) -> Tensor | None:
+        """Its tags; None for a constant and for what could not be followed."""
+        return None if self.value is None else self.value.tags
 
 
 class Ledger:
-    """All labels given out, which of them are tied, and which must not be touched.
+    """All tags given out, which of them are tied, and which must not be touched.
 
-    `ties` are pairs [2, n]; `added` and `bound` list the labels tied by an addition and
-    by anything else; `frozen` holds labels with a reason; `vectors` the parameters that
-    lie along channels: name -> (dimension, labels).
+    `ties` are pairs [2, n]; `added` and `bound` list the tags tied by an addition and
+    by anything else; `frozen` holds tags with a reason; `vectors` the parameters that
+    lie along channels: name -> (dimension, tags).
     """
 
     def __init__(self):
@@ -89,7 +89,7 @@ class Ledger:
         self.vectors: dict[str, tuple[int, Tensor]] = {}
 
     def fresh(self, size: int) -> Tensor:
-        """New labels [size]."""
+        """New tags [size]."""
         self.count += size
         return torch.arange(self.count - size, self.count)
 
@@ -103,35 +103,35 @@ class Ledger:
         self.ties.append(pairs)
         (self.added if added else self.bound).append(pairs.flatten())
 
-    def freeze(self, labels: Tensor | None, reason: str) -> None:
+    def freeze(self, tags: Tensor | None, reason: str) -> None:
         """These channels must all stay, because of `reason`."""
-        if labels is not None:
-            flat = labels.flatten()
+        if tags is not None:
+            flat = tags.flatten()
             self.frozen.append((flat[flat >= 0], reason))
 
     def row(self, value: Value | None, dim: int, size: int, where: str) -> Tensor:
-        """The labels along `dim` as a row [size]; other dimensions must not vary."""
-        if value is None or value.labels is None:
+        """The tags along `dim` as a row [size]; other dimensions must not vary."""
+        if value is None or value.tags is None:
             return torch.full((size,), CONSTANT)
-        labels = value.labels
-        if labels.numel() not in (1, labels.shape[dim % labels.ndim]):
-            self.freeze(labels, f"{where} reads channels from two dimensions")
+        tags = value.tags
+        if tags.numel() not in (1, tags.shape[dim % tags.ndim]):
+            self.freeze(tags, f"{where} reads channels from two dimensions")
             return torch.full((size,), CONSTANT)
-        return labels.flatten().expand(size)
+        return tags.flatten().expand(size)
 
-    # -- rules: what an operation makes of the labels of its operands ---------------
+    # -- rules: what an operation makes of the tags of its operands ---------------
 
     def elementwise(
         self, name: str, operands: list[Operand], shape: Sequence[int], where: str
     ) -> Tensor | None:
         """Operands broadcast against one another; channels keep their places."""
-        rows = [x.labels for x in operands if x.labels is not None]
+        rows = [x.tags for x in operands if x.tags is not None]
         if not rows:
             return None
         for x in operands:
             if x.value is None:
                 self._meet_constant(x, rows[0], shape, where)
-            elif x.labels is None:
+            elif x.tags is None:
                 self.freeze(rows[0], f"{where} mixes in channels that have no rule")
         rows = [_widen(row, len(shape)) for row in rows]
         if len(rows) == 1:
@@ -176,10 +176,10 @@ class Ledger:
 
     def spatial(self, name: str, x: Operand, where: str) -> Tensor | None:
         """Pooling and resizing: channels are dimension 1 and stay."""
-        labels = x.labels
-        if labels is None or all(n == 1 for n in labels.shape[2:]):
-            return labels
-        self.freeze(labels, f"{where} runs '{name}' across channels")
+        tags = x.tags
+        if tags is None or all(n == 1 for n in tags.shape[2:]):
+            return tags
+        self.freeze(tags, f"{where} runs '{name}' across channels")
         return None
 
     def reduce(
@@ -191,17 +191,17 @@ class Ledger:
         where: str,
     ) -> Tensor | None:
         """A sum, mean or maximum over dimensions other than the channels."""
-        labels = x.labels
-        if labels is None:
+        tags = x.tags
+        if tags is None:
             return None
-        dims = [dims] if isinstance(dims, int) else dims or range(labels.ndim)
-        dims = {d % labels.ndim for d in dims}
-        if any(labels.shape[d] > 1 for d in dims):
-            self.freeze(labels, f"{where} takes the '{name}' over channels")
+        dims = [dims] if isinstance(dims, int) else dims or range(tags.ndim)
+        dims = {d % tags.ndim for d in dims}
+        if any(tags.shape[d] > 1 for d in dims):
+            self.freeze(tags, f"{where} takes the '{name}' over channels")
             return None
         if keepdim:
-            return labels
-        return labels.reshape([n for d, n in enumerate(labels.shape) if d not in dims])
+            return tags
+        return tags.reshape([n for d, n in enumerate(tags.shape) if d not in dims])
 
     def cat(self, operands: list[Operand], dim: int, where: str) -> Tensor:
         """Labels one behind the other along `dim`."""
@@ -209,9 +209,9 @@ class Ledger:
         dim %= ndim
         parts = []
         for x in operands:
-            labels = torch.full([1] * ndim, CONSTANT) if x.labels is None else x.labels
+            tags = torch.full([1] * ndim, CONSTANT) if x.tags is None else x.tags
             parts.append(
-                labels.expand([x.shape[d] if d == dim else -1 for d in range(ndim)])
+                tags.expand([x.shape[d] if d == dim else -1 for d in range(ndim)])
             )
         layouts = {(*part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}
         if len(layouts) == 1:
@@ -222,7 +222,7 @@ class Ledger:
         return compress(torch.cat(full, dim))
 
 
-def move(
+def move_tags(
     name: str, function: Callable, value: Value, args: tuple, kwargs: dict
 ) -> tuple[list[Tensor], bool]:
     """Labels after a reshaping or indexing operation, one per output.
@@ -230,7 +230,7 @@ def move(
     The flag says whether removing channels before the operation gives the same as
     removing them after it: true for flattening, false for picking and shuffling.
     """
-    full = value.labels.expand(value.shape)
+    full = value.tags.expand(value.shape)
     if name == "constant_pad_nd":
         return _pad(value, args[1])
     if name in {"view", "_unsafe_view", "_reshape_alias", "reshape"}:
@@ -239,31 +239,31 @@ def move(
         moved = function(full, *args[1:], **kwargs)
     pieces = list(moved) if isinstance(moved, (list, tuple)) else [moved]
     pieces = [compress(piece) for piece in pieces]
-    return pieces, all(_keeps_order(value.labels, piece) for piece in pieces)
+    return pieces, all(_keeps_order(value.tags, piece) for piece in pieces)
 
 
 def _pad(value: Value, amounts: Sequence[int]) -> tuple[list[Tensor], bool]:
     """Zero padding: new constants along the channels, nothing new along the pixels."""
-    labels = value.labels
-    for i, dim in enumerate(range(labels.ndim - 1, -1, -1)[: len(amounts) // 2]):
+    tags = value.tags
+    for i, dim in enumerate(range(tags.ndim - 1, -1, -1)[: len(amounts) // 2]):
         before, after = amounts[2 * i], amounts[2 * i + 1]
-        if labels.shape[dim] > 1 or (dim == 1 and value.shape[1] == 1):
-            widths = [0] * (2 * (labels.ndim - 1 - dim)) + [before, after]
-            labels = torch.nn.functional.pad(labels, widths, value=CONSTANT)
-    return [labels], labels is value.labels
+        if tags.shape[dim] > 1 or (dim == 1 and value.shape[1] == 1):
+            widths = [0] * (2 * (tags.ndim - 1 - dim)) + [before, after]
+            tags = torch.nn.functional.pad(tags, widths, value=CONSTANT)
+    return [tags], tags is value.tags
 
 
 def _widen(row: Tensor, ndim: int) -> Tensor:
     return row.view((1,) * (ndim - row.ndim) + tuple(row.shape))
 
 
-def compress(labels: Tensor, *, only: int | None = None) -> Tensor:
-    """Give labels size 1 along every dimension in which the labels do not vary."""
-    for dim in range(labels.ndim) if only is None else [only]:
-        first = labels.narrow(dim, 0, min(1, labels.shape[dim]))
-        if labels.shape[dim] > 1 and torch.equal(labels, first.expand_as(labels)):
-            labels = first
-    return labels.clone()
+def compress(tags: Tensor, *, only: int | None = None) -> Tensor:
+    """Give tags size 1 along every dimension in which the tags do not vary."""
+    for dim in range(tags.ndim) if only is None else [only]:
+        first = tags.narrow(dim, 0, min(1, tags.shape[dim]))
+        if tags.shape[dim] > 1 and torch.equal(tags, first.expand_as(tags)):
+            tags = first
+    return tags.clone()
 
 
 def _keeps_order(before: Tensor, after: Tensor) -> bool:

@@ -1,10 +1,10 @@
 """One forward pass on the meta device, watched.
 
 The pass runs under a dispatch mode that sees each ATen operation with true shapes and
-carries channel labels along (`lib.labels`). No activation is computed or held, and the
-model is left as found. Because the model's own Python runs, control flow and shape
+carries channel tags along (`lib.graph.tags`). No activation is computed or held, and
+the model is left as found. Because the model's own Python runs, control flow and shape
 arithmetic need no special handling, and a net that was pruned once can be traced and
-pruned again. `lib.graph` draws the conclusions.
+pruned again. `lib.graph.structure` draws the conclusions.
 """
 
 from dataclasses import dataclass, field
@@ -21,9 +21,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleUnit
 
-from lib.graph import tags as rules
 from lib.graph.dry_run import meta_state, run_leaf, run_operation, tensors_in
-from lib.graph.tags import Ledger, Operand, Value
+from lib.graph.tags import (
+    ELEMENTWISE,
+    MOVES,
+    REDUCTIONS,
+    SPATIAL,
+    Ledger,
+    Operand,
+    Value,
+    move_tags,
+)
 from lib.graph.watch import dtype_of, modes_kept
 
 BATCH = 2  # images in the pass: one would make batch and channels hard to tell apart
@@ -47,7 +55,7 @@ class Node:
 
 @dataclass(eq=False)
 class Layer:
-    """A convolution or linear layer: the labels it reads and the labels it makes.
+    """A convolution or linear layer: the tags it reads and the tags it makes.
 
     `positions` holds, for each call in evaluation, the number of output positions per
     image: MACs = positions * kernel size * inputs per group * outputs.
@@ -72,8 +80,8 @@ class Layer:
 
 
 @dataclass(eq=False)
-class Remap:
-    """A parameter-free module that moves channels: labels read and labels handed on."""
+class Move:
+    """A parameter-free module that moves channels: tags read and tags handed on."""
 
     inputs: Tensor
     outputs: Tensor
@@ -93,8 +101,8 @@ class Trace(TorchDispatchMode):
         self.values: list[Value] = []
         self.layers: dict[str, Layer] = {}
         self.norms: dict[str, Tensor] = {}
-        self.remaps: dict[str, Remap] = {}
-        self.units: dict[str, Remap] = {}
+        self.moves: dict[str, Move] = {}
+        self.shuffles: dict[str, Move] = {}
         self.calls: dict[str, tuple[int, int]] = {}
         self.has_other_work = False
         self.evaluating = True
@@ -105,17 +113,17 @@ class Trace(TorchDispatchMode):
         self._moving: set[str] = set()
         self._parameters: dict[int, str] = {}
 
-    # -- values and labels ---------------------------------------------------------
+    # -- values and tags ---------------------------------------------------------
 
     def value_of(self, tensor: Tensor) -> Value | None:
         """What is known of `tensor`, or None for a constant."""
         key = self._known.get(id(tensor))
         return None if key is None else self.values[key]
 
-    def _put(self, tensor: Tensor, labels: Tensor | None) -> int:
+    def _put(self, tensor: Tensor, tags: Tensor | None) -> int:
         self._known[id(tensor)] = len(self.values)
         self._alive.append(tensor)  # keeps the id from being used again
-        self.values.append(Value(tuple(tensor.shape), labels))
+        self.values.append(Value(tuple(tensor.shape), tags))
         return len(self.values) - 1
 
     def _where(self) -> str:
@@ -143,16 +151,16 @@ class Trace(TorchDispatchMode):
     def _record_leaf(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
         value = self.value_of(x)
         if isinstance(module, _ConvNd):
-            labels = self._layer(name, module, value, y, dim=1)
+            tags = self._layer(name, module, value, y, dim=1)
         elif isinstance(module, nn.Linear):
-            labels = self._layer(name, module, value, y, dim=-1)
+            tags = self._layer(name, module, value, y, dim=-1)
         elif isinstance(module, _DropoutNd):
-            labels = value and value.labels
+            tags = value and value.tags
         else:
-            labels = self._norm(name, module, value, x)
+            tags = self._norm(name, module, value, x)
         source = () if value is None else (self._known[id(x)],)
         kind = type(module).__name__
-        self.nodes.append(Node(kind, name, source, (self._put(y, labels),)))
+        self.nodes.append(Node(kind, name, source, (self._put(y, tags),)))
 
     def _layer(self, name, module, value, y: Tensor, *, dim: int) -> Tensor:
         out, channels = module.weight.shape[0], module.weight.shape[1]
@@ -175,27 +183,27 @@ class Trace(TorchDispatchMode):
         return layer.outputs.view(shape)
 
     def _norm(self, name, module, value: Value | None, x: Tensor) -> Tensor | None:
-        if value is None or value.labels is None:
+        if value is None or value.tags is None:
             return None
-        labels = self.ledger.row(value, 1, x.shape[1], self._where())
-        if name in self.norms and len(self.norms[name]) != len(labels):
-            for row in (self.norms[name], labels):
+        tags = self.ledger.row(value, 1, x.shape[1], self._where())
+        if name in self.norms and len(self.norms[name]) != len(tags):
+            for row in (self.norms[name], tags):
                 self.ledger.freeze(row, f"'{name}' serves two different widths")
         elif name in self.norms:
-            self.ledger.tie(self.norms[name], labels)
+            self.ledger.tie(self.norms[name], tags)
         else:
-            self.norms[name] = labels
-        return value.labels
+            self.norms[name] = tags
+        return value.tags
 
     def _record_call(self, name, module, args: list[Tensor], output: Any) -> None:
         moving = name in self._moving
         self._moving.discard(name)
         source = self.value_of(args[0]) if len(args) == 1 else None
         target = self.value_of(output) if isinstance(output, Tensor) else None
-        if source is None or target is None or target.labels is None:
+        if source is None or target is None or target.tags is None:
             for value in filter(None, map(self.value_of, args if moving else [])):
                 self.ledger.freeze(
-                    value.labels, f"'{name}' moves channels between tensors"
+                    value.tags, f"'{name}' moves channels between tensors"
                 )
             return
         if self.evaluating:
@@ -204,19 +212,19 @@ class Trace(TorchDispatchMode):
             inputs = self.ledger.row(source, 1, source.shape[1], self._where())
             if isinstance(module, ShuffleUnit):
                 outputs = self.ledger.row(target, 1, target.shape[1], self._where())
-                self.units[name] = Remap(inputs, outputs)
+                self.shuffles[name] = Move(inputs, outputs)
             else:
-                self._record_remap(name, inputs, target)
+                self._record_move(name, inputs, target)
 
-    def _record_remap(self, name: str, inputs: Tensor, target: Value) -> None:
-        known = self.remaps.get(name)
-        labels = target.labels
-        if labels.numel() == target.shape[1] and bool((labels >= 0).all()):
-            outputs = labels.flatten()
+    def _record_move(self, name: str, inputs: Tensor, target: Value) -> None:
+        known = self.moves.get(name)
+        tags = target.tags
+        if tags.numel() == target.shape[1] and bool((tags >= 0).all()):
+            outputs = tags.flatten()
         else:  # padded or mixed: what comes out is a new channel that others may join
             again = known is not None and len(known.outputs) == target.shape[1]
             outputs = known.outputs if again else self.ledger.fresh(target.shape[1])
-            target.labels = outputs.view([1, -1] + [1] * (len(target.shape) - 2))
+            target.tags = outputs.view([1, -1] + [1] * (len(target.shape) - 2))
         if known and len(known.inputs) != len(inputs):
             for row in (known.inputs, known.outputs, inputs, outputs):
                 self.ledger.freeze(row, f"'{name}' serves two different widths")
@@ -224,12 +232,12 @@ class Trace(TorchDispatchMode):
             self.ledger.tie(known.inputs, inputs)
             self.ledger.tie(known.outputs, outputs)
         else:
-            self.remaps[name] = Remap(inputs, outputs)
+            self.moves[name] = Move(inputs, outputs)
 
     # -- operations ----------------------------------------------------------------
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Run one operation on the meta device and carry the labels along."""
+        """Run one operation on the meta device and carry the tags along."""
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
         if self._leaf is not None:
@@ -242,8 +250,8 @@ class Trace(TorchDispatchMode):
             return output
         inputs = tuple(self._known[id(t)] for t in tensors if id(t) in self._known)
         made = tensors_in((output,))
-        labels = self._labels(name, func, args, kwargs, tensors, made)
-        places = tuple(self._put(t, n) for t, n in zip(made, labels, strict=False))
+        tags = self._tags(name, func, args, kwargs, tensors, made)
+        places = tuple(self._put(t, n) for t, n in zip(made, tags, strict=False))
         rest = tree_map_only(Tensor, lambda t: None, args)
         self.nodes.append(Node(name, self._module(), inputs, places, rest, kwargs))
         return output
@@ -251,27 +259,27 @@ class Trace(TorchDispatchMode):
     def _module(self) -> str:
         return self.names.get(id(self._stack[-1]), "") if self._stack else ""
 
-    def _labels(self, name, func, args, kwargs, tensors, made: list[Tensor]) -> list:
-        """The labels of each tensor that the operation made."""
+    def _tags(self, name, func, args, kwargs, tensors, made: list[Tensor]) -> list:
+        """The tags of each tensor that the operation made."""
         operands = [self._operand(t) for t in tensors]
         ledger, where = self.ledger, self._where()
-        if name in rules.ELEMENTWISE:
+        if name in ELEMENTWISE:
             row = ledger.elementwise(name, operands, made[0].shape, where)
-        elif name in rules.SPATIAL:
+        elif name in SPATIAL:
             row = ledger.spatial(name, operands[0], where)
-        elif name in rules.REDUCTIONS and len(args) > 1:
+        elif name in REDUCTIONS and len(args) > 1:
             keepdim = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
             row = ledger.reduce(name, operands[0], args[1], keepdim, where)
         elif name == "cat":
             dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
             row = ledger.cat([self._operand(t) for t in args[0]], dim, where)
-        elif name in rules.MOVES and _is_plain_move(operands, tensors):
+        elif name in MOVES and _is_plain_move(operands, tensors):
             return self._move(name, func, operands[0].value, args, kwargs)
         else:
             row = None
             for x in operands:
                 reason = f"{where} uses '{name}', which has no pruning rule"
-                ledger.freeze(x.labels, reason)
+                ledger.freeze(x.tags, reason)
         return [row] * len(made)
 
     def _operand(self, tensor: Tensor) -> Operand:
@@ -280,7 +288,7 @@ class Trace(TorchDispatchMode):
 
     def _move(self, name, func, value: Value, args, kwargs) -> list[Tensor]:
         """Where channels are picked or reordered: who can be rewritten, or freeze."""
-        pieces, in_order = rules.move(name, func, value, args, kwargs)
+        pieces, in_order = move_tags(name, func, value, args, kwargs)
         if in_order:
             return pieces
         bare = [module for module in self._stack if id(module) in self.bare]
@@ -289,7 +297,7 @@ class Trace(TorchDispatchMode):
             self._moving.add(self.names[id(module)])
             return pieces
         self.ledger.freeze(
-            value.labels,
+            value.tags,
             f"{self._where()} picks or reorders channels with '{name}' in its forward; "
             "put that step into a module of its own, without parameters",
         )
@@ -338,9 +346,9 @@ def _run_pass(record: Trace, model: nn.Module, input_shape) -> None:
     record._parameters = {id(t): n for n, t in reversed(tensors.items())}
     record._known.clear()
     x = torch.empty(BATCH, *input_shape, device="meta", dtype=dtype_of(model))
-    labels = record.ledger.fresh(x.shape[1]).view([1, -1] + [1] * (x.ndim - 2))
-    record.ledger.freeze(labels, "they are the channels of the input images")
-    record._put(x, labels)
+    tags = record.ledger.fresh(x.shape[1]).view([1, -1] + [1] * (x.ndim - 2))
+    record.ledger.freeze(tags, "they are the channels of the input images")
+    record._put(x, tags)
     handles = [
         hooks.register_module_forward_pre_hook(record._enter),
         hooks.register_module_forward_hook(record._leave, with_kwargs=True),
@@ -361,7 +369,7 @@ def _run_pass(record: Trace, model: nn.Module, input_shape) -> None:
             handle.remove()
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor) and (value := record.value_of(leaf)):
-            record.ledger.freeze(value.labels, "they are the outputs of the network")
+            record.ledger.freeze(value.tags, "they are the outputs of the network")
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -382,4 +390,4 @@ def _is_leaf(module: nn.Module) -> bool:
 def _is_plain_move(operands: list[Operand], tensors: list[Tensor]) -> bool:
     """Channels are followed; an index that the pass itself computed has no values."""
     known_index = all(t.device.type != "meta" for t in tensors[1:])
-    return operands[0].labels is not None and known_index
+    return operands[0].tags is not None and known_index

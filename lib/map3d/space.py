@@ -45,13 +45,13 @@ def score_channels(
     nothing. Raises `ValueError` where there is none at all.
     """
     graph, modules = build_graph(model, input_shape), dict(model.named_modules())
-    total, readers = torch.zeros(2, graph.num_labels + 1, dtype=torch.float64)
-    for name, labels in graph.norms.items():
+    total, readers = torch.zeros(2, graph.num_tags + 1, dtype=torch.float64)
+    for name, tags in graph.norms.items():
         gamma = getattr(modules[name], "weight", None)
         if not isinstance(modules[name], _BatchNorm) or gamma is None:
             continue
-        if len(gamma) == labels.numel():
-            row = labels.flatten() % (graph.num_labels + 1)  # constants: the last slot
+        if len(gamma) == tags.numel():
+            row = tags.flatten() % (graph.num_tags + 1)  # constants: the last slot
             total.index_add_(0, row, gamma.detach().abs().double().cpu())
             readers.index_add_(0, row, torch.ones(len(gamma)).double())
     scores = {
@@ -339,9 +339,9 @@ def _count_work(graph: Graph, alive: np.ndarray) -> np.ndarray:
     return work.reshape(*alive.shape[:-1], len(layers))
 
 
-def _membership(graph: Graph, labels: list[Tensor]) -> csr_array:
-    """How often each unit is among the labels of each layer: [layers, units]."""
-    units = [graph.unit_of(row).numpy() for row in labels]
+def _membership(graph: Graph, tags: list[Tensor]) -> csr_array:
+    """How often each unit is among the tags of each layer: [layers, units]."""
+    units = [graph.unit_of(row).numpy() for row in tags]
     layer = np.repeat(np.arange(len(units)), [len(row) for row in units])
     shape = (len(units), graph.num_units + 1)
     return csr_array((np.ones(len(layer)), (layer, np.concatenate(units))), shape)

@@ -82,5 +82,5 @@ def find_retained(
     """Which of the D final responses a plan keeps, bool [D]."""
     graph = build_graph(model, input_shape)
     value = graph.values[find_frl(graph, dict(model.named_modules()), frl)]
-    labels = value.labels.expand(1, *value.shape[1:]).flatten()
-    return resolve(graph, plan, model).units[graph.unit_of(labels)]
+    tags = value.tags.expand(1, *value.shape[1:]).flatten()
+    return resolve(graph, plan, model).units[graph.unit_of(tags)]

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from lib.graph import tags as labels
+from lib.graph import tags
 from lib.graph.tags import REDUCTIONS
 from lib.graph.trace import Node
 from lib.kernels import abs_matmul
@@ -44,7 +44,7 @@ ADAPTIVE = set(
     "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d"
     "".split()
 )
-MOVES = labels.MOVES - {"index"} | {"repeat"}
+MOVES = tags.MOVES - {"index"} | {"repeat"}
 CONSTANTS = {"zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones"}
 IN_PLACE = {n for n in ACTIVATIONS | SUMS | FACTORS if n.endswith("_")} | {
     "as_strided_"

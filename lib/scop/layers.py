@@ -138,7 +138,7 @@ def _block_ends(graph: Graph, blocks: list[str], inside: set[str]) -> set[str]:
     ends, homes = set(), tuple(f"{name}." for name in blocks)
     for name in graph.calls.keys() & set(blocks):
         target = graph.calls[name][1]
-        units = graph.unit_of(graph.values[target].labels).unique()
+        units = graph.unit_of(graph.values[target].tags).unique()
         own = (n for n in graph.layers if n.startswith(f"{name}."))
         ends |= {n for n in own if _makes(graph, n, units)}
     loose = (n for n in inside if not n.startswith(homes))

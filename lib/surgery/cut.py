@@ -82,10 +82,10 @@ def _cut_tensors(graph: Graph, kept: Kept, modules: dict) -> dict[int, Tensor]:
     for name, alive in _norm_rows(graph, kept).items():
         for tensor in _channel_tensors(modules[name]):
             cuts[id(tensor)] = _cut(tensor, alive, 0)
-    for path, (dim, labels) in graph.vectors.items():
+    for path, (dim, tags) in graph.vectors.items():
         owner, _, attribute = path.rpartition(".")
         tensor = getattr(modules[owner], attribute)
-        cuts[id(tensor)] = _cut(tensor, kept.units[graph.unit_of(labels)], dim)
+        cuts[id(tensor)] = _cut(tensor, kept.units[graph.unit_of(tags)], dim)
     return cuts
 
 
@@ -165,14 +165,14 @@ def _resize_modules(graph: Graph, kept: Kept, modules: dict) -> None:
 
 
 def _replace_movers(graph: Graph, kept: Kept, small: nn.Module, modules: dict) -> None:
-    for name, remap in graph.remaps.items():
-        read = kept.units[graph.unit_of(remap.inputs)]
-        write = kept.units[graph.unit_of(remap.outputs)]
+    for name, move in graph.moves.items():
+        read = kept.units[graph.unit_of(move.inputs)]
+        write = kept.units[graph.unit_of(move.outputs)]
         if not (read.all() and write.all()):
             moved = Remap(modules[name], read, write)
             replace(small, name, moved.to(_device(small)))
-    for name, labels in graph.norms.items():
-        alive = kept.units[graph.unit_of(labels)]
+    for name, tags in graph.norms.items():
+        alive = kept.units[graph.unit_of(tags)]
         if isinstance(modules[name], nn.LocalResponseNorm) and not alive.all():
             thinned = GappedLRN(modules[name], alive)
             replace(small, name, thinned.to(_device(small)))

@@ -29,8 +29,8 @@ def mask(
     with torch.no_grad():
         _zero_rows(graph, _rows_when_masked(graph, kept), modules)
         _zero_columns(graph, kept, modules)
-    for name, labels in _readers(graph).items():
-        alive = kept.units[graph.unit_of(labels)]
+    for name, tags in _readers(graph).items():
+        alive = kept.units[graph.unit_of(tags)]
         if not alive.all():
             replace(masked, name, Gate(modules[name], alive))
     for block in kept.dropped:
@@ -47,7 +47,7 @@ def _rows_when_masked(graph: Graph, kept: Kept) -> dict[str, Tensor]:
             rows[name] = torch.ones(len(layer.outputs), dtype=torch.bool)
     for block in kept.dropped:
         target = graph.values[graph.calls[block][1]]
-        ends = graph.unit_of(target.labels).flatten()
+        ends = graph.unit_of(target.tags).flatten()
         for name, layer in graph.layers.items():
             if name.startswith(f"{block}."):
                 rows[name] &= ~torch.isin(graph.unit_of(layer.outputs), ends)
@@ -55,15 +55,15 @@ def _rows_when_masked(graph: Graph, kept: Kept) -> dict[str, Tensor]:
 
 
 def _zero_rows(graph: Graph, rows: dict[str, Tensor], modules: dict) -> None:
-    dead = torch.zeros(graph.num_labels, dtype=torch.bool)
+    dead = torch.zeros(graph.num_tags, dtype=torch.bool)
     for name, alive in rows.items():
         layer, module = graph.layers[name], modules[name]
         for tensor in (module.weight, module.bias):
             if tensor is not None:
                 tensor[~alive] = 0
         dead[layer.outputs[~alive]] = True
-    for name, labels in graph.norms.items():
-        gone = dead[labels] & (labels >= 0)
+    for name, tags in graph.norms.items():
+        gone = dead[tags] & (tags >= 0)
         module = modules[name]
         if isinstance(module, nn.LocalResponseNorm | nn.PReLU):
             continue
@@ -91,7 +91,7 @@ def _zero_columns(graph: Graph, kept: Kept, modules: dict) -> None:
 
 def _readers(graph: Graph) -> dict[str, Tensor]:
     """Modules without weights that read several channels at once."""
-    readers = {name: remap.inputs for name, remap in graph.remaps.items()}
+    readers = {name: move.inputs for name, move in graph.moves.items()}
     for node in graph.nodes:
         if node.op.endswith("LRN") or node.op == "LocalResponseNorm":
             if node.module in graph.norms:
