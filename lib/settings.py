@@ -5,7 +5,6 @@ is a YAML file that names notebooks and the parameters it changes; `read_profile
 it into runs, or refuses it before anything has run.
 """
 
-import hashlib
 import itertools
 import math
 import platform
@@ -245,15 +244,6 @@ def declared_parameters(notebook: str) -> dict[str, str]:
     return {name: entry["default"] for name, entry in declared.items()}
 
 
-def hash_code() -> str:
-    """A hash of every Python file of `lib/`: runs are stale when it changes."""
-    digest = hashlib.sha256()
-    for path in sorted((paths.ROOT / "lib").rglob("*.py")):
-        digest.update(path.relative_to(paths.ROOT).as_posix().encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 # -- what a number was measured with -----------------------------------------------
 
 
@@ -281,7 +271,6 @@ def environment() -> dict[str, str]:
         "torchvision": version("torchvision"),
         "numpy": version("numpy"),
         **made_with(),
-        "code": hash_code(),
     }
 
 

@@ -1,5 +1,7 @@
 """Parameters, profiles, and the workflow that runs them."""
 
+import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -182,29 +184,77 @@ def test_committed_profiles_are_yaml_with_known_parameters():
             assert set(changes or {}) <= set(settings.PARAMETERS)
 
 
+# -- staleness -------------------------------------------------------------------------
+
+MODULE = '"""Says."""\nimport math\nLIMIT = 3\n\n\ndef work(x):\n    return x + LIMIT\n'
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """`hash_after(file, text)` writes a file of a small checkout and hashes it anew."""
+    spec = importlib.util.spec_from_file_location("s", ROOT / ".ci" / "staleness.py")
+    staleness = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(staleness)
+    for name in ("scop", "nisp", "base"):
+        (tmp_path / "lib" / name).mkdir(parents=True)
+        (tmp_path / "lib" / name / "__init__.py").write_text("")
+    (tmp_path / "lib" / "scop" / "core.py").write_text("from lib.base import deep\n")
+    (tmp_path / "lib" / "base" / "deep.py").write_text(MODULE)
+    (tmp_path / "lib" / "nisp" / "core.py").write_text(MODULE)
+    (tmp_path / "notebooks").mkdir()
+    book = tmp_path / "notebooks" / "10_scop.ipynb"
+    write_notebook(book, "run = 'x'", "from lib import scop\nscop.go(3)")
+
+    def hash_after(name: str, text: str) -> str:
+        if name.endswith(".ipynb"):
+            write_notebook(tmp_path / name, "run = 'x'", text)
+        else:
+            (tmp_path / name).write_text(text)
+        return staleness.hash_notebooks(tmp_path)["10_scop"]
+
+    return hash_after
+
+
+BOOK, DEEP = "notebooks/10_scop.ipynb", "lib/base/deep.py"
+SAME = [
+    (DEEP, MODULE.replace("Says.", "Says more, on\ntwo lines.")),
+    (DEEP, MODULE.replace("(x):", '(x):\n    """Add."""\n    # why\n')),
+    (DEEP, MODULE.replace("x + LIMIT", "(\n        x + LIMIT\n    )")),
+    ("lib/nisp/core.py", MODULE.replace("3", "4")),
+    ("lib/nisp/new.py", MODULE),
+    ("README.md", "words"),
+    (BOOK, "# to begin with\nfrom lib import scop\nscop.go( 3 )"),
+]
+OTHER = [
+    (DEEP, MODULE.replace("3", "4")),
+    (DEEP, MODULE.replace("x + LIMIT", "LIMIT + x")),
+    ("lib/base/late.py", MODULE),
+    ("lib/scop/core.py", "from lib.base import deep\nfrom lib import nisp\n"),
+    ("lib/scop/core.py", "import lib.base.deep\nimport lib.nisp\n"),
+    (BOOK, "from lib import scop\nscop.go(4)"),
+    (BOOK, "%time 1\nfrom lib import scop\nscop.go(3)"),
+]
+
+
+@pytest.mark.parametrize("name, text", SAME)
+def test_what_cannot_change_a_result_makes_no_run_stale(checkout, name, text):
+    assert checkout("x", "") == checkout(name, text)
+
+
+@pytest.mark.parametrize("name, text", OTHER)
+def test_what_can_change_a_result_makes_a_run_stale(checkout, name, text):
+    assert checkout("x", "") != checkout(name, text)
+
+
 # -- versions --------------------------------------------------------------------------
-
-
-def test_the_code_hash_follows_every_edit(tmp_path, monkeypatch):
-    shutil.copytree(ROOT / "lib", tmp_path / "lib")
-    monkeypatch.setattr(paths, "ROOT", tmp_path)
-    seen = [settings.hash_code(), settings.hash_code()]
-    assert seen[0] == seen[1]
-    with (tmp_path / "lib" / "plan" / "record.py").open("a") as file:
-        file.write("# edited\n")
-    seen.append(settings.hash_code())
-    (tmp_path / "lib" / "new.py").touch()
-    seen.append(settings.hash_code())
-    (tmp_path / "lib" / "new.py").rename(tmp_path / "lib" / "newer.py")
-    seen.append(settings.hash_code())
-    assert len(set(seen)) == 4
 
 
 def test_environment_names_versions_and_device():
     found = settings.environment()
-    assert found["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert found["torch"] == importlib.metadata.version("torch")
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert all(isinstance(value, str) and value for value in found.values())
-    assert {"python", "torchvision", "numpy", "device", "revision", "code"} < set(found)
+    assert {"python", "torchvision", "numpy", "device", "revision"} < set(found)
 
 
 def test_a_machine_without_git_has_an_unknown_revision(monkeypatch):
@@ -260,18 +310,20 @@ class Copy:
         self.root = root
         self.runs = root / "runs" / "toy"
         shutil.copytree(ROOT / "lib", root / "lib")
+        shutil.copytree(ROOT / ".ci", root / ".ci")
         (root / "notebooks" / "params").mkdir(parents=True)
         shutil.copy(ROOT / "notebooks" / "Snakefile", root / "notebooks")
         for book in BOOKS:
             write_notebook(root / "notebooks" / f"{book}.ipynb", DECLARED, WORK)
 
-    def start(self, profile: str, *arguments: str) -> subprocess.Popen:
+    def start(self, profile: str, *arguments: str, **more: str) -> subprocess.Popen:
         environment = {
             **os.environ,
             "PRUNING_RUNS": str(self.root / "runs"),
             "PYTHONPATH": str(self.root),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
+            **more,
         }
         return subprocess.Popen(
             [sys.executable, "-m", "snakemake", "-s", "notebooks/Snakefile",
@@ -280,6 +332,11 @@ class Copy:
             cwd=self.root, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
+
+    def edit(self, name: str, old: str, new: str) -> None:
+        path = self.root / name
+        text = path.read_text()
+        path.write_text(text.replace(old, new, 1) if old else text + new)
 
     def write(self, name: str, text: str) -> None:
         (self.root / "notebooks" / "params" / f"{name}.yaml").write_text(text)
@@ -299,9 +356,19 @@ def workflow(tmp_path_factory):
     refused = copy.start("bad")
     done = {"first": wait(copy.start("toy")), "refused": wait(refused)}
     copy.write("toy", SECOND)
+    # a docstring, the form of a notebook's file, code that nobody imports
+    copy.edit("lib/stages.py", '"""', '"""Said differently. ')
+    copy.edit("notebooks/01_baseline.ipynb", '"cells": [', '"cells": [ ')
+    copy.edit("lib/nisp/__init__.py", "", "ADDED = 1\n")
     done["again"] = wait(copy.start("toy"))
     copy.write("toy", SECOND.replace("lr: 0.2", "lr: 1.0e-5"))
+    copy.edit("notebooks/00_start_here.ipynb", "unlucky", "unhappy")
     done["changed"] = wait(copy.start("toy", "--dry-run", "--printshellcmds"))
+    copy.edit(".ci/staleness.py", "return {", "raise SystemExit('hashed') or {")
+    job = ["--mode", "remote", "--target-jobs", "toy_00_start_here:", "--dry-run"]
+    told = json.dumps(dict.fromkeys(BOOKS, "told"))
+    done["job"] = wait(copy.start("toy", *job, PRUNING_CODE=told))
+    done["plan"] = wait(copy.start("toy", "--dry-run", PRUNING_CODE=told))
     return copy, done
 
 
@@ -337,19 +404,29 @@ def test_workflow_hands_small_rates_on_as_numbers(workflow):
     assert values["lr"] == 1e-5
 
 
-def test_workflow_has_nothing_to_do_the_second_time(workflow):
+def test_workflow_has_nothing_to_do_where_nothing_can_change_a_result(workflow):
     status, output = workflow[1]["again"]
     assert status == 0 and "Nothing to be done" in output
 
 
+def list_planned(output: str) -> set[str]:
+    outputs = [line for line in output.splitlines() if line.startswith("    output: ")]
+    return {line.split("/")[-2] for line in outputs}
+
+
 def test_workflow_reruns_only_what_depends_on_a_change(workflow):
+    """01 has another learning rate, 02 reads 01's files, 00 has another cell."""
     status, output = workflow[1]["changed"]
-    ran = {
-        line.split("/")[-2]
-        for line in output.splitlines()
-        if line.startswith("    output: ")
-    }
-    assert status == 0 and ran == {"01_baseline", "seed1"}
+    planned = [line for line in output.splitlines() if line.startswith("    output: ")]
+    ran = {line.split("/")[-2] for line in planned}
+    assert status == 0 and ran == {"00_start_here", "01_baseline", "seed1"}
+
+
+def test_code_is_hashed_when_planning_and_not_again_in_a_job(workflow):
+    """On a cluster a job reads the Snakefile anew, maybe after an edit of the code."""
+    for name, hashed in (("job", False), ("plan", True)):
+        status, output = workflow[1][name]
+        assert ("hashed" in output) == hashed and (status != 0) == hashed, output
 
 
 def test_workflow_refuses_a_misspelt_profile_in_one_line(workflow):
