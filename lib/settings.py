@@ -10,6 +10,7 @@ import math
 import platform
 import shutil
 import subprocess
+import time
 import types
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -89,7 +90,16 @@ ELEMENTS = {
 
 
 class Settings(types.SimpleNamespace):
-    """Checked parameters, as attributes."""
+    """Checked parameters, as attributes.
+
+    `started`: when they were checked, by `time.monotonic`. That is where a run begins.
+    """
+
+    __slots__ = ("started",)  # a slot is none of the parameters in `vars`
+
+    def __init__(self, **values: Any):
+        super().__init__(**values)
+        self.started = time.monotonic()
 
     def as_dict(self) -> dict[str, Any]:
         """The parameters as a plain dictionary."""
@@ -113,11 +123,12 @@ def check_value(name: str, value: Any) -> Any:
     if PARAMETERS[name].kind is list:
         if not isinstance(value, (list, tuple)) or not value:
             raise ValueError(f"{name} must be a list with an entry, got {value!r}")
-        return [_check_one(name, item, ELEMENTS[name]) for item in value]
-    return _check_one(name, value, PARAMETERS[name])
+        return [check_rule(name, item, ELEMENTS[name]) for item in value]
+    return check_rule(name, value, PARAMETERS[name])
 
 
-def _check_one(name: str, value: Any, rule: Rule) -> Any:
+def check_rule(name: str, value: Any, rule: Rule) -> Any:
+    """One value against a rule; an int where a float is wanted comes back as one."""
     if rule.kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not rule.kind:

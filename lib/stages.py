@@ -6,17 +6,17 @@ what was found, and what had to be made, is printed.
 
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
 from lib import cost, data, models, paths, settings, surgery, train
 from lib.data import ImageSet
+from lib.graph import Graph
 from lib.plan import Plan
+from lib.train import Recipe
 from lib.train.recipe import pick_device
-
-STARTED = time.monotonic()  # a notebook imports this module when it begins
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,16 @@ def make_baseline(
     *,
     run: str,
     net: str,
-    pretrained: bool,
-    epochs: int,
-    lr: float,
-    seed: int,
-    warmup: float = 0.0,
-    batch_size: int = 128,
+    recipe: Recipe,
+    pretrained: bool = False,
     **options,
 ) -> nn.Module:
     """The unpruned network: published weights, or trained here, once per profile.
 
     `run` is the name of the run that asks; its first part is the profile. A stored
-    baseline is used when its recipe, data and seed are the same. Throughput and the
-    rows of its epochs go into a JSON file beside it. `warmup` is in epochs; `options`
-    go on to `models.build`.
+    baseline is used when recipe, data and starting weights (drawn from the recipe's
+    seed) are the same. Throughput and the rows of its epochs go into a JSON file beside
+    it. `options` go on to `models.build`.
     """
     channels, classes = sets.train.shape[0], len(sets.train.classes)
     if pretrained:
@@ -73,22 +69,20 @@ def make_baseline(
             net, num_classes=classes, in_channels=channels, pretrained=True, **options
         )
         return model.to(pick_device(None))
-    settings.seed_everything(seed)
+    settings.seed_everything(recipe.seed)
     model = models.build(
         net, num_classes=classes, in_channels=channels,
-        image_size=sets.train.shape[1], **options,
+        image_size=recipe.resolution or sets.train.shape[1], **options,
     )  # fmt: skip
     data_tag = f"{sets.train.name}-{len(sets.train)}images"
     net_tag = "-".join([net, *(f"{key}{value}" for key, value in options.items())])
-    rate_tag = f"lr{lr:g}" + (f"-warmup{warmup:g}" if warmup else "")
-    rate_tag += f"-batch{batch_size}" if batch_size != 128 else ""
-    name = f"{data_tag}-{net_tag}-{epochs}epochs-{rate_tag}-seed{seed}.pt"
+    name = f"{data_tag}-{net_tag}-{recipe.tag}.pt"
     path = profile_folder(run) / "baselines" / name
     known = path.is_file()
     print(f"baseline: {'reading' if known else 'training, into'} {paths.shown(path)}")
     history = train.fit(
-        model, sets.train, sets.val, epochs=epochs, lr=lr, warmup=warmup, seed=seed,
-        batch_size=batch_size, checkpoint=path, label=f"{net} baseline",
+        model, sets.train, sets.val, recipe=recipe, checkpoint=path,
+        label=f"{net} baseline",
     )  # fmt: skip
     speed = {"images_per_s": history.images_per_s, "seconds": history.seconds}
     paths.write_json(path.with_suffix(".json"), {**speed, **asdict(history)})
@@ -99,7 +93,8 @@ def make_baseline(
 class Recovered:
     """A pruned and fine-tuned network, the row that describes it, its folder.
 
-    `curve`: accuracy on the validation images (percent), before and after each epoch.
+    `curve`: accuracy on the validation images (percent), before and after each epoch;
+    empty unless it was asked for.
     """
 
     model: nn.Module
@@ -117,12 +112,10 @@ def recover(
     method: str,
     net: str,
     base_top1: float,
-    seed: int,
-    epochs: int,
-    lr: float,
-    warmup: float = 0.0,
-    batch_size: int = 128,
+    recipe: Recipe,
     scratch: bool = False,
+    curve: bool = False,
+    graph: Graph | None = None,
     **extra,
 ) -> Recovered:
     """Shrink, recalibrate, fine-tune, measure; everything is kept under `run`.
@@ -132,42 +125,61 @@ def recover(
     test set before pruning (`base_top1`, in percent), after recalibration over 100
     batches (`before`) and after fine-tuning (`after`, last epoch), MACs and parameters
     of the shrunk network, what the last epoch was trained with (device, torch and
-    revision; a later run may have taken it up), and the `extra` columns. With `scratch`
-    the shrunk network starts from new random weights, drawn from `seed`: what the small
-    architecture is worth without the large one's weights.
+    revision; a later run may have taken it up), and the `extra` columns. The images'
+    side is the plan's. With `scratch` the shrunk network starts from new random
+    weights, drawn from the recipe's seed: what the small architecture is worth without
+    the large one's weights. `curve` also measures the validation images, before and
+    after every epoch. `graph`: that of `model`, where it is at hand.
     """
-    tag = "-".join([method, *map(str, extra.values()), f"seed{seed}"])
+    recipe = _at_side(recipe, plan.resolution)
+    tag = "-".join([method, *map(str, extra.values()), f"seed{recipe.seed}"])
     folder = run_folder(f"{run}/{tag}")
-    shape = sets.train.shape
-    base = cost.count(model, shape)
     plan.save(folder / "plan.json")
-    small = surgery.shrink(model, plan, shape)
-    side = plan.resolution
+    small = surgery.shrink(model, plan, sets.train.shape, graph=graph)
     if scratch:
-        models.draw_weights(small, seed)
-    train.recalibrate(small, sets.train, resolution=side, seed=seed, num_batches=100)
-    before = train.evaluate(small, sets.test, resolution=side)["top1"]
-    start = train.evaluate(small, sets.val, resolution=side)["top1"]
-    history = train.fit(
-        small, sets.train, sets.val, epochs=epochs, lr=lr, warmup=warmup, seed=seed,
-        batch_size=batch_size, resolution=side, checkpoint=folder / "finetune.pt",
-        label=folder.name,
+        models.draw_weights(small, recipe.seed)
+    train.recalibrate(
+        small, sets.train, resolution=recipe.resolution, seed=recipe.seed,
+        num_batches=100,
     )  # fmt: skip
-    after = before
-    if epochs:
-        after = train.evaluate(small, sets.test, resolution=side)["top1"]
-    here = (shape[0], side, side) if side else shape
-    spent = cost.count(small, here)
+
+    def measure(images: ImageSet) -> float:
+        return train.evaluate(small, images, resolution=recipe.resolution)["top1"]
+
+    before = measure(sets.test)
+    start = [measure(sets.val)] if curve else []
+    history = train.fit(
+        small, sets.train, sets.val if curve else None, recipe=recipe,
+        checkpoint=folder / "finetune.pt", label=folder.name,
+    )  # fmt: skip
     row = {
-        "method": method, "net": net, "dataset": sets.train.name, "seed": seed,
-        "profile": run.split("/")[0], **extra, "epochs": epochs,
-        "base": base_top1, "before": before, "after": after,
-        "macs": spent.macs, "params": spent.params, **spent.down_from(base),
+        "method": method, "net": net, "dataset": sets.train.name, "seed": recipe.seed,
+        "profile": run.split("/")[0], **extra, "epochs": recipe.epochs,
+        "base": base_top1, "before": before,
+        "after": measure(sets.test) if recipe.epochs else before,
+        **_count_costs(model, small, sets.train.shape, recipe.resolution),
         "seconds": history.seconds, "images_per_s": history.images_per_s,
         "precision": history.precision, **history.made_with,
     }  # fmt: skip
-    curve = [start, *(epoch["val_top1"] for epoch in history.rows)]
-    return Recovered(small, row, folder, curve)
+    steps = [epoch["val_top1"] for epoch in history.rows] if curve else []
+    return Recovered(small, row, folder, start + steps)
+
+
+def _at_side(recipe: Recipe, side: int | None) -> Recipe:
+    """The recipe at the plan's side of the images, which may not contradict it."""
+    if recipe.resolution not in (None, side):
+        raise ValueError(
+            f"the recipe trains at {recipe.resolution} pixels, the plan at "
+            f"{side or 'the native side'}: leave the recipe's resolution out"
+        )
+    return replace(recipe, resolution=side)
+
+
+def _count_costs(model: nn.Module, small: nn.Module, shape, side: int | None) -> dict:
+    """MACs and parameters of the shrunk network, and the share that is gone."""
+    spent = cost.count(small, (shape[0], side, side) if side else shape)
+    down = spent.down_from(cost.count(model, shape))
+    return {"macs": spent.macs, "params": spent.params, **down}
 
 
 def write_metrics(
@@ -178,7 +190,7 @@ def write_metrics(
         "run": run,
         "settings": cfg.as_dict(),
         "environment": settings.environment(),
-        "wall_seconds": round(time.monotonic() - STARTED, 1),
+        "wall_seconds": round(time.monotonic() - cfg.started, 1),
         "rows": rows,
         **measured,
     }

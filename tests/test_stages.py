@@ -2,13 +2,14 @@
 
 import json
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 
 from lib import baselines, cost, models, paths, plan, settings, stages, surgery, train
 from lib.stages import Sets
-from lib.train import loop
+from lib.train import Recipe, loop
 
 SHAPE = (1, 28, 28)
 
@@ -29,10 +30,16 @@ def sets() -> Sets:
 
 
 def make_baseline(sets, **changes):
-    options = dict(
-        run="toy/02", net="lenet", pretrained=False, epochs=2, lr=0.02, seed=3
-    )
-    return stages.make_baseline(sets, **(options | changes))
+    recipe, rest = make_recipe(dict(epochs=2, lr=0.02, seed=3) | changes)
+    options = dict(run="toy/02", net="lenet", recipe=recipe)
+    return stages.make_baseline(sets, **(options | rest))
+
+
+def make_recipe(options: dict) -> tuple[Recipe, dict]:
+    """The recipe in a test's options, and the other options."""
+    names = {field.name for field in fields(Recipe)}
+    recipe = {key: value for key, value in options.items() if key in names}
+    return Recipe(**recipe), {k: v for k, v in options.items() if k not in names}
 
 
 def same(a, b) -> bool:
@@ -112,7 +119,8 @@ def test_a_baseline_with_another_rate_is_not_said_to_be_read(sets, capsys):
     capsys.readouterr()
     make_baseline(sets, epochs=1, lr=0.01)
     printed = capsys.readouterr().out
-    assert "starting afresh" not in printed or "reading" not in printed
+    assert "training, into" in printed and "reading" not in printed
+    assert "lr0.01" in printed and "starting afresh" not in printed
 
 
 def test_two_rates_do_not_evict_each_other(sets, monkeypatch):
@@ -144,11 +152,9 @@ def make_plan(model, resolution=None):
 
 
 def recover(model, made, sets, **changes):
-    options = dict(
-        run="toy/02_surgery", method="l1", net="resnet8", base_top1=12.5, seed=1,
-        epochs=1, lr=0.02,
-    )  # fmt: skip
-    return stages.recover(model, made, sets, **(options | changes))
+    recipe, rest = make_recipe(dict(seed=1, epochs=1, lr=0.02) | changes)
+    options = dict(run="toy/02_surgery", method="l1", net="resnet8", base_top1=12.5)
+    return stages.recover(model, made, sets, recipe=recipe, **(options | rest))
 
 
 @pytest.mark.parametrize("resolution", [None, 20])
@@ -239,17 +245,25 @@ def test_recovery_without_fine_tuning_rebuilds_too(sets, resnet):
     assert same(rebuilt, done.model)
 
 
+def test_a_recipe_at_another_side_than_the_plan_is_refused(sets, resnet):
+    with pytest.raises(ValueError, match=r"trains at 14 pixels, the plan at 20"):
+        recover(resnet, make_plan(resnet, 20), sets, resolution=14)
+    assert not paths.runs_root().exists()
+
+
 # -- metrics and names -----------------------------------------------------------------
 
 
 def test_metrics_hold_settings_versions_and_rows(capsys):
     cfg = settings.check(run="toy/x", seed=1, lr=0.1, rates=[0.5])
+    cfg.started -= 41
     file = stages.write_metrics("toy/x", cfg, rows=[{"after": 1.0}], seconds=2.5)
     assert file == paths.runs_root() / "toy" / "x" / "metrics.json"
     content = paths.read_json(file)
     assert content["settings"] == {"run": "toy/x", "seed": 1, "lr": 0.1, "rates": [0.5]}
     assert content["environment"] == settings.environment()
     assert content["rows"] == [{"after": 1.0}] and content["seconds"] == 2.5
+    assert 41 <= content["wall_seconds"] < 60, "from the check of the parameters on"
     assert "metrics.json" in capsys.readouterr().out
 
 
@@ -303,14 +317,12 @@ def test_scratch_starts_from_new_weights_of_the_same_size(sets):
     model = make_baseline(sets)
     scores = baselines.l1(model)
     chosen = plan.from_scores(model, scores, SHAPE, rate=0.5)
-    options = dict(run="toy/22", net="lenet", base_top1=50.0, seed=3, lr=0.01)
     made = {
-        scratch: stages.recover(
-            model, chosen, sets, method=f"scratch{scratch}", epochs=0, scratch=scratch,
-            **options,
+        scratch: recover(
+            model, chosen, sets, net="lenet", seed=3, epochs=0, scratch=scratch
         )
         for scratch in (False, True)
-    }  # fmt: skip
+    }
     small = surgery.shrink(model, chosen, SHAPE)
     assert same(made[False].model, small) and not same(made[True].model, small)
     assert made[True].row["params"] == made[False].row["params"]
@@ -335,8 +347,7 @@ def test_drawing_weights_is_fixed_by_its_seed_and_leaves_the_generator():
 def test_the_curve_begins_before_the_first_epoch(sets):
     model = make_baseline(sets)
     chosen = plan.from_scores(model, baselines.l1(model), SHAPE, rate=0.5)
-    options = dict(run="toy/22", method="l1", net="lenet", base_top1=50.0, seed=3)
-    made = stages.recover(model, chosen, sets, epochs=2, lr=0.01, **options)
+    made = recover(model, chosen, sets, epochs=2, lr=0.01, curve=True)
     small = surgery.shrink(model, chosen, SHAPE)
     assert made.curve[0] == pytest.approx(train.evaluate(small, sets.val)["top1"])
     assert len(made.curve) == 3
@@ -356,7 +367,7 @@ def test_a_warm_up_and_options_of_the_net_are_part_of_a_baseline(sets):
         for extra, warm in [
             ("", ""),
             ("", "-warmup1"),
-            ("", "-batch32"),
+            ("", "-batch_size32"),
             ("-extra_convs2", ""),
         ]
     }

@@ -365,28 +365,60 @@ def test_auxiliary_heads_count_with_their_weight():
 @pytest.mark.parametrize(
     "option, value",
     [
-        ("epochs", -1), ("lr", 0.0), ("lr", -0.1), ("lr", math.nan), ("lr", math.inf),
-        ("batch_size", 0), ("optimizer", "lion"), ("schedule", "linear"),
+        ("epochs", -1), ("epochs", 1.5), ("epochs", True), ("lr", 0.0), ("lr", -0.1),
+        ("lr", math.nan), ("lr", math.inf), ("lr", "1e-3"), ("batch_size", 0),
+        ("batch_size", 16.0), ("optimizer", "lion"), ("schedule", "linear"),
         ("momentum", 1.0), ("weight_decay", -1e-4), ("weight_decay", math.nan),
         ("label_smoothing", 1.0), ("warmup", 4), ("warmup", -1), ("seed", -1),
+        ("gamma", math.nan), ("aux_weight", math.inf), ("milestones", 3),
+        ("milestones", (1, math.nan)), ("adam_betas", (0.9,)), ("adam_betas", "ab"),
+        ("nesterov", 1), ("augment", None), ("resolution", 0), ("resolution", 8.5),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused_by_name(option, value):
     model = make_net()
     before = state_of(model)
-    with pytest.raises(ValueError, match=rf"{option} must be .*got") as error:
+    with pytest.raises(ValueError, match=rf"^{option} must .*got") as error:
         fit(model, **{option: value})
     assert "\n" not in str(error.value)
     assert_same(before, state_of(model))
 
 
-def test_other_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="resolution"):
-        fit(make_net(), resolution=0)
+@pytest.mark.parametrize("make", [fit, lambda _, **s: Recipe(1, **s)])
+def test_unknown_settings_are_refused_with_the_nearest_name(make):
+    with pytest.raises(
+        ValueError, match=r"'warm_up' is unknown; did you mean 'warmup'"
+    ):
+        make(make_net(), warm_up=1.0)
+    with pytest.raises(ValueError, match=r"'learning_rate' is unknown; known: .*lr"):
+        make(make_net(), learning_rate=0.1)
+
+
+def test_a_recipe_or_its_settings_but_not_both():
+    by_recipe, by_settings, images = make_net(), make_net(), make_set()
+    recipe = Recipe(2, lr=0.05, batch_size=BATCH, seed=4)
+    train.fit(by_recipe, images, recipe=recipe, precision="float32")
+    fit(by_settings, images, epochs=2, seed=4)
+    assert_same(state_of(by_recipe), state_of(by_settings))
+    for wrong in ({"epochs": 2}, {"lr": 0.1}, {"epochs": 2, "seed": 1}):
+        with pytest.raises(ValueError, match=rf"got both: .*{next(iter(wrong))}"):
+            train.fit(by_recipe, images, recipe=recipe, **wrong)
+    for missing in ({}, {"lr": 0.1}):
+        with pytest.raises(ValueError, match="needs a recipe, or epochs"):
+            train.fit(by_recipe, images, **missing)
+    with pytest.raises(ValueError, match=r"recipe must be a train\.Recipe"):
+        train.fit(by_recipe, images, recipe={"epochs": 2})
+
+
+def test_the_tag_of_a_recipe_tells_recipes_apart():
+    assert Recipe(6, lr=0.1).tag == "6epochs-lr0.1-seed0"
+    long = Recipe(2, lr=1, warmup=0.5, milestones=(1, 1.5), augment=False, seed=3)
+    assert long.tag == "2epochs-lr1-milestones1_1.5-warmup0.5-augmentFalse-seed3"
+
+
+def test_an_unknown_precision_is_refused():
     with pytest.raises(ValueError, match="precision"):
         fit(make_net(), precision="half")
-    with pytest.raises(TypeError, match="learning_rate"):
-        fit(make_net(), learning_rate=0.1)
 
 
 def test_a_missing_gpu_is_refused():

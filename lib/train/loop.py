@@ -66,7 +66,8 @@ def fit(
     train_set: ImageSet,
     val_set: ImageSet | None = None,
     *,
-    epochs: int,
+    epochs: int | None = None,
+    recipe: Recipe | None = None,
     checkpoint: str | Path | None = None,
     device: str | torch.device | None = None,
     precision: str = "auto",
@@ -75,19 +76,19 @@ def fit(
     watch: Callable[[nn.Module], dict] | None = None,
     **settings,
 ) -> History:
-    """Train `model` in place for `epochs`; the last epoch's weights are what counts.
+    """Train `model` in place; the last epoch's weights are what counts.
 
-    `settings` are the fields of `lib.recipe.Recipe` (lr, batch_size, schedule, ...).
-    `val_set`, where given, is measured after every epoch and decides nothing.
-    `checkpoint`: file written after every epoch and taken up when it belongs to the
-    same recipe, data and starting weights; another one is put aside. `precision`:
-    "auto" (bfloat16 autocast where the hardware has it), "float32" or "bfloat16".
-    `watch`, where given, adds plain numbers about the model to each epoch's row.
+    How: a `recipe`, or `epochs` and `settings`, the fields of one. `val_set`, where
+    given, is measured after every epoch and decides nothing. `checkpoint`: file written
+    after every epoch and taken up when it belongs to the same recipe, data and starting
+    weights; another one is put aside. `precision`: "auto" (bfloat16 autocast where the
+    hardware has it), "float32" or "bfloat16". `watch`, where given, adds plain numbers
+    about the model to each epoch's row.
     Parameters that do not require a gradient stay as they are.
 
     Raises `ValueError` for bad settings and when the loss stops being finite.
     """
-    recipe = Recipe(epochs=epochs, **settings)
+    recipe = _pick_recipe(recipe, epochs, settings)
     device = pick_device(device)
     precision = pick_precision(precision, device, model)
     layout = pick_layout(model, device)
@@ -97,7 +98,7 @@ def fit(
     identity = checkpoints.identify(model, recipe, train_set, precision)
     rows, before = checkpoints.resume(checkpoint, identity, model, optimizer)
     history = History(rows, str(device), precision, resumed=len(rows))
-    history.made_with = made_with() if len(rows) < epochs else before
+    history.made_with = made_with() if len(rows) < recipe.epochs else before
     make_step = GraphStep if device.type == "cuda" else EagerStep
     step = make_step(model, optimizer, recipe, precision)
     steps = count_batches(train_set, recipe.batch_size, train=True)
@@ -266,6 +267,19 @@ def _count_batch(output: Tensor, y: Tensor) -> Tensor:
 
 
 # -- checks and settings that are put back ------------------------------------------
+
+
+def _pick_recipe(recipe: Recipe | None, epochs: int | None, settings: dict) -> Recipe:
+    if recipe is None:
+        if epochs is None:
+            raise ValueError("fit needs a recipe, or epochs and the settings of one")
+        return Recipe(epochs=epochs, **settings)
+    given = [*settings, *(["epochs"] if epochs is not None else [])]
+    if given:
+        raise ValueError(f"fit takes a recipe or its settings, got both: {given}")
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe must be a train.Recipe, got {recipe!r}")
+    return recipe
 
 
 def _check_sets(

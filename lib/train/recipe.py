@@ -1,10 +1,13 @@
 """How a network is trained: the settings, checked, and what follows from them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
+
+from lib.messages import check_known
+from lib.settings import Rule, check_rule
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,9 @@ class Recipe:
     without norms and biases when `decay_norms` is False. resolution: side of the images
     in pixels, None for their own. augment: random crop and flip. seed: order, crops,
     dropout.
+
+    Raises `ValueError` for unknown settings (with the nearest name), for values of
+    another type, out of range, NaN or infinite.
     """
 
     epochs: int
@@ -39,34 +45,75 @@ class Recipe:
     resolution: int | None = None
     seed: int = 0
 
+    def __new__(cls, *values, **settings):
+        """Refuse unknown names before the generated `__init__` sees them."""
+        check_known("recipe setting", settings, RULES)
+        return super().__new__(cls)
+
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if hasattr(value, "item"):  # a numpy number, which no checkpoint can hold
-                object.__setattr__(self, name, value.item())
-        object.__setattr__(self, "milestones", tuple(map(float, self.milestones)))
-        object.__setattr__(self, "adam_betas", tuple(map(float, self.adam_betas)))
-        _require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
-        _require(0 < self.lr < math.inf, "lr", self.lr, "a positive number")
-        _require(self.optimizer in {"sgd", "adam"}, "optimizer", self.optimizer,
-                 "'sgd' or 'adam'")  # fmt: skip
-        known = {"cosine", "step", "constant"}
-        _require(self.schedule in known, "schedule", self.schedule, f"one of {known}")
-        _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
-        fine = len(self.adam_betas) == 2 and all(0 <= b < 1 for b in self.adam_betas)
-        _require(fine, "adam_betas", self.adam_betas, "two numbers in [0, 1)")
-        _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay,
-                 "0 or more")  # fmt: skip
-        _require(0 <= self.label_smoothing < 1, "label_smoothing",
-                 self.label_smoothing, "in [0, 1)")  # fmt: skip
-        _require(0 <= self.warmup <= max(self.epochs, 0), "warmup", self.warmup,
-                 "between 0 and epochs")  # fmt: skip
-        _require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2**31)")
+        for name, rule in RULES.items():
+            object.__setattr__(self, name, _check(name, getattr(self, name), rule))
+        if len(self.adam_betas) != 2:
+            raise ValueError(f"adam_betas must be two numbers, got {self.adam_betas!r}")
+        if self.warmup > self.epochs:
+            raise ValueError(
+                f"warmup must be at most epochs ({self.epochs}), got {self.warmup:g}"
+            )
+
+    @property
+    def tag(self) -> str:
+        """A name for files: epochs, rate, whatever is not the default, seed."""
+        usual = {"epochs", "lr", "seed"}
+        changed = [
+            f"{field.name}{_show(getattr(self, field.name))}"
+            for field in fields(self)
+            if field.name not in usual and getattr(self, field.name) != field.default
+        ]
+        parts = [f"{self.epochs}epochs", f"lr{self.lr:g}", *changed, f"seed{self.seed}"]
+        return "-".join(parts)
 
 
-def _require(fine: bool, name: str, value, wanted: str) -> None:
-    if not fine:
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+RULES = {
+    "epochs": Rule(int, 0),
+    "lr": Rule(float, 1e-12),
+    "batch_size": Rule(int, 1),
+    "optimizer": Rule(str, choices=("sgd", "adam")),
+    "momentum": Rule(float, 0.0, 1.0),
+    "adam_betas": Rule(float, 0.0, 1.0),
+    "nesterov": Rule(bool),
+    "weight_decay": Rule(float, 0.0),
+    "decay_norms": Rule(bool),
+    "schedule": Rule(str, choices=("cosine", "step", "constant")),
+    "milestones": Rule(float, 0.0),
+    "gamma": Rule(float, 0.0),
+    "warmup": Rule(float, 0.0),
+    "label_smoothing": Rule(float, 0.0, 1.0),
+    "aux_weight": Rule(float, 0.0),
+    "augment": Rule(bool),
+    "resolution": Rule(int, 1),
+    "seed": Rule(int, 0, 2**31),
+}
+
+
+def _check(name: str, value, rule: Rule):
+    """The value in plain Python types: a checkpoint can hold no numpy number."""
+    if name in {"adam_betas", "milestones"}:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name} must be a tuple of numbers, got {value!r}")
+        return tuple(check_rule(name, _plain(item), rule) for item in value)
+    if name == "resolution" and value is None:
+        return None
+    return check_rule(name, _plain(value), rule)
+
+
+def _plain(value):
+    return value.item() if hasattr(value, "item") else value
+
+
+def _show(value) -> str:
+    if isinstance(value, tuple):
+        return "_".join(map(_show, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def rate_at(recipe: Recipe, epoch: float) -> float:
