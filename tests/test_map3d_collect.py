@@ -615,8 +615,8 @@ def test_a_point_that_is_trained_anew_is_measured_anew(model, sets, epochs):
 @pytest.mark.parametrize(
     ("design", "changes", "message"),
     [([], {}, "no point"), ([WHOLE, []], {}, "an empty chain"),
-     (SHORT, {"epochs": -1}, "epochs must"), (SHORT, {"lr": 0.0}, "lr must be"),
-     (SHORT, {"warmup": 2.0}, "warmup must be"), (SHORT, {"seed": -1}, "seed must be"),
+     (SHORT, {"epochs": -1}, "epochs must"), (SHORT, {"lr": 0.0}, "lr must"),
+     (SHORT, {"warmup": 2.0}, "warmup must be"), (SHORT, {"seed": -1}, "seed must"),
      (SHORT, {"run": "../x"}, "needs a plain name")],
 )  # fmt: skip
 def test_bad_requests_are_refused_before_any_work(

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from dataclasses import replace
@@ -680,6 +681,31 @@ def test_another_run_is_put_aside_and_said(tmp_path, capsys, name):
     assert_same(state_of(fresh), state_of(model))
 
 
+def test_any_identity_is_taken_up_put_aside_or_refused(tmp_path, capsys):
+    file, identity = tmp_path / "arm.pt", {"arm": "gan", "lr": 0.1, "sides": [1, 2]}
+    assert checkpoints.take_up(None, identity) is None
+    assert checkpoints.take_up(file, identity) is None and not file.exists()
+    checkpoints.save(None, identity)
+    checkpoints.save(file, identity, modules={"w": torch.arange(3)}, rows=[1])
+    state = checkpoints.take_up(file, identity, ("modules", "rows"))
+    assert state["rows"] == [1] and state["modules"]["w"].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"arm\.pt: not a .* lacks \['optimizers'\]"):
+        checkpoints.take_up(file, identity, ("optimizers",))
+    assert checkpoints.take_up(file, identity | {"lr": 0.2, "new": 1}) is None
+    assert "arm.pt was made with another lr, new; kept as arm.pt.old1" in (
+        capsys.readouterr().out
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["arm.pt.old1"]
+
+
+def test_the_digest_of_an_identity_is_that_of_its_values():
+    one = checkpoints.digest_identity({"a": 1, "b": (2, 3)})
+    assert one == checkpoints.digest_identity({"b": (2, 3), "a": 1})
+    assert one != checkpoints.digest_identity({"a": 1, "b": (3, 2)})
+    assert one != checkpoints.digest_identity({"a": 1, "c": (2, 3)})
+    assert re.fullmatch("[0-9a-f]{10}", one)
+
+
 CHANGES = {
     "pixels": lambda s: replace(s, images=255 - s.images),
     "labels": lambda s: replace(s, labels=(s.labels + 1) % 4),
@@ -722,10 +748,11 @@ def test_a_checkpoint_keeps_the_kind_and_place_of_the_rate(tmp_path):
     optimizer = make_optimizer(model, Recipe(3), cpu)
     for saved, place in [(torch.tensor(0.1), "meta"), (0.1, "cpu")]:
         optimizer.param_groups[0]["lr"] = saved
-        checkpoints.save(file, {}, model, optimizer, rows=[{}], made_with={})
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        checkpoints.save(file, {}, rows=[{}], **state)
         fresh = make_optimizer(model, Recipe(3), cpu)
         fresh.param_groups[0]["lr"] = torch.empty((), device=place)
-        checkpoints.resume(file, {}, model, fresh)
+        loop._resume(file, {}, model, fresh)
         rate = fresh.param_groups[0]["lr"]
         assert isinstance(rate, torch.Tensor) and rate.device.type == place
 

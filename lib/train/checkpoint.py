@@ -1,17 +1,22 @@
-"""Checkpoints of a run: what they must agree on, reading and writing them."""
+"""Checkpoints: files that know what they belong to.
+
+An identity is a dict of plain values on all that decides a result (settings, digests of
+images and weights). A file is taken up when its identity is the one asked for, put
+aside with the names of what differs when it is another's, and refused when damaged.
+"""
 
 import hashlib
 import itertools
+import json
 import os
-from dataclasses import asdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib import paths
 from lib.data import ImageSet
-from lib.train.recipe import Recipe
 
 
 def digest_tensors(text: str, *tensors: Tensor) -> str:
@@ -24,81 +29,78 @@ def digest_tensors(text: str, *tensors: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def identify(
-    model: nn.Module, recipe: Recipe, train_set: ImageSet, precision: str
-) -> dict:
-    """What a checkpoint must agree on to be taken up."""
-    trained = [n for n, p in model.named_parameters() if p.requires_grad]
-    facts = [train_set.mean, train_set.std, train_set.pad, train_set.flip]
-    return {
-        **asdict(recipe),
-        "precision": precision,
-        "data": digest_tensors(str(facts), train_set.images, train_set.labels),
-        "trained": digest_tensors(" ".join(trained)),
-        "start": digest_tensors(
-            " ".join(model.state_dict().keys()), *model.state_dict().values()
-        ),
-    }
+def digest_images(images: ImageSet) -> str:
+    """A short hash of images, labels and how batches of them are made."""
+    facts = [images.mean, images.std, images.pad, images.flip]
+    return digest_tensors(str(facts), images.images, images.labels)
 
 
-def resume(
-    checkpoint, identity: dict, model: nn.Module, optimizer
-) -> tuple[list[dict], dict]:
-    """Load the last finished epoch; the rows so far and what they were made with."""
-    if checkpoint is None or not Path(checkpoint).is_file():
-        return [], {}
-    checkpoint = Path(checkpoint)
-    state = load_checkpoint(checkpoint)
-    differs = [k for k, v in identity.items() if state["identity"].get(k) != v]
-    if differs:
-        numbers = itertools.count(1)
-        names = (checkpoint.with_name(f"{checkpoint.name}.old{i}") for i in numbers)
-        aside = next(name for name in names if not name.exists())
-        os.replace(checkpoint, aside)
-        print(
-            f"{paths.shown(checkpoint)} was made with another {', '.join(differs)}; "
-            f"kept as {aside.name}, starting afresh"
-        )
-        return [], {}
-    model.load_state_dict(state["model"])
-    own = ("lr", "fused", "foreach", "capturable")  # belong to the device, not the run
-    groups = [{k: g[k] for k in own if k in g} for g in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
-    for group, kept in zip(optimizer.param_groups, groups, strict=True):
-        group.update(kept)
-    return state["rows"], state.get("made_with", {})
+def digest_identity(identity: dict) -> str:
+    """A short hash of an identity, for the names of files."""
+    text = json.dumps(identity, sort_keys=True, default=str)
+    return digest_tensors(text)[:10]
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint of `fit`: identity, model, optimizer, rows; never pickled code.
+def save(path: str | Path | None, identity: dict, **parts) -> None:
+    """Write identity and parts (tensors, plain values), whole or not at all.
 
-    A missing or damaged file is one error that names it.
+    Without a path nothing is written.
+    """
+    if path is not None:
+        state = {"identity": identity, **parts}
+        paths.write_atomic(path, lambda tmp: torch.save(state, tmp))
+
+
+def load(path: str | Path, parts: Iterable[str] = ()) -> dict:
+    """Read what `save` wrote, on the CPU; pickled code is never run.
+
+    Raises `FileNotFoundError` or `ValueError`, naming the file, where it is missing,
+    damaged, or lacks the identity or one of `parts`.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        missing = {"identity", "model", "optimizer", "rows"} - state.keys()
+        lacking = {"identity", *parts} - state.keys()
     except Exception as error:  # torch raises many kinds for a damaged file
         raise ValueError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); delete it to "
             "start afresh"
         ) from error
-    if missing:
-        raise ValueError(f"{path}: not a checkpoint of fit, it lacks {sorted(missing)}")
+    if lacking:
+        raise ValueError(
+            f"{path}: not a checkpoint of this kind, it lacks {sorted(lacking)}"
+        )
     return state
 
 
-def save(checkpoint, identity: dict, model, optimizer, *, rows, made_with) -> None:
-    """Write the checkpoint of a finished epoch, where one is wanted."""
-    if checkpoint is None:
-        return
-    state = {
-        "identity": identity,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "rows": rows,
-        "made_with": made_with,
-    }
-    paths.write_atomic(checkpoint, lambda tmp: torch.save(state, tmp))
+def take_up(
+    path: str | Path | None, identity: dict, parts: Iterable[str] = ()
+) -> dict | None:
+    """The state that `save` wrote for this identity; None where there is none yet.
+
+    Another's file is renamed to `NAME.old1` (`.old2`, ...), which is said together with
+    what differs. Raises as `load` for a damaged one, which stays where it is.
+    """
+    if path is None or not Path(path).is_file():
+        return None
+    state = load(path, parts)
+    # Only what is asked for: a file may know more facts, of a later version of lib.
+    differs = [k for k, v in identity.items() if state["identity"].get(k) != v]
+    if not differs:
+        return state
+    aside = put_aside(Path(path))
+    print(
+        f"{paths.shown(path)} was made with another {', '.join(differs)}; "
+        f"kept as {aside.name}, starting afresh"
+    )
+    return None
+
+
+def put_aside(path: Path) -> Path:
+    """Rename a file to the first free `NAME.old1`, `NAME.old2`, ...; that path."""
+    names = (path.with_name(f"{path.name}.old{i}") for i in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    os.replace(path, aside)
+    return aside

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,6 +32,8 @@ from lib.train.recipe import (
     rate_at,
 )
 from lib.train.step import EagerStep, GraphStep
+
+PARTS = ("model", "optimizer", "rows")  # of a checkpoint, beside its identity
 
 
 @dataclass
@@ -95,8 +97,8 @@ def fit(
     model.to(device, memory_format=layout)
     _check_sets(model, train_set, val_set)
     optimizer = make_optimizer(model, recipe, device)
-    identity = checkpoints.identify(model, recipe, train_set, precision)
-    rows, before = checkpoints.resume(checkpoint, identity, model, optimizer)
+    identity = _identify(model, recipe, train_set, precision)
+    rows, before = _resume(checkpoint, identity, model, optimizer)
     history = History(rows, str(device), precision, resumed=len(rows))
     history.made_with = made_with() if len(rows) < recipe.epochs else before
     make_step = GraphStep if device.type == "cuda" else EagerStep
@@ -107,8 +109,9 @@ def fit(
 
     def keep() -> None:
         checkpoints.save(
-            checkpoint, identity, model, optimizer,
-            rows=history.rows, made_with=history.made_with,
+            checkpoint, identity, model=model.state_dict(),
+            optimizer=optimizer.state_dict(), rows=history.rows,
+            made_with=history.made_with,
         )  # fmt: skip
 
     with report, _determinism(deterministic), modes_kept(model):
@@ -215,6 +218,47 @@ def recalibrate(
         finally:
             for norm, momentum in momenta.items():
                 norm.momentum = momentum
+
+
+# -- checkpoints --------------------------------------------------------------------
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint of `fit`: identity, model, optimizer, rows.
+
+    A missing or damaged file is one error that names it; pickled code is never run.
+    """
+    return checkpoints.load(path, PARTS)
+
+
+def _identify(
+    model: nn.Module, recipe: Recipe, train_set: ImageSet, precision: str
+) -> dict:
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    state = model.state_dict()
+    return {
+        **asdict(recipe),
+        "precision": precision,
+        "data": checkpoints.digest_images(train_set),
+        "trained": checkpoints.digest_tensors(" ".join(trained)),
+        "start": checkpoints.digest_tensors(" ".join(state), *state.values()),
+    }
+
+
+def _resume(
+    checkpoint: str | Path | None, identity: dict, model: nn.Module, optimizer
+) -> tuple[list[dict], dict]:
+    """Load the last finished epoch; the rows so far and what they were made with."""
+    state = checkpoints.take_up(checkpoint, identity, PARTS)
+    if state is None:
+        return [], {}
+    model.load_state_dict(state["model"])
+    own = ("lr", "fused", "foreach", "capturable")  # belong to the device, not the run
+    groups = [{k: g[k] for k in own if k in g} for g in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    for group, kept in zip(optimizer.param_groups, groups, strict=True):
+        group.update(kept)
+    return state["rows"], state.get("made_with", {})
 
 
 # -- one epoch ----------------------------------------------------------------------
