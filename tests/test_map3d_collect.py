@@ -36,7 +36,7 @@ WHOLE = [(1.0, 1.0, 1.0)]
 STAIRS = [(5 / 6, 1, 1), (5 / 6, 0.75, 1), (5 / 6, 0.75, 0.85), (4 / 6, 0.5, 0.85)]
 DESIGN = [WHOLE, STAIRS, [(1, 0.8, 1), (1, 0.79, 1)]]  # the last two are one network
 SHORT = [WHOLE, [(5 / 6, 1, 1), (5 / 6, 0.5, 0.85)]]
-MODULE = sys.modules["lib.map3d.collect"]  # the function hides it in the package
+MODULE = sys.modules["lib.map3d.collection"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

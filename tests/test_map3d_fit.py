@@ -1,6 +1,5 @@
 """MAP's predictor: recovered truths, other solvers, automatic differentiation."""
 
-import importlib
 import itertools
 import json
 import math
@@ -13,11 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.polynomial import polynomial
-from scipy.optimize import check_grad
 
 from lib import paths
-from lib.map3d.fit import (
+from lib.map3d import solvers
+from lib.map3d.fitting import (
     UnidentifiedWarning,
     check_points,
     count_parameters,
@@ -27,7 +25,6 @@ from lib.map3d.fit import (
 from lib.map3d.predictor import Map
 from lib.map3d.uncertainty import bootstrap_maps, leave_one_out
 
-solvers = importlib.import_module("lib.map3d.solvers")
 pytestmark = pytest.mark.usefixtures("one_thread")
 few = settings(max_examples=25, deadline=None)
 
@@ -82,7 +79,7 @@ def draw_map(seed=0, degree=3, low=FLOORS):
     """Any polynomial, of no particular shape."""
     tensor = np.random.default_rng(seed).normal(0, 3, (degree + 1,) * 3)
     tensor[0, 0, 0] = 90
-    return Map(tensor, low, degree, None, False, "lstsq", 64, 0.25)
+    return Map(tensor, low, rank=None, residual_sd=0.25)
 
 
 # -- rank 1 ----------------------------------------------------------------------------
@@ -92,7 +89,7 @@ def draw_map(seed=0, degree=3, low=FLOORS):
 def test_a_product_of_cubics_is_recovered_off_the_axes_from_13_points(options):
     found = fit(measure(AXIS), **options)
     np.testing.assert_allclose(found.predict(*OFF.T), truth(OFF), rtol=0, atol=1e-10)
-    assert found.residual_sd < 1e-10 and found.num_points == 13
+    assert found.residual_sd < 1e-10
     assert found.low == FLOORS and found.high == (1, 1, 1)
 
 
@@ -136,13 +133,14 @@ def test_axis_points_of_rank_1_are_three_univariate_fits_of_one_unpruned_accurac
     assert found.residual_sd == pytest.approx(math.sqrt(rest), rel=1e-9)
 
 
-def test_als_never_goes_uphill():
+def test_als_never_goes_uphill(monkeypatch):
     points, found = measure(AXIS, sd=0.5, seed=2), []
     for monotone in (False, True):
         squares = []
         for sweeps in range(1, 16):
+            monkeypatch.setattr(solvers, "SWEEPS", sweeps)
             with pytest.warns(UserWarning, match=f"not settled in {sweeps} sweeps"):
-                made = fit(points, solver="als", monotone=monotone, sweeps=sweeps)
+                made = fit(points, solver="als", monotone=monotone)
             squares.append(sum_squares(made, points))
         assert np.all(np.diff(squares) <= 1e-12 * squares[0])
         assert squares[-1] < squares[0]
@@ -154,11 +152,12 @@ def test_als_never_goes_uphill():
 def test_no_random_start_finds_a_better_product(seed, monkeypatch):
     points = measure(AXIS, sd=0.5, seed=seed)
     least, rng = sum_squares(fit(points), points), np.random.default_rng(seed)
-    monkeypatch.setattr(
-        solvers,
-        "_start_product",
-        lambda bases, target: np.r_[rng.uniform(0.3, 2), rng.normal(0, 0.5, 9)],
-    )
+
+    def draw(bases, target):
+        parts = [np.r_[1, rng.normal(0, 0.5, 3)][None] for _ in bases]
+        return [rng.uniform(0.3, 2) * parts[0], *parts[1:]]
+
+    monkeypatch.setattr(solvers, "_start_additive", draw)
     for _ in range(20):
         assert sum_squares(fit(points), points) >= least * (1 - 1e-9)
 
@@ -189,20 +188,6 @@ def test_two_of_the_twelve_raw_coefficients_are_gauge(places):
     )
 
 
-def test_factors_do_not_depend_on_how_a_product_is_written():
-    found = fit(measure(AXIS, sd=0.2))
-    base, parts = found.factors()
-    assert base == found.predict(1, 1, 1) and all(part[0] == 1 for part in parts)
-    rebuilt = base * np.einsum("i,j,k->ijk", *parts)
-    np.testing.assert_allclose(found.coefficients, rebuilt, rtol=1e-12, atol=1e-12)
-    scaled = np.einsum(
-        "i,j,k->ijk", 8 * parts[0], -0.25 * base * parts[1], -0.5 * parts[2]
-    )
-    again = Map(scaled, FLOORS, 3, 1, False, "lm", 13, 0.2)
-    for one, other in zip(again.factors()[1], parts, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-12)
-
-
 @pytest.mark.parametrize("options", [{}, {"rank": 2}], ids=["product", "sum"])
 def test_the_solvers_jacobians_are_the_derivatives(options, monkeypatch):
     seen, inner = [], solvers.least_squares
@@ -212,30 +197,12 @@ def test_the_solvers_jacobians_are_the_derivatives(options, monkeypatch):
         return inner(fun, start, jac, **settings)
 
     monkeypatch.setattr(solvers, "least_squares", spy)
-    weights = np.random.default_rng(3).uniform(0.5, 2, 64)
-    fit(measure(make_grid(), sd=0.5), weights=weights, **options)
+    fit(measure(make_grid(), sd=0.5), **options)
     fun, jac, start = seen[-1]
     theta = start + np.random.default_rng(4).normal(0, 0.2, len(start))
     for k, step in enumerate(1e-6 * np.eye(len(theta))):
         slope = (fun(theta + step) - fun(theta - step)) / 2e-6
         np.testing.assert_allclose(jac(theta)[:, k], slope, rtol=0, atol=1e-7)
-
-
-def test_derivatives_of_a_sum_match_autograd():
-    rng = np.random.default_rng(0)
-    bases = [rng.normal(size=(7, n)) for n in (4, 3, 2)]
-    factors = [rng.normal(size=(2, n)) for n in (4, 3, 2)]
-    leaves = [torch.tensor(f, requires_grad=True) for f in factors]
-    value = sum(
-        math.prod(torch.tensor(b) @ f[q] for b, f in zip(bases, leaves, strict=True))
-        for q in range(2)
-    )
-    np.testing.assert_allclose(solvers.predict(bases, factors), value.detach())
-    for n, entry in enumerate(value):
-        grads = torch.autograd.grad(entry, leaves, retain_graph=True)
-        for m in range(3):
-            row = solvers.derive(bases, factors, m)[n]
-            np.testing.assert_allclose(row, grads[m].flatten(), atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -251,9 +218,6 @@ def test_the_gradient_matches_autograd_and_differences(seed):
         assert found.predict(*place) == pytest.approx(value.item(), rel=1e-12)
         value.backward()
         np.testing.assert_allclose(found.gradient(*place), x.grad, rtol=1e-10)
-        error = check_grad(lambda p: found.predict(*p), lambda p: found.gradient(*p),
-                           place)  # fmt: skip
-        assert error < 1e-3
 
 
 def test_elasticities_are_slopes_in_log_space():
@@ -272,17 +236,7 @@ def test_elasticities_are_slopes_in_log_space():
 # -- the map ---------------------------------------------------------------------------
 
 
-def test_monomials_are_the_same_polynomial_in_plain_shares():
-    found = draw_map(1, low=(0.4, 0.6, 0.75))
-    plain = polynomial.polyval3d(*OFF.T, found.monomials())
-    np.testing.assert_allclose(plain, found.predict(*OFF.T), rtol=1e-9)
-    linear = Map(np.zeros((2, 2, 2)), (0.5, 1, 1), 1, 1, False, "lm", 4, 0, (1, 1, 1))
-    linear.coefficients.flags.writeable = True
-    linear.coefficients[0, 0, 0], linear.coefficients[1, 0, 0] = 90, -10
-    assert linear.monomials().ravel().tolist() == [70, 0, 0, 0, 20, 0, 0, 0]
-
-
-def test_shapes_broadcast_and_large_grids_come_in_pieces():
+def test_shapes_broadcast():
     found = draw_map(2)
     d, w = np.linspace(0.5, 1, 300)[:, None], np.linspace(0.7, 1, 200)
     assert isinstance(found.predict(0.5, 1, 1), float)
@@ -326,7 +280,6 @@ def test_a_dimension_that_does_not_vary_keeps_the_factor_one():
             assert found.gradient(0.7, 0.8, 1)[2] == 0
             assert found.covers(0.7, 0.8, constant)
             assert not found.covers(0.7, 0.8, 0.9)
-        assert fit(points).factors()[1][2].tolist() == [1, 0, 0, 0]
     assert jacobian_rank(places, 1, 3) == 7
     line = measure(AXIS[:5])
     curve = np.polyfit(line[:, 0], line[:, 3], 3)
@@ -340,9 +293,9 @@ def test_a_saved_map_is_the_same_to_the_last_bit(options, tmp_path):
     found = quiet_fit(measure(AXIS, sd=0.3), **options)
     again = Map.load(found.save(tmp_path / "map.json"))
     assert again.coefficients.tobytes() == found.coefficients.tobytes()
-    assert again.as_dict() == found.as_dict()
+    facts = [[m.low, m.high, m.rank, m.monotone, m.residual_sd] for m in (again, found)]
+    assert facts[0] == facts[1] and again.degree == options.get("degree", 3)
     assert again.predict(0.6, 0.8, 0.9) == found.predict(0.6, 0.8, 0.9)
-    assert again.solver == found.solver and again.monotone is found.monotone
 
 
 def test_a_map_without_degrees_of_freedom_has_no_noise_and_still_saves(tmp_path):
@@ -355,7 +308,7 @@ def test_a_map_without_degrees_of_freedom_has_no_noise_and_still_saves(tmp_path)
 
 def test_coefficients_cannot_be_written_and_are_a_copy():
     tensor = np.ones((2, 2, 2))
-    found = Map(tensor, (0.5, 0.5, 0.5), 1, 1, False, "lm", 8, 0.1)
+    found = Map(tensor, (0.5, 0.5, 0.5))
     tensor[:] = 5
     assert found.coefficients.max() == 1
     with pytest.raises(ValueError, match="read-only"):
@@ -426,7 +379,7 @@ def test_a_grid_of_three_levels_determines_degree_2(rank):
     points = measure(make_grid(3), sd=0.2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = fit(points, rank=rank, degree=2, starts=2)
+        found = fit(points, rank=rank, degree=2)
     assert jacobian_rank(points, rank, 2) == count_parameters(rank, 2)
     assert math.isnan(found.residual_sd) == (rank is None)
     with pytest.raises(ValueError, match="d: degree 3 needs 4 levels"):
@@ -445,6 +398,13 @@ def test_parameters_and_ranks_are_counted():
     assert jacobian_rank(line, None, 3) == 4
 
 
+def factors(found):
+    """a and the three c_m of a product, which starts each at 1."""
+    tensor = found.coefficients
+    base = tensor[0, 0, 0]
+    return base, [v / base for v in (tensor[:, 0, 0], tensor[0, :, 0], tensor[0, 0])]
+
+
 # -- a falling fit ---------------------------------------------------------------------
 
 
@@ -458,7 +418,7 @@ def test_a_monotone_map_never_rises_when_something_is_pruned(seed, sd, axis):
     for m in range(3):
         assert np.diff(values, axis=m).min() >= -1e-10  # from pruned to whole
     assert values.min() >= -1e-10
-    base, parts = found.factors()
+    base, parts = factors(found)
     assert base > 0 and all(np.all(part[1:] <= 0) for part in parts)
 
 
@@ -477,7 +437,7 @@ def test_a_monotone_map_does_not_fall_below_zero_in_the_box():
 def test_a_monotone_map_counts_the_drops_it_uses():
     points = measure(AXIS, sd=0.4, seed=1)
     found = fit(points, monotone=True)
-    used = sum(np.count_nonzero(part[1:]) for part in found.factors()[1])
+    used = sum(np.count_nonzero(part[1:]) for part in factors(found)[1])
     assert used < 9
     rest = sum_squares(found, points) / (13 - 1 - used)
     assert found.residual_sd == pytest.approx(math.sqrt(rest), rel=1e-9)
@@ -511,39 +471,10 @@ def test_scaling_accuracies_scales_the_map(seed, factor, options):
     assert b.residual_sd == pytest.approx(factor * a.residual_sd, rel=1e-8)
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=IDS)
-def test_a_weight_counts_like_as_many_copies_of_the_point(options):
-    points = measure(make_grid(), sd=0.4)
-    weights = np.ones(64)
-    weights[[0, 40, 63]] = 3
-    copies = np.repeat(points, weights.astype(int), axis=0)
-    a, b = fit(points, weights=weights, **options), fit(copies, **options)
-    np.testing.assert_allclose(a.coefficients, b.coefficients, rtol=0, atol=1e-5)
-    ratio = b.residual_sd / a.residual_sd  # the same squares, six points more
-    assert ratio**2 == pytest.approx(a_freedom(a) / (a_freedom(a) + 6), rel=1e-6)
-    assert b.num_points == 70
-
-
-def a_freedom(found):
-    """Degrees of freedom of a product: points less a and the coefficients not at 0."""
-    parts = found.factors()[1]
-    return found.num_points - 1 - sum(np.count_nonzero(part[1:]) for part in parts)
-
-
-def test_a_large_weight_pins_the_unpruned_point():
-    points = measure(AXIS, sd=0.5, seed=4)
-    free, pinned = fit(points), fit(points, weights=[1e8, *[1] * 12])
-    assert abs(free.predict(1, 1, 1) - points[0, 3]) > 0.01
-    assert pinned.predict(1, 1, 1) == pytest.approx(points[0, 3], abs=1e-6)
-    again = fit(points, weights=[7e8, *[7] * 12])
-    np.testing.assert_allclose(pinned.coefficients, again.coefficients, atol=1e-6)
-    assert again.residual_sd == pytest.approx(math.sqrt(7) * pinned.residual_sd)
-
-
 # -- held-out errors and the bootstrap -------------------------------------------------
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=IDS)
+@pytest.mark.parametrize("options", [{}, {"monotone": True}, {"degree": 2}])
 def test_leave_one_out_is_the_loop_by_hand(options):
     points = measure(AXIS, sd=0.3)
     expected = []
@@ -555,36 +486,32 @@ def test_leave_one_out_is_the_loop_by_hand(options):
 
 
 def test_leave_one_out_of_a_linear_fit_has_a_closed_form():
-    points, rng = measure(make_grid(), sd=0.5), np.random.default_rng(6)
-    weights = rng.uniform(0.5, 2, 64)
+    points = measure(make_grid(), sd=0.5)
     powers = itertools.product(range(3), repeat=3)
     design = np.column_stack([(points[:, :3] ** power).prod(1) for power in powers])
-    root = np.sqrt(weights)[:, None]
-    hat = (root * design) @ np.linalg.pinv(root * design)
-    rest = np.sqrt(weights) * points[:, 3]
-    expected = (hat @ rest - rest) / (1 - np.diag(hat)) / np.sqrt(weights)
-    found = leave_one_out(points, rank=None, degree=2, weights=weights)
+    hat = design @ np.linalg.pinv(design)
+    expected = (hat @ points[:, 3] - points[:, 3]) / (1 - np.diag(hat))
+    found = leave_one_out(points, rank=None, degree=2)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-7)
 
 
-def test_the_bootstrap_has_the_covariance_of_a_linear_fit():
-    points, rng = measure(make_grid(), sd=0.5), np.random.default_rng(7)
-    weights = rng.uniform(0.3, 3, 64)
-    base = fit(points, rank=None, degree=1, weights=weights)
-    maps = bootstrap_maps(
-        points, repeats=500, seed=3, sd=0.8, rank=None, degree=1, weights=weights
-    )
-    design = base.centre(*points.T[:3])
-    powers = list(itertools.product(range(2), repeat=3))
-    design = np.column_stack([np.prod(design.T**power, 1) for power in powers])
-    expected = 0.64 * np.linalg.inv(design.T * weights @ design)
-    drawn = np.array([m.coefficients.ravel() for m in maps])
-    spread = np.sqrt(np.diag(expected))
+def test_the_bootstrap_has_the_covariance_of_the_linear_fit_that_axes_allow():
+    """On axis points a product is linear in a and a c_mk: sd^2 (X'X)^-1."""
+    points = measure(AXIS, sd=0.3)
+    base = fit(points, degree=1)
+    maps = bootstrap_maps(points, repeats=500, seed=3, sd=0.8, degree=1)
+    unit = (1 - AXIS) / (1 - np.array(FLOORS))
+    design = np.column_stack([np.ones(13), unit])
+    spread = 0.8 * np.sqrt(np.diag(np.linalg.inv(design.T @ design)))
+
+    def linear(found):
+        c = found.coefficients
+        return [c[0, 0, 0], c[1, 0, 0], c[0, 1, 0], c[0, 0, 1]]
+
+    drawn = np.array([linear(found) for found in maps])
     np.testing.assert_allclose(np.std(drawn, axis=0, ddof=1), spread, rtol=0.12)
-    drift = (drawn.mean(0) - base.coefficients.ravel()) / spread
+    drift = (drawn.mean(0) - linear(base)) / spread
     assert np.abs(drift).max() < 4 / math.sqrt(500)
-    expected /= np.outer(spread, spread)
-    assert np.abs(np.corrcoef(drawn.T) - expected).max() < 0.15
 
 
 def test_the_bootstrap_takes_the_residual_noise_and_repeats_itself():
@@ -608,9 +535,6 @@ def test_what_cannot_be_determined_is_warned_of_once():
     with pytest.warns(UnidentifiedWarning) as caught:
         errors = leave_one_out(points, rank=None)
     assert len(caught) == 1 and np.isfinite(errors).all()
-    with pytest.warns(UnidentifiedWarning) as caught:
-        maps = bootstrap_maps(points, repeats=5, rank=None)
-    assert len(caught) == 1 and len(maps) == 5
 
 
 def test_the_residual_noise_is_that_of_the_points():
@@ -639,11 +563,10 @@ def test_deit_b_refutes_the_quadratic_that_is_printed_with_it():
 
 def test_deit_b_as_a_map_of_two_dimensions():
     a, t, accuracy = read_deit().T
-    points = np.column_stack([a, t, np.ones(22), accuracy])
-    full = fit(points, rank=None, degree=2)
-    design = [a**i * t**j for i in range(3) for j in range(3)]
-    expected = np.linalg.lstsq(np.column_stack(design), accuracy, rcond=None)[0]
-    np.testing.assert_allclose(full.monomials()[:, :, 0].ravel(), expected, rtol=1e-7)
+    full = fit(np.column_stack([a, t, np.ones(22), accuracy]), rank=None, degree=2)
+    design = np.column_stack([a**i * t**j for i in range(3) for j in range(3)])
+    by_hand = design @ np.linalg.lstsq(design, accuracy, rcond=None)[0]
+    np.testing.assert_allclose(full.predict(a, t, 1), by_hand, rtol=1e-10)
 
 
 def test_deit_b_pruned_both_ways_is_worse_than_its_axes_say():
@@ -680,7 +603,7 @@ def test_lists_and_tables_in_any_order_of_columns_are_taken():
     ):
         assert fit(same).coefficients.tobytes() == expected.tobytes()
     before = points.copy()
-    fit(points, weights=np.arange(1, 14))
+    fit(points)
     np.testing.assert_array_equal(points, before)
     np.testing.assert_array_equal(check_points(frame), points)
 
@@ -733,22 +656,26 @@ def framed(*names):
         (lambda: fit(measure(AXIS), rank=0), "rank: expected an integer of 1"),
         (lambda: fit(measure(AXIS), rank=True), "rank: expected an integer of 1"),
         (lambda: fit(measure(AXIS), rank=7), "rank: 7 has 70 .*64; use rank None"),
-        (lambda: fit(measure(AXIS), starts=0), "starts: expected"),
-        (lambda: fit(measure(AXIS), sweeps=0), "sweeps: expected"),
-        (lambda: fit(measure(AXIS), solver="sgd"), "solved by lm or als, got 'sgd'"),
-        (lambda: fit(measure(AXIS), rank=2, solver="als"), "by lm, got 'als'"),
-        (lambda: fit(measure(AXIS), rank=None, solver="lm"), "by lstsq, got 'lm'"),
-        (lambda: fit(measure(AXIS), monotone=True, solver="lm"), "by als, got 'lm'"),
-        (lambda: fit(measure(AXIS), monotone=True, rank=2), "monotone: .* rank 2"),
-        (lambda: fit(measure(AXIS), monotone=True, rank=None), "monotone: .*None"),
-        (lambda: fit(measure(AXIS), weights=[1] * 12), "weights: expected 13 positive"),
-        (lambda: fit(measure(AXIS), weights=[0] + [1] * 12), "weights: expected 13"),
-        (lambda: fit(measure(AXIS), weights=[np.nan] * 13), "weights: expected 13"),
+        (
+            lambda: fit(measure(AXIS), solver="sgd"),
+            "solver must be one of .* got 'sgd'",
+        ),
+        (
+            lambda: fit(measure(AXIS), rank=2, solver="als"),
+            "monotone, als: only .* rank 2",
+        ),
+        (
+            lambda: fit(measure(AXIS), monotone=True, rank=2),
+            "only for a product.* rank 2",
+        ),
+        (
+            lambda: fit(measure(AXIS), monotone=True, rank=None),
+            "only for a product.*None",
+        ),
         (lambda: count_parameters(4, 2), "rank: 4 has 28 parameters at degree 2"),
         (lambda: jacobian_rank(AXIS[:, :2]), r"expected \[N, 3\]"),
         (lambda: jacobian_rank(AXIS, 0), "rank: expected"),
         (lambda: jacobian_rank(2 * AXIS), "d: point 0 has 2.0"),
-        (lambda: leave_one_out(measure(make_grid(4)[:, ::-1])[:10]), "degree 3"),
         (
             lambda: leave_one_out(measure(np.delete(AXIS, [1, 5, 9], 0))),
             "without point 0: points: 9 different",
@@ -759,13 +686,6 @@ def framed(*names):
         ),
         (lambda: bootstrap_maps(measure(AXIS), sd=-1), "sd: expected 0 or more"),
         (lambda: bootstrap_maps(measure(AXIS), repeats=0), "repeats: expected"),
-        (lambda: draw_map().factors(), "rank None"),
-        (
-            lambda: Map(np.zeros((2, 2, 2)), FLOORS, 1, 1, False, "lm", 8, 0).factors(),
-            "accuracy above 0 has factors, this one has rank 1 and 0.0 %",
-        ),
-        (lambda: draw_map().elasticities(1, 1, 1, (1, 2)), "exponents: expected three"),
-        (lambda: draw_map().elasticities(1, 1, 1, (1, 0, 2)), "exponents: expected"),
         (lambda: draw_map().predict([1, 1], [1, 1, 1], 1), r"broadcast.*\(2,\), \(3,"),
         (lambda: draw_map().covers([1, 1], [1, 1, 1], 1), "broadcast"),
     ],
@@ -779,27 +699,20 @@ def test_bad_input_is_refused_by_name(make, message):
     ("change", "message"),
     [
         (lambda d: [], "not a map"),
-        (lambda d: {"keep": {}}, "not a map"),
         (lambda d: d | {"kind": "plan"}, "not a map"),
-        (lambda d: {k: v for k, v in d.items() if k != "low"}, r"missing \['low'\]"),
-        (lambda d: d | {"extra": 1}, r"unknown \['extra'\]"),
-        (lambda d: d | {"degree": 2}, r"coefficients: expected finite \(3, 3, 3\)"),
-        (lambda d: d | {"degree": "3"}, "degree: expected an integer"),
+        (lambda d: {k: v for k, v in d.items() if k != "low"}, "damaged .*'low'"),
+        (lambda d: d | {"extra": 1}, "damaged map .*'extra'"),
         (lambda d: d | {"coefficients": [[1, 2], [3]]}, "damaged map"),
-        (lambda d: d | {"coefficients": None}, "damaged map"),
-        (lambda d: d | {"low": [0.5, 0.5]}, "low, high: expected 3"),
-        (lambda d: d | {"low": [0.5, 0.5, 0]}, "0 < low <= high <= 1"),
-        (lambda d: d | {"high": [0.4, 1, 1]}, "0 < low <= high <= 1"),
+        (lambda d: d | {"coefficients": [[1, 2], [3, 4]]}, "expected a finite cube"),
+        (lambda d: d | {"low": [0.5, 0.5]}, "damaged map"),
+        (lambda d: d | {"low": [0.5, 0.5, 0]}, r"three shares in \(0, 1\]"),
+        (lambda d: d | {"high": [0.4, 1, 1]}, "expected low <= high"),
         (lambda d: d | {"low": None}, "damaged map"),
-        (lambda d: d | {"rank": 0}, "rank: expected"),
-        (lambda d: d | {"monotone": 1}, "monotone, solver"),
-        (lambda d: d | {"num_points": -1}, "num_points: expected"),
-        (lambda d: d | {"residual_sd": -1.0}, "residual_sd: expected 0 or more"),
     ],
 )
 def test_a_damaged_or_foreign_file_is_refused_by_name(change, message, tmp_path):
-    path = tmp_path / "some_map.json"
-    path.write_text(json.dumps(change(fit(measure(AXIS)).as_dict())))
+    path = fit(measure(AXIS)).save(tmp_path / "some_map.json")
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
     with pytest.raises(ValueError, match=message) as error:
         Map.load(path)
     assert re.search(r"some_map\.json", str(error.value))

@@ -7,29 +7,26 @@ and resolution) -> optimum (the best of them for a budget).
 """
 
 from lib.map3d.blocks import Block, find_blocks, order_removal, probe_blocks
-from lib.map3d.collect import (
+from lib.map3d.collection import (
     collect,
     prune_once,
     read_points,
     sparsify,
     write_points,
 )
-from lib.map3d.costs import FORMULA, Measured, PowerLaw, fit_exponents
+from lib.map3d.costs import FORMULA, PowerLaw, fit_exponents
 from lib.map3d.design import DESIGNS, find_floors, make_design
-from lib.map3d.fit import count_parameters, fit, jacobian_rank
-from lib.map3d.optimum import (
-    Optimum,
-    bootstrap_optimum,
-    check_kkt,
-    optimum,
-    rank_lattice,
-    regret,
-    trace_budget,
-)
+from lib.map3d.fitting import count_parameters, fit, jacobian_rank
+from lib.map3d.networks import RIVALS, pick_rivals, rank_lattice
 from lib.map3d.predictor import Map
-from lib.map3d.rivals import RIVALS, pick_rivals
+from lib.map3d.search import Optimum, optimum, trace_budget
 from lib.map3d.space import Shape, Space, score_channels
-from lib.map3d.uncertainty import bootstrap_maps, leave_one_out
+from lib.map3d.uncertainty import (
+    bootstrap_maps,
+    bootstrap_optimum,
+    leave_one_out,
+    regret,
+)
 
 __all__ = [
     "DESIGNS",
@@ -37,14 +34,12 @@ __all__ = [
     "RIVALS",
     "Block",
     "Map",
-    "Measured",
     "Optimum",
     "PowerLaw",
     "Shape",
     "Space",
     "bootstrap_maps",
     "bootstrap_optimum",
-    "check_kkt",
     "collect",
     "count_parameters",
     "find_blocks",

@@ -1,12 +1,15 @@
-"""Solvers of the accuracy predictor: products of three polynomials, and sums of them.
+"""Least squares for products of three polynomials, and for sums of such products.
 
-Each takes bases, three arrays [N, K_m + 1] with the powers of u_m at the N points, and
-the target [N]; what it returns are factors, three arrays [R, K_m + 1], such that
+Both solvers take bases, three arrays [N, K_m + 1] with the powers of u_m at the N
+points, and the target [N], thought to be near 1. What they find are the coefficients of
+the factors, three arrays [R, K_m + 1], such that
 
     F(points) = sum over q of the product over m of bases[m] @ factors[m][q].
 
-To weigh point n by v, multiply its target and its row of one basis by sqrt(v). The
-target is thought to be near 1 (accuracy over the largest accuracy).
+A product has two numbers too many: multiply one factor by 2 and another by 1/2, and
+nothing changes (a *gauge*). In a single product the factors of w and r are therefore
+held at 1 for u = 0. In a sum they cannot be: one of its products may well be 0 at the
+unpruned network, and then no number starting from 1 could describe it.
 """
 
 import math
@@ -15,36 +18,18 @@ import warnings
 import numpy as np
 from scipy.optimize import least_squares, nnls
 
-EXACT = 1e-15  # a step or descent below this share ends the fit of a product
-CLOSE = 1e-10  # and that of a sum, whose valleys are flat
+EXACT = 1e-15  # a step or descent below this share ends a fit
 FLOOR = 1e-30  # share of the squares that counts as an exact fit
-STEPS = 300  # of Levenberg-Marquardt on a sum, per start
+CLOSE = 1e-10  # and that of a sum, whose valleys are flat
+STEPS = 300  # of Levenberg-Marquardt, per start
+STARTS = 8  # random ones of a sum
 SPREAD = 0.3  # standard deviation of the random coefficients it starts from
+SWEEPS = 5000  # of alternating least squares
 
 Matrices = list[np.ndarray]
 
 
-# -- derivatives -----------------------------------------------------------------------
-
-
-def cross(bases: Matrices) -> np.ndarray:
-    """All products of a column of each basis: [N, product of the K_m + 1]."""
-    return np.einsum("ni,nj,nk->nijk", *bases).reshape(len(bases[0]), -1)
-
-
-def derive(bases: Matrices, factors: Matrices, m: int) -> np.ndarray:
-    """d F(points) / d factors[m], [N, R (K_m + 1)].
-
-    F is linear in the factors of one dimension: it is this times factors[m], flat.
-    """
-    a, b = (n for n in range(3) if n != m)
-    others = (bases[a] @ factors[a].T) * (bases[b] @ factors[b].T)  # [N, R]
-    return (others[:, :, None] * bases[m][:, None, :]).reshape(len(others), -1)
-
-
-def predict(bases: Matrices, factors: Matrices) -> np.ndarray:
-    """F at the points, [N]."""
-    return derive(bases, factors, 0) @ factors[0].ravel()
+# -- Levenberg-Marquardt ---------------------------------------------------------------
 
 
 def combine(factors: Matrices) -> np.ndarray:
@@ -52,108 +37,90 @@ def combine(factors: Matrices) -> np.ndarray:
     return np.einsum("qi,qj,qk->ijk", *factors)
 
 
-# -- Levenberg-Marquardt ---------------------------------------------------------------
+def predict(bases: Matrices, factors: Matrices) -> np.ndarray:
+    """F at the points, [N]."""
+    curves = [basis @ f.T for basis, f in zip(bases, factors, strict=True)]
+    return math.prod(curves).sum(axis=1)
 
 
-def solve_product(bases: Matrices, target: np.ndarray) -> Matrices:
-    """a H_d H_w H_r by Levenberg-Marquardt over a and the c_mk, R = 1.
+def derive(bases: Matrices, factors: Matrices, m: int) -> np.ndarray:
+    """d F(points) / d factors[m], [N, R (K_m + 1)].
 
-    H_m starts with 1, so that no constant can move from one factor to another: the
-    1 + sum of K_m numbers are all that is free. Starts at the additive model.
+    F is linear in the factors of one dimension: it is this times factors[m], flat.
     """
-    ends = np.cumsum([1, *(basis.shape[1] - 1 for basis in bases)])
-
-    def split(theta):
-        base, *parts = np.split(theta, ends[:-1])
-        found = [np.concatenate([[1.0], part])[None] for part in parts]
-        return [base * found[0], *found[1:]]
-
-    def miss(theta):
-        return predict(bases, split(theta)) - target
-
-    def slope(theta):
-        factors = split(theta)
-        columns = [derive(bases, factors, m)[:, 1:] for m in range(3)]
-        value = predict(bases, split(np.concatenate([[1.0], theta[1:]])))
-        return np.column_stack([value, theta[0] * columns[0], *columns[1:]])
-
-    found = least_squares(
-        miss, _start_product(bases, target), slope, method="lm",
-        xtol=EXACT, ftol=EXACT, gtol=EXACT,
-    )  # fmt: skip
-    return split(found.x)
-
-
-def _start_product(bases: Matrices, target: np.ndarray) -> np.ndarray:
-    """a and the c_mk of the additive model a + sum of a c_mk u_m^k, which is linear.
-
-    On points that prune one dimension at a time it is the product exactly.
-    """
-    flat = _start_flat(bases)
-    columns = [derive(bases, flat, m) for m in range(3)]
-    design = np.hstack([columns[0], columns[1][:, 1:], columns[2][:, 1:]])
-    base, *rest = np.linalg.lstsq(design, target, rcond=None)[0]
-    if base <= 0:  # no unpruned accuracy to divide by
-        return np.eye(1, design.shape[1])[0]
-    return np.array([base, *(x / base for x in rest)])
-
-
-def _start_flat(bases: Matrices) -> Matrices:
-    return [np.eye(1, basis.shape[1]) for basis in bases]
+    others = math.prod(bases[n] @ factors[n].T for n in range(3) if n != m)  # [N, R]
+    return (others[:, :, None] * bases[m][:, None, :]).reshape(len(others), -1)
 
 
 def solve_sum(
-    bases: Matrices,
-    target: np.ndarray,
-    *,
-    rank: int,
-    ridge: float = 0.0,
-    starts: int = 8,
-    seed: int = 0,
+    bases: Matrices, target: np.ndarray, *, rank: int = 1, ridge: float = 0.0
 ) -> Matrices:
-    """The best of several random starts around the best product, R = rank.
+    """R products by Levenberg-Marquardt.
 
+    One product starts at the additive model, and ends at the same place from wherever
+    it starts; a sum does not, so the best of `STARTS` around the best product is taken.
     ridge: added to the squares times those of all coefficients, for points that do not
     determine them.
     """
-    product, rng = solve_product(bases, target), np.random.default_rng(seed)
-    best, least = product, math.inf
-    for _ in range(starts):
-        start = [SPREAD * rng.standard_normal((rank, f.shape[1])) for f in product]
-        for noise, factor in zip(start, product, strict=True):
+    best, _ = _descend(bases, target, _start_additive(bases, target), 0.0, EXACT)
+    if rank == 1:
+        return best
+    rng, found = np.random.default_rng(0), []
+    for _ in range(STARTS):
+        start = [SPREAD * rng.standard_normal((rank, f.shape[1])) for f in best]
+        for noise, factor in zip(start, best, strict=True):
             noise[0] += factor[0]
-        found, cost = _descend(bases, target, start, math.sqrt(ridge))
-        if cost < least:
-            best, least = found, cost
-    return best
+        found.append(_descend(bases, target, start, ridge, CLOSE))
+    return min(found, key=lambda pair: pair[1])[0]
+
+
+def _start_additive(bases: Matrices, target: np.ndarray) -> Matrices:
+    """a H_d, H_w, H_r of a + sum of a c_mk u_m^k, which is linear in a and a c_mk.
+
+    On points that prune one dimension at a time it is the product exactly.
+    """
+    design = np.hstack([bases[0], bases[1][:, 1:], bases[2][:, 1:]])
+    found = np.linalg.lstsq(design, target, rcond=None)[0]
+    base = found[0]
+    if base <= 0:  # no unpruned accuracy to divide by
+        return [np.eye(1, basis.shape[1]) for basis in bases]
+    ends = np.cumsum([basis.shape[1] - (m > 0) for m, basis in enumerate(bases)])
+    d, w, r = np.split(found, ends[:-1])
+    return [d[None], np.r_[1, w / base][None], np.r_[1, r / base][None]]
 
 
 def _descend(
-    bases: Matrices, target: np.ndarray, start: Matrices, root: float
+    bases: Matrices, target: np.ndarray, start: Matrices, ridge: float, tolerance: float
 ) -> tuple[Matrices, float]:
-    """Levenberg-Marquardt over all coefficients, and half the squares it ends at.
+    """Levenberg-Marquardt from `start`, and half the squares it ends at.
 
-    The rows of the ridge also make up for coefficients outnumbering the points.
+    The rows of the ridge, zeros where it is 0, also make up for coefficients that
+    outnumber the points, which MINPACK refuses.
     """
-    shapes = [factor.shape for factor in start]
+    shapes, root = [factor.shape for factor in start], math.sqrt(ridge)
     ends = np.cumsum([factor.size for factor in start])
-    tail = root * np.eye(ends[-1])
+    theta = np.concatenate([factor.ravel() for factor in start])
+    free = np.ones(len(theta), dtype=bool)
+    if len(start[0]) == 1:
+        free[ends[:2]] = False  # the gauge of a single product: H_w = H_r = 1 at u = 0
+    tail = root * np.eye(free.sum())
 
-    def split(theta):
-        parts = np.split(theta, ends[:-1])
+    def split(moved):
+        theta[free] = moved
+        parts = np.split(theta.copy(), ends[:-1])
         return [part.reshape(s) for part, s in zip(parts, shapes, strict=True)]
 
-    def miss(theta):
-        return np.concatenate([predict(bases, split(theta)) - target, root * theta])
+    def miss(moved):
+        return np.concatenate([predict(bases, split(moved)) - target, root * moved])
 
-    def slope(theta):
-        factors = split(theta)
+    def slope(moved):
+        factors = split(moved)
         columns = [derive(bases, factors, m) for m in range(3)]
-        return np.vstack([np.hstack(columns), tail])
+        return np.vstack([np.hstack(columns)[:, free], tail])
 
     found = least_squares(
-        miss, np.concatenate([factor.ravel() for factor in start]), slope, method="lm",
-        xtol=CLOSE, ftol=CLOSE, gtol=EXACT, max_nfev=STEPS,
+        miss, theta[free], slope, method="lm",
+        xtol=tolerance, ftol=tolerance, gtol=EXACT, max_nfev=STEPS,
     )  # fmt: skip
     return split(found.x), found.cost
 
@@ -162,27 +129,26 @@ def _descend(
 
 
 def alternate(
-    bases: Matrices, target: np.ndarray, *, monotone: bool = False, sweeps: int = 5000
+    bases: Matrices, target: np.ndarray, *, monotone: bool = False
 ) -> Matrices:
-    """a H_d H_w H_r, one factor at a time, the other two held: never uphill, R = 1.
+    """One product, R = 1, one factor at a time, the other two held: never uphill.
 
-    Starts at the constant 1. monotone: factors b_0 + sum over k of b_k (1 - u^k), with
-    b >= 0, by nnls: at least 0 and falling over u from 0 to 1. Warns where the squares
-    still fall after `sweeps`.
+    monotone: factors b_0 + sum over k of b_k (1 - u^k), with b >= 0, by nnls: at least
+    0 and falling over u from 0 to 1. Warns where the squares still fall after `SWEEPS`.
     """
-    factors, last = _start_flat(bases), math.inf
+    factors = [np.eye(1, basis.shape[1]) for basis in bases]
     solve = _solve_falling if monotone else _solve_free
-    for _ in range(sweeps):
+    last = math.inf
+    for _ in range(SWEEPS):
         for m in range(3):
             factors[m] = solve(derive(bases, factors, m), target)[None]
-        residual = predict(bases, factors) - target
-        squares = residual @ residual
+        squares = float(((predict(bases, factors) - target) ** 2).sum())
         if last - squares <= EXACT * squares or squares <= FLOOR * (target @ target):
             return factors
         last = squares
     warnings.warn(
-        f"als has not settled in {sweeps} sweeps: raise `sweeps`, take lm, or add "
-        "points that tell d, w and r apart",
+        f"als has not settled in {SWEEPS} sweeps: take lm, or add points that tell d, "
+        "w and r apart",
         stacklevel=5,
     )
     return factors

@@ -1,38 +1,44 @@
-"""How far to trust a fitted accuracy predictor: held-out errors and a bootstrap.
+"""How far to trust a fitted predictor and its optimum: held-out errors, a bootstrap.
 
-Neither is in Wang et al. 2021. A residual says how well the points are met, which with
-13 points and 10 parameters is no news; these say how well the next point would be.
+None of it is in Wang et al. 2021. A residual says how well the points are met, which
+with 13 points and 10 parameters is no news; these say how well the next would be.
 """
 
 import math
 import warnings
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from lib.map3d.fit import Options, UnidentifiedWarning, check_points, fit, fit_table
+from lib.map3d.costs import FORMULA, NAMES, read_numbers
+from lib.map3d.fitting import UnidentifiedWarning, check_points, fit, fit_table
 from lib.map3d.predictor import Map
+from lib.map3d.search import ACTIVE, optimum
 
 
 def leave_one_out(
-    points: ArrayLike | pd.DataFrame, *, weights: ArrayLike | None = None, **options
+    points: ArrayLike | pd.DataFrame,
+    *,
+    rank: int | None = 1,
+    degree: int = 3,
+    monotone: bool = False,
 ) -> np.ndarray:
     """Prediction less measurement at each point, from a fit of all others: [N].
 
-    In points of accuracy. points, weights, options: as in `fit`. Where only one point
-    has the lowest share of a dimension, its own prediction is an extrapolation, as a
-    rule the worst. Duplicates of a point stay in; average them first for an honest
-    error. What the points do not determine is warned of once, for the whole table.
-    ValueError: as in `fit`, also for the points without one of them, which it names.
+    In points of accuracy; arguments as in `fit`. Where only one point has the lowest
+    share of a dimension, its own prediction is an extrapolation, as a rule the worst.
+    Duplicates of a point stay in; average them first for an honest error. What the
+    points do not determine is warned of once, for the whole table. ValueError: as in
+    `fit`, also for the points without one of them, which it names.
     """
-    table, settings = check_points(points), Options(**options)
-    fit(table, weights=weights, **options)
+    table = check_points(points)
+    fit(table, rank=rank, degree=degree, monotone=monotone)
     errors = []
     for n, held in enumerate(table):
-        rest = None if weights is None else np.delete(np.asarray(weights), n)
         try:
-            found = _fit_quietly(np.delete(table, n, 0), settings, rest)
+            found = _fit_quietly(np.delete(table, n, 0), rank, degree, monotone)
         except ValueError as error:
             raise ValueError(f"without point {n}: {error}") from None
         errors.append(found.predict(*held[:3]) - held[3])
@@ -45,39 +51,73 @@ def bootstrap_maps(
     repeats: int = 200,
     seed: int = 0,
     sd: float | None = None,
-    weights: ArrayLike | None = None,
-    **options,
+    degree: int = 3,
+    monotone: bool = False,
 ) -> list[Map]:
-    """Maps fitted to the fitted values plus normal noise: a parametric bootstrap.
+    """Products fitted to the fitted values plus normal noise: a parametric bootstrap.
 
-    points, weights, options: as in `fit`. repeats: how many. sd: standard deviation of
-    the noise of a point of weight 1, in points of accuracy, e.g. over training seeds;
-    None takes the residual one of the fit, which is itself rough with few degrees of
-    freedom. A point of weight v gets sd / sqrt(v). seed: of the noise and the fits.
-    What the points do not determine is warned of once.
-    ValueError: as in `fit`; repeats below 1, a negative sd, none where the fit has no
-    degrees of freedom.
+    points, degree, monotone: as in `fit`. repeats: how many. sd: standard deviation of
+    the noise in points of accuracy, e.g. over training seeds; None takes the residual
+    one of the fit, which is itself rough with few degrees of freedom. seed: of the
+    noise. ValueError: as in `fit`; repeats below 1, a negative sd, none where the fit
+    has no degrees of freedom.
     """
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-        raise ValueError(f"repeats: expected an integer of 1 or more, got {repeats!r}")
-    table, settings = check_points(points), Options(**options, seed=seed)
-    base = fit(table, weights=weights, seed=seed, **options)
+    if repeats < 1:
+        raise ValueError(f"repeats: expected 1 or more, got {repeats}")
+    table = check_points(points)
+    base = fit(table, degree=degree, monotone=monotone)
     sd = base.residual_sd if sd is None else float(sd)
     if not 0 <= sd < math.inf:
         raise ValueError(
             f"sd: expected 0 or more points of accuracy, got {sd}; a fit without "
             "degrees of freedom has none, pass that over training seeds"
         )
-    spread = sd if weights is None else sd / np.sqrt(np.asarray(weights))
     rng, fitted, maps = np.random.default_rng(seed), base.predict(*table.T[:3]), []
     for _ in range(repeats):
-        drawn = fitted + spread * rng.standard_normal(len(table))
+        drawn = fitted + sd * rng.standard_normal(len(table))
         drawn = np.column_stack([table[:, :3], drawn])
-        maps.append(_fit_quietly(drawn, settings, weights))
+        maps.append(_fit_quietly(drawn, 1, degree, monotone))
     return maps
 
 
-def _fit_quietly(table: np.ndarray, options: Options, weights) -> Map:
+def _fit_quietly(table: np.ndarray, rank, degree: int, monotone: bool) -> Map:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnidentifiedWarning)
-        return fit_table(table, options, weights)
+        return fit_table(table, rank, degree, monotone, "lm")
+
+
+def bootstrap_optimum(
+    maps: Iterable[Map], keep: float, cost: Callable = FORMULA, *, num: int = 101
+) -> pd.DataFrame:
+    """The optimum of each of many maps, as fitted to resampled or noisy points.
+
+    One row a map: d, w, r, accuracy (percent), cost, and d_low, d_high, w_low, ...,
+    whether that share is at a bound of the box. Errors as in `optimum`.
+    """
+    rows = []
+    for fitted in maps:
+        best = optimum(fitted, keep, cost, num=num)
+        row = {key: getattr(best, key) for key in (*NAMES, "accuracy", "cost")}
+        for name, bound in zip(NAMES, best.bounds, strict=True):
+            row |= {f"{name}_{end}": bound == end for end in ("low", "high")}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def regret(
+    truth: Map, points: pd.DataFrame, keep: float, cost: Callable = FORMULA
+) -> np.ndarray:
+    """Accuracy lost by taking each point for the optimum of `truth`: percent, [N].
+
+    points: a table with columns d, w, r, as `bootstrap_optimum` returns. ValueError:
+    points outside the box of the map or over the budget, what `optimum` refuses.
+    """
+    best, x = optimum(truth, keep, cost), read_numbers(points)
+    whole = cost(1.0, 1.0, 1.0)
+    spent = np.array([cost(*row) / whole for row in x])
+    if not np.all(truth.covers(*x.T)) or (spent > keep * (1 + ACTIVE)).any():
+        raise ValueError(
+            f"points: expected them in the map's box, from {truth.low}, at a cost of "
+            f"{keep:.6g} at most; the dearest costs {spent.max():.6g}"
+        )
+    return best.accuracy - truth.predict(*x.T)

@@ -1,0 +1,278 @@
+"""Fit the accuracy predictor to measured points (d, w, r, accuracy).
+
+Wang et al., "Accelerate CNNs from Three Dimensions", ICML 2021, regress a polynomial of
+degree K = 3 on pruned networks and find a product of three univariate ones (rank R = 1)
+to suffice. How they solve for it is not known to us; here it is least squares.
+
+    rank 1     F = a H_d H_w H_r, H_m = 1 + sum over k of c_mk u_m^k: 1 + 3K numbers,
+               by Levenberg-Marquardt ("lm") or alternating least squares ("als")
+    rank R     a sum of R such products: R (1 + 3K) numbers, by "lm" from several starts
+    rank None  all (K+1)^3 coefficients, linear, of least norm
+
+where u = (1 - x) / span as in `lib.map3d.predictor`. Points that prune one dimension at
+a time identify 1 + 3K numbers, whatever the rank: a fit that asks for more warns.
+"""
+
+import math
+import warnings
+
+import numpy as np
+import pandas as pd
+from numpy.polynomial.legendre import legvander
+from numpy.polynomial.polynomial import polyvander
+from numpy.typing import ArrayLike
+
+from lib.map3d import solvers
+from lib.map3d.costs import NAMES
+from lib.map3d.predictor import Map
+from lib.messages import check_choice
+
+COLUMNS = (*NAMES, "accuracy")
+RIDGE = 1e-8  # picks a small one among sums of products that fit alike
+DEFICIENT = 1e-9  # singular values below this share of the largest count as zero
+
+
+class UnidentifiedWarning(UserWarning):
+    """The points do not determine all parameters of the fit."""
+
+
+def fit(
+    points: ArrayLike | pd.DataFrame,
+    *,
+    rank: int | None = 1,
+    degree: int = 3,
+    monotone: bool = False,
+    solver: str = "lm",
+) -> Map:
+    """Least-squares polynomial of accuracy over depth, width and resolution.
+
+    points: [N, 4], columns d, w, r in (0, 1] and accuracy in percent, or a DataFrame
+    with these names ("top1" also serves as accuracy). rank: products in the sum, None
+    for the full tensor. degree: K. solver: "lm", or "als" for rank 1. monotone (rank
+    1): H_m = 1 - sum over k of g_mk u^k with g >= 0, and H_m >= 0 in the box: F never
+    rises there as a share falls; degrees of freedom are counted by the g above 0.
+    A dimension that does not vary gets the factor 1.
+    Where the points determine fewer parameters than the map has, `UnidentifiedWarning`
+    tells how many, and the solution is one of small norm. Refused are fewer distinct
+    points than rank 1 needs: 1 + K per dimension that varies.
+    ValueError: that; another shape, missing columns, shares outside (0, 1], accuracies
+    outside [0, 100] or all 0, K levels or fewer in a dimension that varies, none that
+    varies, options that do not go together.
+    Source: Wang et al. 2021; the basis and the solvers are ours.
+    """
+    return fit_table(check_points(points), rank, degree, monotone, solver)
+
+
+def fit_table(
+    table: np.ndarray, rank: int | None, degree: int, monotone: bool, solver: str
+) -> Map:
+    """`fit` of a float64 table [N, 4], whose accuracies may lie outside [0, 100]."""
+    count_parameters(rank, degree)  # refuses what is no rank and no degree
+    check_choice("solver", solver, ("lm", "als"))
+    if (monotone or solver == "als") and rank != 1:
+        raise ValueError(f"monotone, als: only for a product, rank 1, got rank {rank}")
+    degrees = _check_levels(table, degree)
+    determined, wanted = _count_determined(table, degrees, rank)
+    if determined < wanted:
+        _warn_unidentified(rank, degree, len(table), determined, wanted)
+    scale, bases = np.abs(table[:, 3]).max(), _make_bases(table, degrees)
+    target, held = table[:, 3] / scale, 0
+    if rank is None:
+        flat = np.linalg.lstsq(_cross(bases), target, rcond=None)[0]
+        tensor = flat.reshape([k + 1 for k in degrees])
+    elif monotone or solver == "als":
+        factors = solvers.alternate(bases, target, monotone=monotone)
+        held = sum(np.count_nonzero(f == 0) for f in factors) if monotone else 0
+        tensor = solvers.combine(factors)
+    else:
+        ridge = RIDGE if determined < wanted else 0.0
+        tensor = solvers.combine(
+            solvers.solve_sum(bases, target, rank=rank, ridge=ridge)
+        )
+    residual = scale * (target - _cross(bases) @ tensor.ravel())
+    freedom = len(table) - determined + held
+    noise = math.sqrt(residual @ residual / freedom) if freedom > 0 else math.nan
+    coefficients = np.zeros((degree + 1,) * 3)
+    coefficients[tuple(map(slice, tensor.shape))] = scale * tensor
+    low, high = table[:, :3].min(axis=0), table[:, :3].max(axis=0)
+    return Map(coefficients, low, high, rank, monotone, noise)
+
+
+def _make_bases(table: np.ndarray, degrees: tuple[int, ...]) -> solvers.Matrices:
+    """Powers 0..K_m of u_m at the points, [N, K_m + 1] each."""
+    low = table[:, :3].min(axis=0)
+    spans = [1 - x if k else 1.0 for x, k in zip(low, degrees, strict=True)]
+    unit = (1 - table[:, :3]) / spans
+    return [polyvander(u, k) for u, k in zip(unit.T, degrees, strict=True)]
+
+
+def _cross(bases: solvers.Matrices) -> np.ndarray:
+    """All products of a column of each basis: [N, product of the K_m + 1]."""
+    return np.einsum("ni,nj,nk->nijk", *bases).reshape(len(bases[0]), -1)
+
+
+# -- what the points determine ---------------------------------------------------------
+
+
+def count_parameters(rank: int | None, degree: int) -> int:
+    """Free parameters of a map: R (1 + 3K), or (K + 1)^3 for rank None.
+
+    Of the 3R (K + 1) numbers in R products, 2R only move a constant from one factor to
+    another. ValueError: rank or degree that is no integer of 1 or more, or a rank with
+    as many parameters as the full tensor.
+    """
+    for name, value in (("degree", degree), ("rank", 1 if rank is None else rank)):
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not whole or value < 1:
+            raise ValueError(f"{name}: expected an integer of 1 or more, got {value!r}")
+    full = (degree + 1) ** 3
+    count = full if rank is None else rank * (1 + 3 * degree)
+    if rank is not None and count >= full:
+        raise ValueError(
+            f"rank: {rank} has {count} parameters at degree {degree}, the full tensor "
+            f"{full}; use rank None"
+        )
+    return count
+
+
+def jacobian_rank(
+    points: ArrayLike | pd.DataFrame, rank: int | None = 1, degree: int = 3
+) -> int:
+    """How many parameters of a map the places of the points can determine.
+
+    points: [N, 3] or [N, 4] with columns d, w, r, or a DataFrame; accuracies are not
+    read, so that a design can be judged before it is measured. Compare
+    `count_parameters`; a dimension that does not vary takes its own from both.
+    ValueError: as in `fit` for shares, shapes, rank and degree.
+    """
+    count_parameters(rank, degree)
+    shares = _check_shares(_read_columns(points, NAMES))
+    return _count_determined(shares, _find_degrees(shares, degree), rank)[0]
+
+
+def _count_determined(
+    table: np.ndarray, degrees: tuple[int, ...], rank: int | None
+) -> tuple[int, int]:
+    """Parameters that the points determine, and that a full grid would.
+
+    Counted with Legendre polynomials instead of powers of u: they span the same, and
+    are so far from parallel that their rank shows at any degree.
+    """
+    low, high = table[:, :3].min(axis=0), table[:, :3].max(axis=0)
+    centred = (2 * table[:, :3] - low - high) / np.where(low < high, high - low, 1)
+    grid = np.indices([k + 1 for k in degrees]).reshape(3, -1).T
+    grid = np.cos(np.pi * grid / np.maximum(degrees, 1))  # in [-1, 1], K + 1 levels
+    counts = []
+    for places in (centred, grid):
+        bases = [legvander(x, k) for x, k in zip(places.T, degrees, strict=True)]
+        counts.append(_measure_rank(bases, rank))
+    return counts[0], counts[1]
+
+
+def _measure_rank(bases: solvers.Matrices, rank: int | None) -> int:
+    """Rank of the derivatives of F at the points, at factors drawn at random.
+
+    Almost all factors have this rank, so one draw is as good as any.
+    """
+    if rank is None:
+        jacobian = _cross(bases)
+    else:
+        draw = np.random.default_rng(0).standard_normal
+        factors = [draw((rank, basis.shape[1])) for basis in bases]
+        jacobian = np.hstack([solvers.derive(bases, factors, m) for m in range(3)])
+    return int(np.linalg.matrix_rank(jacobian, rtol=DEFICIENT))
+
+
+def _find_degrees(table: np.ndarray, degree: int) -> tuple[int, ...]:
+    """The degree in each dimension: 0 where it does not vary."""
+    return tuple(degree if len(x) > 1 else 0 for x in _find_levels(table))
+
+
+def _find_levels(table: np.ndarray) -> list[np.ndarray]:
+    """The different shares in each dimension; nearer than 1e-9 they are one."""
+    return [np.unique(x) for x in table[:, :3].round(9).T]
+
+
+def _warn_unidentified(rank, degree, count: int, determined: int, wanted: int) -> None:
+    warnings.warn(
+        f"rank {rank}, degree {degree}: the {count} points determine {determined} of "
+        f"{wanted} parameters (rank of the Jacobian), the others are kept small; add "
+        "points that prune two or three of d, w, r together, or lower rank or degree",
+        UnidentifiedWarning,
+        stacklevel=4,
+    )
+
+
+# -- what is refused -------------------------------------------------------------------
+
+
+def check_points(points: ArrayLike | pd.DataFrame) -> np.ndarray:
+    """Measured points as float64 [N, 4]: d, w, r and accuracy; errors as in `fit`."""
+    table = _read_columns(points, COLUMNS)
+    _check_shares(table[:, :3])
+    accuracy = table[:, 3]
+    bad = np.flatnonzero(~((accuracy >= 0) & (accuracy <= 100)))
+    if len(bad):
+        raise ValueError(
+            f"accuracy: point {bad[0]} has {accuracy[bad[0]]}, expected percent from 0 "
+            "to 100; measure it again or leave it out"
+        )
+    if not accuracy.any():
+        raise ValueError("accuracy: all are 0, there is nothing to fit; train longer")
+    return table
+
+
+def _read_columns(
+    points: ArrayLike | pd.DataFrame, names: tuple[str, ...]
+) -> np.ndarray:
+    """The named columns, float64 [N, len(names)], of a table or an array."""
+    if isinstance(points, pd.DataFrame):
+        if "accuracy" not in points:
+            points = points.rename(columns={"top1": "accuracy"})
+        if missing := [name for name in names if name not in points]:
+            raise ValueError(
+                f"points: missing columns {missing} among {list(points.columns)}"
+            )
+        points = points[list(names)]
+    try:
+        table = np.array(points, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"points: expected a table of numbers ({error})") from None
+    if table.ndim != 2 or table.shape[1] not in (len(names), 4) or not len(table):
+        raise ValueError(
+            f"points: expected [N, {len(names)}], columns {', '.join(names)}, got "
+            f"{list(table.shape)}; one row per measured network"
+        )
+    return table[:, : len(names)]
+
+
+def _check_shares(shares: np.ndarray) -> np.ndarray:
+    bad = np.argwhere(~((shares > 0) & (shares <= 1)))
+    if len(bad):
+        row, m = bad[0]
+        raise ValueError(
+            f"{NAMES[m]}: point {row} has {shares[row, m]}, expected a share in "
+            "(0, 1] of the unpruned network; divide by its depth, width or side"
+        )
+    return shares
+
+
+def _check_levels(table: np.ndarray, degree: int) -> tuple[int, ...]:
+    """The degree in each dimension; ValueError where the points are too few."""
+    degrees = _find_degrees(table, degree)
+    if not any(degrees):
+        place = ", ".join(f"{x:g}" for x in table[0, :3])
+        raise ValueError(f"points: all {len(table)} lie at ({place}); vary d, w or r")
+    for name, values in zip(NAMES, _find_levels(table), strict=True):
+        if 1 < len(values) <= degree:
+            raise ValueError(
+                f"{name}: degree {degree} needs {degree + 1} levels, the points have "
+                f"{len(values)}; measure more of them or lower the degree"
+            )
+    distinct = len(np.unique(table[:, :3].round(9), axis=0))
+    if distinct < 1 + sum(degrees):
+        raise ValueError(
+            f"points: {distinct} different ones, but a product of degree {degree} has "
+            f"{1 + sum(degrees)} parameters; measure more or lower the degree"
+        )
+    return degrees

@@ -1,0 +1,328 @@
+"""The most accurate depth, width and resolution that a budget buys.
+
+Wang et al., "Accelerate CNNs from Three Dimensions", ICML 2021: maximise the predicted
+accuracy F(d, w, r) subject to C(d, w, r) <= keep, by Lagrange multipliers. Inside the
+box of the data (`Map.low` to `Map.high`) that means: with elasticities
+G_m = d ln F / d ln x_m and local cost exponents e_m = d ln C / d ln x_m,
+
+    G_m = mu e_m,  but G_m >= mu e_m where x_m is at its high bound
+                   and G_m <= mu e_m where it is at its low bound;  mu >= 0,
+
+so dimensions that are free all gain the same accuracy per cost. The conditions can hold
+at inferior points too: a grid over the budget finds where to start.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from scipy.ndimage import maximum_filter
+from scipy.optimize import minimize
+from scipy.optimize.elementwise import find_root
+
+from lib.map3d.costs import FORMULA, ROUNDING, PowerLaw, check_keep, make_relative
+from lib.map3d.predictor import Map
+
+ACTIVE = 1e-7  # relative distance from a bound or the budget that counts as on it
+STATIONARY = 1e-5  # residual of the conditions up to which a point meets them
+SPACING = 21  # values per dimension of the coarse grid inside the budget
+STARTS = 6  # places to climb from
+APART = 0.05  # of the box, in logs: nearer starts are one start
+COPY = 1e-4  # in logs: nearer optima are one
+STEP = 1e-4  # in logs, of the differences that stand in for the slopes of a cost
+
+
+class Point(NamedTuple):
+    """Shares d, w, r and the accuracy predicted there, in percent."""
+
+    d: float
+    w: float
+    r: float
+    accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimum:
+    """Shares d, w, r of the highest predicted accuracy (percent) at C <= keep.
+
+    cost: C there, below `keep` where F, not monotone, falls with more of anything.
+    multiplier: lambda of F - lambda (C - keep), percent per unit of relative cost: the
+    slope of the best accuracy over keep. elasticity: mu = lambda C / F, percent of
+    accuracy per percent of cost. At a corner both are an interval; given is its lower
+    end, what a little more budget buys (its upper end where no dimension can grow).
+    elasticities: G_m / e_m of d, w, r, equal to mu where free (inf where e_m = 0).
+    bounds: "low", "high" or None. bound_multipliers: F_m - lambda C_m, percent per unit
+    of share, what raising that bound gains: >= 0 at high, <= 0 at low, 0 where free.
+    kkt_residual: the largest violation of the conditions, in units of G_m; not small
+    where C has a kink or a step, at which no slope is right.
+    others: inferior points that meet the conditions too, best first; those found, not
+    all that may exist.
+    """
+
+    d: float
+    w: float
+    r: float
+    accuracy: float
+    keep: float
+    cost: float
+    multiplier: float
+    elasticity: float
+    elasticities: tuple[float, float, float]
+    bounds: tuple[str | None, str | None, str | None]
+    bound_multipliers: tuple[float, float, float]
+    kkt_residual: float
+    others: tuple[Point, ...]
+
+    @property
+    def point(self) -> tuple[float, float, float]:
+        """(d, w, r)."""
+        return (self.d, self.w, self.r)
+
+    @property
+    def interior(self) -> bool:
+        """Whether no dimension is at a bound."""
+        return self.bounds == (None, None, None)
+
+    @property
+    def unused(self) -> float:
+        """keep - cost, the share of the cost left over; 0 where less than rounding."""
+        return self.keep - self.cost if self.cost < self.keep * (1 - ACTIVE) else 0.0
+
+
+def optimum(
+    predictor: Map, keep: float, cost: Callable = FORMULA, *, num: int = 201
+) -> Optimum:
+    """The point of highest predicted accuracy with C <= keep inside the data's box.
+
+    keep: share of the cost that stays, in (0, 1]; at 1 a monotone F stays unpruned.
+    cost: a `PowerLaw`, or any function of (d, w, r), of arrays or of numbers only, that
+    is positive and does not fall with any of them; C is its value over that at
+    (1, 1, 1), its slopes are differences. SLSQP climbs from the best peaks of two
+    grids, num x num on the budget surface and a coarse one inside it; `kkt_residual`
+    and `others` say how well that went. ValueError: keep outside (0, 1] or below the
+    cost of the box's lower corner; a cost that is not as it must be.
+    """
+    problem = Problem(predictor, keep, cost)
+    climbed = [_climb(problem, start) for start in _list_starts(problem, num)]
+    best, *others = _keep_apart(climbed, COPY)
+    facts = check_conditions(problem, best)
+    residuals = [check_conditions(problem, p)["kkt_residual"] for p in others]
+    pairs = zip(others, residuals, strict=True)
+    return Optimum(
+        **best._asdict(),
+        **facts,
+        keep=float(keep),
+        cost=float(problem.cost(*best[:3])),
+        others=tuple(p for p, residual in pairs if residual < STATIONARY),
+    )
+
+
+class Problem:
+    """Maximise F over the data's box subject to C <= keep; errors as in `optimum`."""
+
+    def __init__(self, predictor: Map, keep: float, cost: Callable):
+        check_keep(keep)
+        self.predictor, self.keep = predictor, keep
+        self.box = np.array([predictor.low, predictor.high], dtype=float)  # [2, 3]
+        self.cost = make_relative(cost, self.box)
+        least = float(self.cost(*self.box[0]))
+        if keep < least * (1 - ROUNDING):
+            raise ValueError(
+                f"keep {keep:.6g} is out of reach; the nearest feasible is {least:.6g},"
+                " at the lower corner of the box of the data, (d, w, r) = "
+                f"{self.box[0].tolist()}"
+            )
+
+    def excess(self, y: np.ndarray) -> np.ndarray:
+        """ln C - ln keep at y = ln (d, w, r), [3, ...]: above 0 over the budget."""
+        return np.log(self.cost(*np.exp(y))) - np.log(self.keep)
+
+    def exponents(self, y: np.ndarray) -> np.ndarray:
+        """d ln C / d y at y [3], float64 [3].
+
+        Second-order differences over three places per dimension, moved inwards at a
+        bound, since a cost may be unknown outside the box.
+        """
+        if isinstance(self.cost, PowerLaw):
+            return np.array(self.cost.exponents)
+        low, high = np.log(self.box)
+        found = np.zeros(3)
+        for m in np.flatnonzero(high - low > 2 * STEP):
+            steps = y[m] + STEP * np.array([-1.0, 0, 1])
+            steps += max(low[m] - steps[0], 0) - max(steps[2] - high[m], 0)
+            places = np.repeat(y[:, None], 3, axis=1)
+            places[m] = steps
+            slopes = np.gradient(self.excess(places), steps, edge_order=2)
+            found[m] = slopes[np.abs(steps - y[m]).argmin()]
+        return found.clip(0)
+
+    def gains(self, x: np.ndarray, scale: float) -> np.ndarray:
+        """x_m F_m / scale at x [3]: G_m where scale is F."""
+        return x * np.array(self.predictor.gradient(*x)) / scale
+
+    def point(self, x: np.ndarray) -> Point:
+        """A place with its accuracy."""
+        return Point(*(float(v) for v in x), float(self.predictor.predict(*x)))
+
+
+def check_conditions(problem: Problem, point: Point) -> dict:
+    """The conditions of an optimum at a point: the fields of `Optimum` about them."""
+    x, (low, high) = np.array(point[:3]), problem.box
+    y, scale = np.log(x), abs(point.accuracy) or 1.0
+    gains, e, excess = problem.gains(x, scale), problem.exponents(y), problem.excess(y)
+    falls, rises = x > low * (1 + ACTIVE), x < high * (1 - ACTIVE)
+    mu = _find_price(gains, e, falls, rises) if excess > -ACTIVE else 0.0
+    pull = gains - mu * e  # gained by growing at price mu: 0 where free to move
+    violations = [float(excess), *pull[rises], *-pull[falls]]
+    bounds = [
+        None if up and down else "low" if up else "high"
+        for up, down in zip(rises, falls, strict=True)
+    ]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        elasticities = gains / e
+    held = np.where(rises & falls, 0.0, pull) * scale / x + 0.0  # no -0.0
+    return {
+        "multiplier": mu * scale / float(problem.cost(*x)),
+        "elasticity": mu,
+        "elasticities": tuple(elasticities.tolist()),
+        "bounds": tuple(bounds),
+        "bound_multipliers": tuple(held.tolist()),
+        "kkt_residual": max(0.0, *map(float, violations)),
+    }
+
+
+def _find_price(gains, e, falls, rises) -> float:
+    """The mu >= 0 that meets all three conditions, or comes nearest.
+
+    Every dimension that can still grow asks for mu >= G / e, or growing it would pay;
+    every one that can still fall asks for mu <= G / e. At a corner an interval is left.
+    """
+    rises, falls = rises & (e > 0), falls & (e > 0)
+    least = max(gains[rises] / e[rises], default=0.0)
+    most = min(gains[falls] / e[falls], default=least)
+    mu = (least + most) / 2 if least > most else least if rises.any() else most
+    return max(0.0, float(mu))
+
+
+# -- the budget ------------------------------------------------------------------------
+
+
+def trace_budget(
+    predictor: Map, keep: float, cost: Callable = FORMULA, *, num: int = 201
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """d, w, r and accuracy in percent over the surface C = keep, four [num, num].
+
+    d varies along the first axis and w along the second, evenly in logs over what the
+    budget leaves of the box; r follows, nan with the accuracy where it leaves the box.
+    (Where r costs nothing, it varies and w or d follows.) Errors as in `optimum`.
+    """
+    return _trace_surface(Problem(predictor, keep, cost), num)
+
+
+def _trace_surface(problem: Problem, num: int):
+    low, high = np.log(problem.box)
+    shorter = np.where(np.eye(3, dtype=bool), low, high)  # one dimension at its low
+    costly = problem.excess(shorter.T) < problem.excess(high) - ROUNDING
+    last = max(np.flatnonzero(costly), default=2)
+    axes = [m for m in range(3) if m != last]
+    spans = []  # the ends of the surface: where the other two are at their bounds
+    for m in axes:
+        ends = [float(_solve(problem, m, place)) for place in (high, low)]
+        spans.append(np.where(np.isnan(ends), (low[m], high[m]), ends))
+    grids = np.meshgrid(*(np.linspace(*span, num) for span in spans), indexing="ij")
+    y = np.empty((3, num, num))
+    y[axes] = grids
+    y[last] = _solve(problem, last, y)
+    d, w, r = np.exp(y)
+    return d, w, r, problem.predictor.predict(d, w, r)  # nan in, nan out
+
+
+def _solve(problem: Problem, m: int, y: np.ndarray) -> np.ndarray:
+    """y_m that meets the budget, the others of y [3, ...] given; nan: none there."""
+    low, high = np.log(problem.box[:, m])
+    others = [y[n] for n in range(3) if n != m]
+
+    def exceed(t, *rest):
+        place = [*rest[:m], t, *rest[m:]]
+        found = problem.excess(np.stack(np.broadcast_arrays(*place)))
+        return np.where(np.abs(found) <= ROUNDING, 0.0, found)  # met at a bound
+
+    found = find_root(exceed, (low, high), args=tuple(others))
+    return np.where(found.success, found.x, np.nan)
+
+
+# -- the search ------------------------------------------------------------------------
+
+
+def _list_starts(problem: Problem, num: int) -> list[Point]:
+    """Peaks of F on the budget surface and on a grid inside it, apart, best first."""
+    surface = _trace_surface(problem, num)
+    axes = [np.geomspace(*problem.box[:, m], SPACING) for m in range(3)]
+    inner = np.array(np.meshgrid(*axes, indexing="ij"))
+    feasible = problem.cost(*inner) <= problem.keep * (1 + ROUNDING)
+    inner = [*inner, np.where(feasible, problem.predictor.predict(*inner), np.nan)]
+    peaks = [*_find_peaks(surface, num // 10), *_find_peaks(inner, 3)]
+    width = np.log(problem.box[1] / problem.box[0])
+    return _keep_apart(peaks, np.maximum(APART * width, COPY))
+
+
+def _find_peaks(values, window: int) -> list[Point]:
+    """The 200 highest of the points [4, ...] whose last entry none nearby exceeds."""
+    values = np.array(values)
+    height = np.nan_to_num(values[3], nan=-np.inf)
+    top = (height == maximum_filter(height, max(window, 3))) & np.isfinite(height)
+    order = np.argsort(-height[top], kind="stable")[:200]
+    return [Point(*row) for row in values[:, top].T[order].tolist()]
+
+
+def _keep_apart(points: list[Point], gap) -> list[Point]:
+    """The best points, best first, none within `gap` (in logs) of a better one."""
+    kept: list[Point] = []
+    for p in sorted(points, key=lambda p: -p.accuracy):
+        near = (np.abs(np.log(np.divide(p[:3], q[:3]))) <= gap for q in kept)
+        if len(kept) < STARTS and not any(np.all(close) for close in near):
+            kept.append(p)
+    return kept
+
+
+def _climb(problem: Problem, start: Point) -> Point:
+    """The local maximum above `start`: SLSQP again and again, while it gains.
+
+    Nothing below the start is taken, so a cost with steps, on which SLSQP is lost,
+    still ends at the best point of the grids.
+    """
+    best, before = start, -np.inf
+    while best.accuracy > before + 1e-13 * abs(best.accuracy):
+        before = best.accuracy
+        if check_conditions(problem, best)["kkt_residual"] < ACTIVE:
+            break
+        x = _run_slsqp(problem, best)
+        affordable = np.isfinite(x).all() and problem.excess(np.log(x)) <= ROUNDING
+        best = max(best, problem.point(x) if affordable else best, key=lambda p: p[3])
+    return best
+
+
+def _run_slsqp(problem: Problem, start: Point) -> np.ndarray:
+    """Where SLSQP ends in y = ln (d, w, r), in which a power law's budget is linear."""
+    bounds = np.log(problem.box)
+    scale = float(np.abs(problem.gains(np.array(start[:3]), 1.0)).max()) or 1.0
+
+    def descend(y):
+        x = np.exp(y)
+        return -problem.predictor.predict(*x) / scale, -problem.gains(x, scale)
+
+    found = minimize(
+        descend,
+        np.log(start[:3]).clip(*bounds),
+        jac=True,
+        method="SLSQP",
+        bounds=bounds.T,
+        constraints={
+            "type": "ineq",
+            "fun": lambda y: -problem.excess(y.clip(*bounds)),
+            "jac": lambda y: -problem.exponents(y.clip(*bounds)),
+        },
+        options={"ftol": 1e-16, "maxiter": 100},
+    )
+    return np.exp(found.x).clip(*problem.box)
