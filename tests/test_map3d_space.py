@@ -696,3 +696,12 @@ def test_designs_put_together():
 def test_designs_that_make_no_sense_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         map3d.make_design(name, HALF, **options)
+
+
+def test_blocks_leave_evenly_over_the_stages():
+    order = make_space("densenet40").spread_removal()
+    assert order[:4] == ["block3.11", "block2.11", "block1.11", "block3.10"]
+    assert len(order) == len(set(order)) == 33
+    for end in range(3, 34, 3):
+        stages = [name.split(".")[0] for name in order[:end]]
+        assert stages.count("block1") == stages.count("block2") == end // 3
