@@ -1,10 +1,11 @@
 """Nets by name: published sizes and counts, published weights, and every refusal."""
 
+import hashlib
 import io
 import math
 import urllib.error
 import warnings
-from collections.abc import Callable
+from email.message import Message
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,6 @@ SIZE_FREE = [
     name for name in models.names() if name not in ("lenet", "cifarnet", "caffenet")
 ]
 PRUNABLE_AT_32 = [name for name in SIZE_FREE if name != "googlenet_bvlc"]
-ACCURACY = {"resnet20": 91.73, "resnet32": 92.63, "resnet56": 93.39}
 
 
 def build_on_meta(name: str, **options) -> nn.Module:
@@ -243,24 +243,17 @@ def test_caffenet_and_googlenet_layers():
     assert not any(isinstance(m, nn.BatchNorm2d) for m in google.modules())
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    side=st.integers(1, 40),
-    kernel=st.integers(1, 5),
-    stride=st.integers(1, 4),
-    padding=st.integers(0, 2),
-    ceil=st.booleans(),
-)
-def test_map_side_is_torch_s_own(side, kernel, stride, padding, ceil):
-    padding = min(padding, kernel // 2)
-    pool = nn.MaxPool2d(kernel, stride, padding, ceil_mode=ceil)
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4), st.booleans())
+def test_count_values_is_what_a_real_image_gives(side, kernel, stride, ceil):
+    body = [nn.Conv2d(2, 3, 3), nn.MaxPool2d(kernel, stride, ceil_mode=ceil), nn.ReLU()]
     try:
-        expected = pool(torch.zeros(1, 1, side, side)).shape[-1]
+        expected = nn.Sequential(*body)(torch.zeros(1, 2, side, side)).numel()
     except RuntimeError:
-        with pytest.raises(ValueError, match="vanishes"):
-            layers.map_side(side, [pool])
+        with pytest.raises(ValueError, match=f"image_size={side} is too small"):
+            layers.count_values(body, 2, side)
     else:
-        assert layers.map_side(side, [pool, nn.ReLU()]) == expected
+        assert layers.count_values(body, 2, side) == expected
 
 
 @pytest.mark.parametrize("name", models.names())
@@ -353,36 +346,31 @@ def test_torchvision_options_are_passed_on():
     assert build_on_meta("mobilenet_v2_cifar", width_mult=0.5).features[0][0].stride
 
 
-@pytest.mark.parametrize("name", ["resnet18", "alexnet", "googlenet", "vit_b_32"])
-def test_first_convolution_keeps_settings_and_initialisation(name):
-    torch.manual_seed(0)
-    first, other = (
-        next(m for m in models.build(name, in_channels=c).modules() if is_conv(m))
-        for c in (3, 12)
-    )
-    kept = ("out_channels", "kernel_size", "stride", "padding", "bias")
-    for what in kept[:-1]:
-        assert getattr(first, what) == getattr(other, what)
-    assert (first.bias is None) == (other.bias is None)
-    assert other.in_channels == 12
-    # Rules by fan-in halve the spread for four times the inputs; the others keep it.
-    ratio = (other.weight.std() / first.weight.std()).item()
-    expected = 0.5 if name in ("alexnet", "vit_b_32") else 1.0
-    assert ratio == pytest.approx(expected, rel=0.03)
+@pytest.mark.parametrize(
+    "name", ["resnet18", "alexnet", "googlenet", "swin_t", "mobilenet_v2_cifar"]
+)
+def test_first_convolution_reads_other_channels(name):
+    usual, other = (models.build(name, in_channels=c) for c in (3, 12))
+    first, wider = (find_convolution(net) for net in (usual, other))
+    expected = str(first).replace("Conv2d(3,", "Conv2d(12,")
+    assert str(wider) == expected and wider.weight.shape[1] == wider.in_channels == 12
+    he = math.sqrt(2 / (12 * math.prod(wider.kernel_size)))
+    assert wider.weight.std().item() == pytest.approx(he, rel=0.05)
+    states = usual.state_dict(), other.state_dict()
+    differ = [key for key in states[0] if states[0][key].shape != states[1][key].shape]
+    assert len(differ) == 1 and other.get_parameter(differ[0]) is wider.weight
 
 
-def is_conv(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d)
+def find_convolution(net: nn.Module) -> nn.Conv2d:
+    return next(module for module in net.modules() if isinstance(module, nn.Conv2d))
 
 
-def test_convolution_class_is_restored():
-    before = nn.Conv2d.__init__
-    with pytest.raises(ValueError, match="no convolution with 3 input channels"):
-        with layers.widen_first_convolution(1):
-            assert nn.Conv2d(4, 2, 1).in_channels == 4
-    with pytest.raises(KeyError), layers.widen_first_convolution(1):
-        raise KeyError
-    assert nn.Conv2d.__init__ is before
+def test_three_channels_keep_the_weights_as_drawn():
+    net = torchvision.models.squeezenet1_1()
+    before, state = find_convolution(net).weight, torch.get_rng_state()
+    layers.set_input_channels(net, 3)
+    assert find_convolution(net).weight is before
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3", "squeezenet1_1"])
@@ -414,11 +402,10 @@ def test_torchvision_weights_without_network(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("resnt56", {}, r"unknown net 'resnt56', did you mean resnet56"),
-        ("zzz", {}, r"unknown net 'zzz'; own nets: lenet, cifarnet, .*googlenet_bvlc"),
-        ("fcn_resnet50", {}, "'fcn_resnet50' is a torchvision net, but not for"),
-        ("fasterrcnn_resnet50_fpn", {}, "not for classifying"),
-        ("r3d_18", {}, "not for classifying"),
+        ("resnt56", {}, "net 'resnt56' is unknown; did you mean 'resnet56'"),
+        ("zzz", {}, "net 'zzz' is unknown; known: alexnet, caffenet, cifarnet, .*"),
+        ("fcn_resnet50", {}, "net 'fcn_resnet50' is unknown"),
+        ("r3d_18", {}, "net 'r3d_18' is unknown"),
         ("resnet20", {"num_classes": 0}, "num_classes=0, expected a whole number"),
         ("resnet18", {"in_channels": -1}, "in_channels=-1, expected a whole"),
         ("resnet20", {"num_classes": 2.0}, r"num_classes=2\.0, expected a whole"),
@@ -429,9 +416,9 @@ def test_torchvision_weights_without_network(monkeypatch):
         ("densenet40", {"image_size": 3}, "the smallest that does is 4$"),
         ("alexnet", {"image_size": 32}, "the smallest that does is 63$"),
         ("vit_b_16", {"image_size": 30}, "the smallest that does is 16$"),
-        ("resnet20", {"growth": 3}, "unknown option 'growth'; it has no options"),
-        ("resnet20", {"depth": 8}, "unknown option 'depth'"),
-        ("caffenet", {"drop": 0.1}, "unknown option 'drop'; it has dropout"),
+        ("resnet20", {"growth": 3}, "option 'growth' is unknown; known: none"),
+        ("resnet20", {"depth": 8}, "option 'depth' is unknown"),
+        ("caffenet", {"drop": 0.1}, "option 'drop' is unknown; did you mean 'dropout'"),
         ("resnet44", {"pretrained": True}, "these have: resnet20, resnet32, resnet56"),
         ("resnet20", {"pretrained": True, "num_classes": 5}, "num_classes=5.*these"),
         ("resnet20", {"pretrained": True, "in_channels": 1}, "in_channels=1.*these"),
@@ -451,12 +438,14 @@ def test_smallest_size_named_really_works(name, side):
 
 
 def test_input_shape_and_depth_refuse():
-    with pytest.raises(ValueError, match="unknown net"):
+    with pytest.raises(ValueError, match="did you mean 'resnet56'"):
         models.input_shape("resnet57")
     with pytest.raises(ValueError, match="image_size=0"):
         models.input_shape("resnet20", image_size=0)
     with pytest.raises(ValueError, match="6n \\+ 2 layers"):
         models.CifarResNet(21)
+    with pytest.raises(ValueError, match="image_size=12 is too small"):
+        models.LeNet(image_size=12)
 
 
 # --- published weights of the CIFAR nets --------------------------------------------
@@ -475,13 +464,25 @@ def published(monkeypatch) -> bytes:
     state = {f"module.{k}": v for k, v in models.build("resnet20").state_dict().items()}
     buffer = io.BytesIO()
     torch.save({"state_dict": state, "best_prec1": 0.0}, buffer)
-    digest = weights.hashlib.sha256(buffer.getvalue()).hexdigest()
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
     monkeypatch.setitem(weights.SHA256, "resnet20", digest)
     return buffer.getvalue()
 
 
-def answer_with(content: bytes) -> Callable[[str, Path], None]:
-    return lambda url, path: path.write_bytes(content) and None
+def answer(monkeypatch, what: bytes | Exception) -> list[str]:
+    """Let every request be answered with `what`; the addresses asked, as they come."""
+    asked = []
+
+    def urlopen(request):
+        asked.append(request.full_url)
+        if isinstance(what, Exception):
+            raise what
+        body = io.BytesIO(what)
+        body.info = Message
+        return body
+
+    monkeypatch.setattr(torch.hub, "urlopen", urlopen)
+    return asked
 
 
 def list_files(root: Path) -> list[str]:
@@ -489,13 +490,7 @@ def list_files(root: Path) -> list[str]:
 
 
 def test_weights_are_fetched_once(root, published, monkeypatch, capsys):
-    asked = []
-
-    def fetch(url: str, path: Path) -> None:
-        asked.append(url)
-        path.write_bytes(published)
-
-    monkeypatch.setattr(weights, "fetch", fetch)
+    asked = answer(monkeypatch, published)
     first, again = (models.build("resnet20", pretrained=True) for _ in range(2))
     assert asked == [weights.URL + "resnet20-12fca82f.th"]
     assert asked[0].startswith("https://github.com/akamaster/pytorch_resnet_cifar10/")
@@ -507,24 +502,27 @@ def test_weights_are_fetched_once(root, published, monkeypatch, capsys):
         assert all(torch.equal(expected[k], v) for k, v in net.state_dict().items())
 
 
-def test_wrong_download_is_not_kept(root, published, monkeypatch):
-    monkeypatch.setattr(weights, "fetch", answer_with(published[:-1]))
-    message = (
-        r"resnet20-12fca82f\.th .*not kept.*should be [0-9a-f]{64}, found [0-9a-f]"
-    )
+@pytest.mark.parametrize("digits", [8, 63])
+def test_wrong_download_is_not_kept(root, published, monkeypatch, digits):
+    # The digest is right at its beginning, as file names show it, and wrong at its end.
+    digest = weights.SHA256["resnet20"]
+    wrong = digest[:digits] + "".join("0" if d != "0" else "1" for d in digest[digits:])
+    monkeypatch.setitem(weights.SHA256, "resnet20", wrong)
+    answer(monkeypatch, published)
+    message = rf"resnet20-12fca82f\.th: not kept.*{wrong}.*{digest}"
     with pytest.raises(ValueError, match=message):
         models.build("resnet20", pretrained=True)
     assert list_files(root) == []
 
 
 def test_corrupted_file_is_refused_and_left(root, monkeypatch):
-    monkeypatch.setattr(weights, "fetch", None)
+    asked = answer(monkeypatch, b"")
     path = root / "weights" / "resnet56-4bfd9763.th"
     path.parent.mkdir()
     path.write_bytes(b"broken")
     with pytest.raises(ValueError, match=f"{path}: SHA-256 should be 4bfd97631478d6b6"):
         models.build("resnet56", pretrained=True)
-    assert path.read_bytes() == b"broken"
+    assert path.read_bytes() == b"broken" and asked == []
 
 
 @pytest.mark.parametrize(
@@ -536,10 +534,7 @@ def test_corrupted_file_is_refused_and_left(root, monkeypatch):
     ],
 )
 def test_no_network_names_url_and_path(root, monkeypatch, error):
-    def fail(*args, **options):
-        raise error
-
-    monkeypatch.setattr(weights.urllib.request, "urlopen", fail)
+    answer(monkeypatch, error)
     with pytest.raises(FileNotFoundError) as caught:
         models.build("resnet32", pretrained=True)
     message = str(caught.value)
@@ -549,48 +544,54 @@ def test_no_network_names_url_and_path(root, monkeypatch, error):
     assert list_files(root) == []
 
 
-def test_fetch_copies_the_answer(root, published, monkeypatch):
-    monkeypatch.setattr(
-        weights.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(published)
-    )
-    models.build("resnet20", pretrained=True)
-    assert list_files(root) == ["resnet20-12fca82f.th"]
-
-
 def test_read_only_data_root_says_so(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PRUNING_DATA", str(tmp_path / "file"))
-    with pytest.raises(PermissionError, match=r"cannot write here .*set PRUNING_DATA"):
+    with pytest.raises(FileNotFoundError, match=r"Not a directory.*PRUNING_DATA name"):
         models.build("resnet20", pretrained=True)
 
 
 # --- published weights on the real test set -----------------------------------------
 
 
-def measure_top1(net: nn.Module) -> float:
-    with np.load(paths.data_root() / "cifar10" / "test.npz") as file:
-        images, labels = file["images"], torch.from_numpy(file["labels"])
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
-    right = 0
-    with torch.inference_mode():
-        for start in range(0, len(labels), 500):
-            batch = torch.from_numpy(images[start : start + 500]) / 255
-            batch = ((batch - mean) / std).permute(0, 3, 1, 2)  # channels_last as it is
-            guess = net(batch).argmax(1)
-            right += (guess == labels[start : start + 500]).sum().item()
-    return 100 * right / len(labels)
+# Which of the first 500 test images a net gets wrong, from a run over all 10,000 that
+# got 9,263 and 9,339 of them right: the published top-1. On none of the 500 are
+# the two largest responses closer than 0.02, so that rounding cannot change the lists.
+WRONG = {
+    "resnet32": "0 18 25 40 92 110 133 137 144 153 154 160 208 210 239 255 266 279 309 "
+    "315 330 345 378 388 404 405 418 439 443 445 447 452 459 467 468",
+    "resnet56": "0 6 18 40 48 60 99 110 137 144 154 208 210 255 266 284 289 295 309 345 "
+    "405 445 447 459 467 468 485",
+}
 
 
-@pytest.mark.cifar10
-@pytest.mark.parametrize("name", ACCURACY)
-def test_published_accuracy(name):
+def find_wrong(name: str, count: int) -> list[int]:
+    """Numbers of the first `count` test images that the published net gets wrong."""
     root = paths.data_root()
-    for path in (
-        root / "cifar10" / "test.npz",
-        root / "weights" / weights.FILES[name],
-    ):
+    test, file = root / "cifar10" / "test.npz", root / "weights" / weights.FILES[name]
+    for path in (test, file):
         if not path.is_file():
             pytest.skip(f"{path} is not there")
     net = models.build(name, pretrained=True).eval()
     net = net.to(memory_format=torch.channels_last)
-    assert measure_top1(net) == pytest.approx(ACCURACY[name], abs=0.02)
+    with np.load(test) as file:
+        images, labels = (torch.from_numpy(file[k][:count]) for k in ("images", "labels"))
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    guesses = []
+    with torch.inference_mode():
+        for part in images.split(500):
+            batch = ((part / 255 - mean) / std).permute(0, 3, 1, 2)  # channels_last
+            guesses.append(net(batch).argmax(1))
+    return torch.nonzero(torch.cat(guesses) != labels)[:, 0].tolist()
+
+
+@pytest.mark.cifar10
+@pytest.mark.parametrize("name", WRONG)
+def test_published_nets_err_where_they_erred(name):
+    assert " ".join(map(str, find_wrong(name, 500))) == WRONG[name]
+
+
+@pytest.mark.cifar10
+def test_published_accuracy_on_the_whole_test_set():
+    wrong = find_wrong("resnet20", 10_000)
+    assert 100 - len(wrong) / 100 == pytest.approx(91.73, abs=0.02)

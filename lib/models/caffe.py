@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.models.layers import init_he, map_side
+from lib.models.layers import count_values, init_he
 
 # 1x1; reduce and 3x3; reduce and 5x5; 1x1 after the pool (Szegedy et al. 2015, table 1)
 INCEPTIONS: dict[str, tuple[int, int, int, int, int, int]] = {
@@ -42,8 +42,8 @@ class LeNet(nn.Module):
         self.pool1 = nn.MaxPool2d(2, stride=2, ceil_mode=True)
         self.conv2 = nn.Conv2d(20, 50, kernel_size=5)
         self.pool2 = nn.MaxPool2d(2, stride=2, ceil_mode=True)
-        side = map_side(image_size, self.children())
-        self.ip1 = nn.Linear(50 * side**2, 500)
+        size = count_values(self.children(), in_channels, image_size)
+        self.ip1 = nn.Linear(size, 500)
         self.ip2 = nn.Linear(500, num_classes)
         init_he(self)
 
@@ -77,11 +77,11 @@ class CifarNet(nn.Module):
         self.conv2 = nn.Conv2d(32, 32, kernel_size=5, padding=2)
         self.pool2 = nn.AvgPool2d(3, stride=2, ceil_mode=True)
         extra = [nn.Conv2d(32, 32, 5, padding=2) for _ in range(extra_convs)]
-        self.extra = nn.ModuleList(extra)
+        self.extra = nn.Sequential(*extra)
         self.conv3 = nn.Conv2d(32, 64, kernel_size=5, padding=2)
         self.pool3 = nn.AvgPool2d(3, stride=2, ceil_mode=True)
-        side = map_side(image_size, self.children())
-        self.ip1 = nn.Linear(64 * side**2, 64)
+        size = count_values(self.children(), in_channels, image_size)
+        self.ip1 = nn.Linear(size, 64)
         self.ip2 = nn.Linear(64, num_classes)
         init_he(self)
 
@@ -122,8 +122,8 @@ class CaffeNet(nn.Module):
         self.conv4 = nn.Conv2d(384, 384, kernel_size=3, padding=1, groups=2)
         self.conv5 = nn.Conv2d(384, 256, kernel_size=3, padding=1, groups=2)
         self.pool5 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
-        side = map_side(image_size, self.children())
-        self.fc6 = nn.Linear(256 * side**2, 4096)
+        size = count_values(self.children(), in_channels, image_size)
+        self.fc6 = nn.Linear(size, 4096)
         self.drop6 = nn.Dropout(dropout)
         self.fc7 = nn.Linear(4096, 4096)
         self.drop7 = nn.Dropout(dropout)

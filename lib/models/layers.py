@@ -1,13 +1,10 @@
-"""What several nets need: He initialisation, map sizes, another number of channels."""
+"""What several nets need: He initialisation, flat sizes, another number of channels."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+import copy
+from collections.abc import Iterable
 
 import torch
 from torch import nn
-
-WINDOWS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
 def init_he(net: nn.Module) -> None:
@@ -36,54 +33,28 @@ def draw_weights(net: nn.Module, seed: int) -> None:
         init_he(net)
 
 
-def map_side(side: int, modules: Iterable[nn.Module]) -> int:
-    """Side of the square map, in pixels, after the convolutions and pools of `modules`.
+def count_values(layers: Iterable[nn.Module], in_channels: int, side: int) -> int:
+    """Values that `layers`, in a row, make of one square image of `side` pixels.
 
-    Other modules keep the size. Raises ValueError where a map would vanish.
+    Raises ValueError where a window is larger than its map.
     """
-    for module in modules:
-        if isinstance(module, WINDOWS):
-            side = slide_window(side, module)
-        if side < 1:
-            raise ValueError(f"the map vanishes at {module}")
-    return side
-
-
-def slide_window(side: int, module: nn.Module) -> int:
-    """Positions of a square window along one axis, by torch's own rounding rule."""
-    kernel, stride, padding = (
-        value if isinstance(value, int) else value[0]
-        for value in (module.kernel_size, module.stride, module.padding)
-    )
-    span, ceil = side + 2 * padding - kernel, getattr(module, "ceil_mode", False)
-    count = (span + (stride - 1 if ceil else 0)) // stride + 1
-    # A last window that would start beyond the map and its left padding is dropped.
-    if ceil and (count - 1) * stride >= side + padding:
-        count -= 1
-    return count
-
-
-@contextmanager
-def widen_first_convolution(channels: int) -> Iterator[None]:
-    """Inside this block, the first convolution made for 3 channels takes `channels`.
-
-    The net's own code then initialises it by its own rule, which a swap afterwards
-    could not repeat. It changes `nn.Conv2d` while the block runs, so nothing else may
-    be building nets in another thread. Raises ValueError if no such convolution came.
-    """
-    original = nn.Conv2d.__init__
-    widened = False
-
-    def init(conv: nn.Conv2d, in_channels: int, *args: Any, **options: Any) -> None:
-        nonlocal widened
-        if in_channels == 3 and not widened:
-            in_channels, widened = channels, True
-        original(conv, in_channels, *args, **options)
-
-    nn.Conv2d.__init__ = init
+    # A copy on the meta device knows shapes only: no memory, no arithmetic.
+    body = copy.deepcopy(nn.Sequential(*layers)).to("meta")
     try:
-        yield
-    finally:
-        nn.Conv2d.__init__ = original
-    if not widened:
-        raise ValueError("no convolution with 3 input channels to replace")
+        return body(torch.empty(1, in_channels, side, side, device="meta")).numel()
+    except RuntimeError:
+        raise ValueError(f"image_size={side} is too small for these layers") from None
+
+
+def set_input_channels(net: nn.Module, channels: int) -> None:
+    """Let the first convolution read `channels` channels, in place.
+
+    Where it did not before, its weights are drawn anew from torch's global generator,
+    He-normal, whatever rule the net has; its bias and its settings stay.
+    """
+    first = next(module for module in net.modules() if isinstance(module, nn.Conv2d))
+    if first.in_channels == channels:
+        return
+    kernel = first.weight.new_empty(first.out_channels, channels, *first.kernel_size)
+    first.in_channels, first.weight = channels, nn.Parameter(kernel)
+    nn.init.kaiming_normal_(first.weight, nonlinearity="relu")

@@ -1,15 +1,14 @@
 """Nets by name: `build`, `names`, `input_shape`, and what they refuse."""
 
-import difflib
 import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 
+from lib.messages import check_known
 from lib.models import vision, weights
 from lib.models.caffe import BvlcGoogLeNet, CaffeNet, CifarNet, LeNet
 from lib.models.densenet import CifarDenseNet
@@ -20,12 +19,11 @@ LARGEST_TRIED = 512
 
 def list_resnets() -> dict[str, Callable[..., nn.Module]]:
     """`resnet20` and so on; with `_b`, projection shortcuts."""
-    plain = {f"resnet{depth}": partial(CifarResNet, depth) for depth in DEPTHS}
-    projected = {
-        f"resnet{depth}_b": partial(CifarResNet, depth, projection=True)
+    return {
+        f"resnet{depth}{ending}": partial(CifarResNet, depth, projection=bool(ending))
+        for ending in ("", "_b")
         for depth in DEPTHS
     }
-    return plain | projected
 
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
@@ -40,7 +38,7 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
 # Nets whose first linear layer fixes the input size.
 FIXED_SIZE = ("lenet", "cifarnet", "caffenet")
 # Options that `build` names itself, or that the name already decides.
-DECIDED = ("depth", "projection", "num_classes", "in_channels", "image_size")
+DECIDED = {"depth", "projection", "num_classes", "in_channels", "image_size"}
 SIZES = {"lenet": 28, "caffenet": 227, "googlenet_bvlc": 224}
 
 
@@ -116,30 +114,14 @@ def make_net(
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError, with the nearest names, unless `name` is a classifier."""
-    classifiers = vision.list_classifiers()
-    if name in BUILDERS or name in classifiers:
-        return
-    own = ", ".join(BUILDERS)
-    if name in torchvision.models.list_models():
-        raise ValueError(
-            f"{name!r} is a torchvision net, but not for classifying images; own nets: "
-            f"{own}; and torchvision's classification nets"
-        )
-    near = difflib.get_close_matches(str(name), [*BUILDERS, *classifiers])
-    hint = f", did you mean {' or '.join(near)}?" if near else ";"
-    raise ValueError(
-        f"unknown net {name!r}{hint} own nets: {own}; and torchvision's "
-        "classification nets"
-    )
+    """Raise ValueError, with the nearest name, unless `name` classifies images."""
+    check_known("net", [name], [*BUILDERS, *vision.list_classifiers()])
 
 
 def check_at_least_one(name: str, **numbers: int | None) -> None:
     """Raise ValueError unless each of `numbers` is a whole number >= 1 (or None)."""
     for what, number in numbers.items():
-        if number is None:
-            continue
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        if number is not None and (type(number) is not int or number < 1):
             raise ValueError(
                 f"{name}: {what}={number!r}, expected a whole number, at least 1"
             )
@@ -147,55 +129,32 @@ def check_at_least_one(name: str, **numbers: int | None) -> None:
 
 def check_options(name: str, options: dict[str, Any]) -> None:
     """Raise ValueError where a net defined here does not know one of `options`."""
-    if name not in BUILDERS:
-        return
-    source = BUILDERS[name]
-    if source is vision.build_mobilenet:
-        known = ["width_mult", "dropout"]
-    else:
-        known = [key for key in inspect.signature(source).parameters]
-    known = [key for key in known if key not in DECIDED]
-    for option in options:
-        if option not in known:
-            raise ValueError(
-                f"{name}: unknown option {option!r}; it has "
-                f"{', '.join(known) or 'no options'}"
-            )
+    if name in BUILDERS:
+        known = set(inspect.signature(BUILDERS[name]).parameters) - DECIDED
+        check_known(f"{name}: option", options, known)
 
 
 def check_pretrained(name: str, num_classes: int, in_channels: int) -> None:
     """Raise ValueError unless weights of just this net were published."""
-    classes = 10 if name in weights.FILES else 1000
     published = name in weights.FILES or name not in BUILDERS
-    if published and (num_classes, in_channels) == (classes, 3):
-        return
-    raise ValueError(
-        f"{name} with num_classes={num_classes}, in_channels={in_channels} has no "
-        f"published weights; these have: {', '.join(weights.FILES)} (num_classes=10, "
-        "in_channels=3) and torchvision's classification nets (num_classes=1000, "
-        "in_channels=3)"
-    )
+    classes = 10 if name in weights.FILES else 1000
+    if not published or (num_classes, in_channels) != (classes, 3):
+        raise ValueError(
+            f"{name} with num_classes={num_classes}, in_channels={in_channels} has no "
+            f"published weights; these have: {', '.join(weights.FILES)} (10 classes, 3 "
+            "channels) and torchvision's nets (1000 classes, 3 channels)"
+        )
 
 
 def check_image_size(name: str, image_size: int, options: dict[str, Any]) -> None:
     """Raise ValueError, with the smallest size that works, if this one does not."""
-    if runs_at(name, image_size, options):
-        return
-    sides = range(1, LARGEST_TRIED + 1)
+    sides = (image_size, *range(1, LARGEST_TRIED + 1))
     least = next((side for side in sides if runs_at(name, side, options)), None)
-    advice = f"the smallest that does is {least}" if least else "none does"
-    raise ValueError(f"{name}: image_size={image_size} does not work; {advice}")
-
-
-def make_meta_net(name: str, side: int, options: dict[str, Any]) -> nn.Module:
-    """The net on the meta device, for inputs of `side` pixels."""
-    try:
-        with torch.device("meta"):
-            return make_net(name, side, **options)
-    except NotImplementedError:
-        # RegNets work out their widths with tensors, whose values meta does not hold.
-        with torch.random.fork_rng(devices=[]):
-            return make_net(name, side, **options).to("meta")
+    if least != image_size:
+        raise ValueError(
+            f"{name}: image_size={image_size} does not work; the smallest that does "
+            f"is {least or f'above {LARGEST_TRIED}'}"
+        )
 
 
 def runs_at(name: str, side: int, options: dict[str, Any]) -> bool:
@@ -210,3 +169,14 @@ def runs_at(name: str, side: int, options: dict[str, Any]) -> bool:
     except (RuntimeError, ValueError, AssertionError):
         return False
     return True
+
+
+def make_meta_net(name: str, side: int, options: dict[str, Any]) -> nn.Module:
+    """The net on the meta device, for inputs of `side` pixels."""
+    try:
+        with torch.device("meta"):
+            return make_net(name, side, **options)
+    except NotImplementedError:
+        # RegNets work out their widths with tensors, whose values meta does not hold.
+        with torch.random.fork_rng(devices=[]):
+            return make_net(name, side, **options).to("meta")

@@ -64,12 +64,13 @@ class BasicBlock(nn.Module):
         self.conv2 = make_conv3x3(out_channels, out_channels)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.shortcut: nn.Module = nn.Sequential()
-        if projection and (stride != 1 or in_channels != out_channels):
-            self.shortcut = nn.Conv2d(
-                in_channels, out_channels, kernel_size=1, stride=stride, bias=False
+        if stride != 1 or in_channels != out_channels:
+            widths = in_channels, out_channels
+            self.shortcut = (
+                nn.Conv2d(*widths, kernel_size=1, stride=stride, bias=False)
+                if projection
+                else PadShortcut(*widths, stride)
             )
-        elif stride != 1 or in_channels != out_channels:
-            self.shortcut = PadShortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))

@@ -1,6 +1,5 @@
 """torchvision's classification nets by name, and MobileNetV2 with strides for CIFAR."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -9,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from lib.models.layers import widen_first_convolution
+from lib.models.layers import set_input_channels
 
 # expansion, channels, blocks, stride (Sandler et al. 2018, table 2); the 24-channel
 # stage keeps the size, as usual at 32 pixels
@@ -51,38 +50,27 @@ def build_torchvision(
     for them, so that every net returns one tensor. Raises FileNotFoundError where
     weights are asked for and can neither be found nor fetched.
     """
-    options = fill_options(name, image_size, pretrained, options)
+    side = image_size or get_published_size(name)
+    # Transformers need their input size at construction.
+    if name.startswith("vit_"):
+        options.setdefault("image_size", side)
+    if name.startswith("maxvit_"):
+        options.setdefault("input_size", (side, side))
     if pretrained:
         return load_published(name, num_classes=num_classes, **options)
-    other = in_channels != 3
-    with widen_first_convolution(in_channels) if other else nullcontext():
-        return torchvision.models.get_model(name, num_classes=num_classes, **options)
-
-
-def fill_options(
-    name: str, image_size: int | None, pretrained: bool, options: dict[str, Any]
-) -> dict[str, Any]:
-    """`options` completed by what torchvision's own defaults leave open or warn about.
-
-    Transformers need their input size at construction. torchvision warns about, and
-    only then applies, the published initialisation of the two Inception nets.
-    """
-    filled: dict[str, Any] = {}
-    side = image_size or get_published_size(name)
-    if name.startswith("vit_"):
-        filled["image_size"] = side
-    if name.startswith("maxvit_"):
-        filled["input_size"] = (side, side)
-    if name in WITH_AUXILIARY_HEADS and not pretrained:
-        filled |= {"init_weights": True, "aux_logits": False}
-    return filled | options
+    if name in WITH_AUXILIARY_HEADS:
+        # torchvision warns about, and only when told applies, their initialisation.
+        options = {"init_weights": True, "aux_logits": False} | options
+    net = torchvision.models.get_model(name, num_classes=num_classes, **options)
+    set_input_channels(net, in_channels)
+    return net
 
 
 def load_published(name: str, **options: Any) -> nn.Module:
     """`name` with torchvision's DEFAULT weights; without network, one readable line."""
     weights = torchvision.models.get_model_weights(name).DEFAULT
     heads = options.get("aux_logits", False)
-    if name in WITH_AUXILIARY_HEADS and not heads:
+    if not heads:
         # torchvision loads them in any case, and refuses to be told otherwise.
         options.pop("aux_logits", None)
     try:
@@ -99,17 +87,23 @@ def load_published(name: str, **options: Any) -> nn.Module:
 
 
 def build_mobilenet(
-    *, num_classes: int = 10, in_channels: int = 3, **options: Any
+    *,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    width_mult: float = 1.0,
+    dropout: float = 0.2,
 ) -> nn.Module:
     """MobileNetV2 for CIFAR, `[N, in_channels, H, W]` to `[N, num_classes]`.
 
-    torchvision's class; the stem and the 24-channel stage have stride 1. `width_mult`
-    and `dropout` are its own. Source: Sandler et al. 2018, table 2.
+    torchvision's class; the stem and the 24-channel stage have stride 1. Source:
+    Sandler et al. 2018, table 2.
     """
-    other = in_channels != 3
-    with widen_first_convolution(in_channels) if other else nullcontext():
-        net = torchvision.models.MobileNetV2(
-            num_classes=num_classes, inverted_residual_setting=CIFAR_STAGES, **options
-        )
+    net = torchvision.models.MobileNetV2(
+        num_classes=num_classes,
+        width_mult=width_mult,
+        inverted_residual_setting=CIFAR_STAGES,
+        dropout=dropout,
+    )
     net.features[0][0].stride = (1, 1)
+    set_input_channels(net, in_channels)
     return net

@@ -5,11 +5,8 @@ Source: github.com/akamaster/pytorch_resnet_cifar10 (BSD-2), test top-1 91.73, 9
 """
 
 import hashlib
-import http.client
-import shutil
-import urllib.request
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 from torch import Tensor
@@ -19,67 +16,41 @@ from lib import paths
 URL = (
     "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
 )
-FILES = {
-    "resnet20": "resnet20-12fca82f.th",
-    "resnet32": "resnet32-d509ac18.th",
-    "resnet56": "resnet56-4bfd9763.th",
-}
 SHA256 = {
     "resnet20": "12fca82f0bebc4135bf1f32f6e3710e61d5108578464b84fd6d7f5c1b04036c8",
     "resnet32": "d509ac1820d7f25398913559d7e81a13229b1e7adc5648e3bfa5e22dc137f850",
     "resnet56": "4bfd97631478d6b638d2764fd2baff3edb1d7d82252d54439343b6596b9b5367",
 }
-NETWORK_ERRORS = (URLError, TimeoutError, ConnectionError, http.client.HTTPException)
+FILES = {name: f"{name}-{digest[:8]}.th" for name, digest in SHA256.items()}
 
 
 def load_weights(name: str) -> dict[str, Tensor]:
     """State dict of the published net `name`, on the CPU, keys as in `CifarResNet`.
 
     The file is `<data root>/weights/<file>`, fetched on first use. Raises ValueError
-    on a wrong digest, FileNotFoundError without network, PermissionError where the
-    data root cannot be written.
+    on a wrong digest, FileNotFoundError where it can be neither found nor fetched.
     """
     path = paths.data_root() / "weights" / FILES[name]
-    if path.is_file():
-        check_digest(path, SHA256[name], shown=str(path))
-    else:
+    if not path.is_file():
         download(URL + FILES[name], path, SHA256[name])
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != SHA256[name]:
+        raise ValueError(f"{path}: SHA-256 should be {SHA256[name]}, found {found}")
     published = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     # Saved from a DataParallel net.
     return {key.removeprefix("module."): value for key, value in published.items()}
 
 
-def check_digest(path: Path, digest: str, *, shown: str) -> None:
-    """Raise ValueError unless the SHA-256 of `path` is `digest`."""
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != digest:
-        raise ValueError(f"{shown}: SHA-256 should be {digest}, found {found}")
-
-
 def download(url: str, path: Path, digest: str) -> None:
     """Fetch `url` to `path`; only a complete file with the right digest stays."""
-
-    def fill(tmp: Path) -> None:
-        fetch(url, tmp)
-        check_digest(tmp, digest, shown=f"{path} (from {url}, not kept)")
-
     print(f"{path.name}: fetching {url}")
     try:
-        paths.write_atomic(path, fill)
-    except NETWORK_ERRORS as error:
-        reason = getattr(error, "reason", None) or error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), digest, progress=False)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not kept, from {url}: {error}") from None
+    except (OSError, HTTPException) as error:
         raise FileNotFoundError(
-            f"{path}: no such file, and {url} did not answer ({reason}); "
-            "put the file there by hand"
+            f"{path}: no such file, and it could not be fetched from {url} ({error}); "
+            "put it there by hand, or let PRUNING_DATA name a folder that has it"
         ) from None
-    except OSError as error:
-        raise PermissionError(
-            f"{path.parent}: cannot write here ({error.strerror}); "
-            "set PRUNING_DATA to a folder that can be written"
-        ) from None
-
-
-def fetch(url: str, path: Path) -> None:
-    """Copy what `url` answers into `path`; gives up after a minute of silence."""
-    with urllib.request.urlopen(url, timeout=60) as answer, path.open("wb") as file:
-        shutil.copyfileobj(answer, file)

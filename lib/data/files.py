@@ -1,0 +1,253 @@
+"""Sets of one's own on disk: npz files or folders of images, read and checked."""
+
+import functools
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from lib.data.images import ImageSet, check_pixels
+
+SPLITS = ("train", "test")
+SUFFIXES = (".png", ".jpg", ".jpeg")
+MAX_BYTES = 8 * 10**9
+BROKEN_NPZ = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, OSError),
+    *(KeyError, TypeError, ValueError),
+)
+BROKEN_IMAGE = (
+    *(OSError, SyntaxError, EOFError, ValueError),
+    Image.DecompressionBombError,
+)
+Arrays = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
+"""images uint8 [N, H, W, C], labels int64 [N], names of classes"""
+
+
+def read_own(
+    name: str,
+    split: str,
+    *,
+    folder: Path,
+    size: int | None = None,
+    like: ImageSet | None = None,
+) -> ImageSet:
+    """Read a set of the user's own; without `like`, train is read to measure it."""
+    trees = any((folder / part).is_dir() for part in SPLITS)
+    if trees and any(find_shards(folder, part) for part in SPLITS):
+        raise ValueError(f"{folder}: holds both npz files and image folders, keep one")
+    read: Callable[..., Arrays] = read_shards
+    if trees:
+        read = functools.partial(read_tree, size=size)
+    if like is None:
+        like = measure(name, folder, *read(folder, "train"))
+        if split == "train":
+            return like
+        like = like.subset([])  # lets go of train before the test images come
+    pixels, labels, _ = read(folder, split, like=like)
+    tensors = torch.from_numpy(pixels), torch.from_numpy(labels)
+    return replace(like, name=name, images=tensors[0], labels=tensors[1])
+
+
+def measure(
+    name: str,
+    folder: Path,
+    pixels: np.ndarray,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+) -> ImageSet:
+    """A train split with its own mean and population std per channel.
+
+    Exact, from counts of the 256 values; ValueError for a constant channel.
+    """
+    values = np.arange(256) / 255
+    images, mean, std = torch.from_numpy(pixels), [], []
+    for channel in range(pixels.shape[-1]):
+        flat = images[..., channel].reshape(-1)
+        share = torch.bincount(flat, minlength=256).numpy() / len(flat)
+        mean.append(float(share @ values))
+        std.append(float(np.sqrt(share @ (values - mean[-1]) ** 2)))
+        if share.max() == 1:
+            raise ValueError(f"{folder}: channel {channel} of train is constant")
+    rest = classes, name, tuple(mean), tuple(std), pixels.shape[1] // 8, True
+    return ImageSet(images, torch.from_numpy(labels), *rest)
+
+
+def map_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list:
+    """`[function(item) ...]`, in threads: inflating and decoding let go of the GIL."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(function, items))
+
+
+# -- npz files -------------------------------------------------------------------------
+
+
+def find_shards(folder: Path, split: str) -> list[Path]:
+    """The npz files of one split, in name order."""
+    return sorted(folder.glob(f"{split}*.npz"))
+
+
+def read_shards(folder: Path, split: str, *, like: ImageSet | None = None) -> Arrays:
+    """Join the npz files of a split: uint8 [N, H, W, C], int64 [N], class names.
+
+    Without `like` the shape is the first file's and the classes are 0..max.
+    """
+    files = find_shards(folder, split)
+    if not files:
+        raise FileNotFoundError(f"{folder}: no {split}*.npz or {split}/ folder in it")
+    parts = map_threads(read_npz, files)
+    shape = parts[0][0].shape[1:] if like is None else like.images.shape[1:]
+    high = 2**31 if like is None else len(like.classes)
+    for file, (pixels, labels) in zip(files, parts, strict=True):
+        check_shape(file, pixels.shape[1:], shape)
+        if labels.min() < 0 or labels.max() >= high:
+            raise ValueError(
+                f"{file}: labels run from {labels.min()} to {labels.max()}, "
+                f"expected 0..{high - 1}"
+            )
+    pixels, labels = parts[0]
+    if len(parts) > 1:
+        pixels, labels = map(np.concatenate, zip(*parts, strict=True))
+    return (
+        pixels,
+        labels,
+        name_classes(folder, labels) if like is None else like.classes,
+    )
+
+
+def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """One file's `images` and `labels`, checked for type, shape and count."""
+    expected = "expected an npz with images uint8 [N, H, W, C] and labels int64 [N]"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            pixels, labels = file["images"], file["labels"]
+    except BROKEN_NPZ as error:
+        raise ValueError(f"{path}: cannot be read ({error}), {expected}") from None
+    check_pixels(path, str(pixels.dtype), pixels.shape)
+    whole = labels.dtype.kind in "iu" and labels.size
+    if not whole or labels.shape != pixels.shape[:1]:
+        raise ValueError(
+            f"{path}: {len(pixels)} images with labels {labels.dtype} "
+            f"{list(labels.shape)}, {expected}, N at least 1"
+        )
+    return pixels, labels.astype(np.int64, copy=False)
+
+
+def check_shape(where: Path, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Refuse images that do not have the [H, W, C] of the rest of their set."""
+    if shape != expected:
+        raise ValueError(
+            f"{where}: images are {list(shape)} [H, W, C], the rest of the set is "
+            f"{list(expected)}"
+        )
+
+
+def name_classes(folder: Path, labels: np.ndarray) -> tuple[str, ...]:
+    """Names "0".."max"; ValueError for a class without an image."""
+    seen = np.unique(labels)
+    gaps = np.flatnonzero(seen != np.arange(len(seen)))
+    if len(gaps):
+        raise ValueError(
+            f"{folder}: no train image of class {gaps[0]}, but labels go up to "
+            f"{seen[-1]}; every class 0..max needs one"
+        )
+    return tuple(str(label) for label in seen)
+
+
+# -- folders of images -----------------------------------------------------------------
+
+
+def read_tree(
+    folder: Path, split: str, *, size: int | None, like: ImageSet | None = None
+) -> Arrays:
+    """Decode `<folder>/<split>/<class>/*`: uint8 [N, H, W, C], int64 [N], classes."""
+    files, labels, classes = list_tree(folder / split)
+    if like is not None and classes != like.classes:
+        differ = ", ".join(sorted(set(classes) ^ set(like.classes)))
+        raise ValueError(
+            f"{folder / split}: its classes differ from those of train: {differ}"
+        )
+    shape = find_shape(folder / split, files, size=size, like=like)
+    pixels = np.empty((len(files), *shape), dtype=np.uint8)
+
+    def decode(i: int) -> None:
+        pixels[i] = read_image(files[i], functools.partial(fit_image, shape=shape))
+
+    map_threads(decode, range(len(files)))
+    return pixels, np.array(labels), classes
+
+
+def list_tree(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
+    """Image files in order of their names, their labels, and the names of classes.
+
+    Hidden files and folders are none (torchvision's ImageFolder takes them up).
+    """
+    classes = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        inside = sorted((folder / name).glob("[!.]*"))
+        images = [file for file in inside if file.suffix.lower() in SUFFIXES]
+        if not images:
+            raise ValueError(f"{folder / name}: no image ({', '.join(SUFFIXES)}) in it")
+        files += images
+        labels += [label] * len(images)
+    if not files:
+        raise FileNotFoundError(f"{folder}: no class folders, expected <class>/*.png")
+    return files, labels, tuple(classes)
+
+
+def find_shape(
+    folder: Path, files: list[Path], *, size: int | None, like: ImageSet | None
+) -> tuple[int, int, int]:
+    """(H, W, C) all files are brought to: one channel only where all are grey."""
+    found = map_threads(functools.partial(read_image, use=describe_image), files)
+    height, width, _ = found[0]
+    for file, shape in zip(files, found, strict=True):
+        if size is None and shape[:2] != (height, width):
+            raise ValueError(
+                f"{files[0]} has {height} x {width} pixels, {file} {shape[0]} x "
+                f"{shape[1]}; pass size= to bring all to one size"
+            )
+    channels = max(shape[2] for shape in found)
+    if like is not None:
+        channels = max(channels, like.shape[0])  # grey images of a set in colour
+    shape = (size or height, size or width, channels)
+    if like is not None:
+        check_shape(folder, shape, like.images.shape[1:])
+    if len(files) * np.prod(shape) > MAX_BYTES:
+        raise ValueError(
+            f"{folder}: {len(files):,} images of {list(shape)} [H, W, C] do not fit "
+            f"into {MAX_BYTES / 1e9:g} GB of memory; pass a smaller size="
+        )
+    return shape
+
+
+def read_image(path: Path, use: Callable[[Image.Image], Any]) -> Any:
+    """`use(image)` on an opened file; ValueError that names a file that is broken."""
+    try:
+        with Image.open(path) as image:
+            return use(image)
+    except BROKEN_IMAGE as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from None
+
+
+def describe_image(image: Image.Image) -> tuple[int, int, int]:
+    """(H, W, C) from the header: C = 1 for grey, else 3."""
+    if image.mode.startswith("I") or image.mode == "F":
+        raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
+    return image.height, image.width, 1 if image.mode in ("1", "L") else 3
+
+
+def fit_image(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
+    """Scale the shorter side and crop the centre to [H, W, C] = `shape`."""
+    height, width, channels = shape
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(shape)
