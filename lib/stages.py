@@ -36,7 +36,8 @@ def load_sets(dataset: str, *, n_train: int = 0, unseen: bool = False) -> Sets:
     all, validation is one half of the test images (stratified, fixed) and the other
     half is the test.
     """
-    rest, test = data.load(dataset, "train"), data.load(dataset, "test")
+    rest = data.load(dataset, "train")
+    test = data.load(dataset, "test", like=rest)
     if unseen:
         test, val = data.split_validation(test, fraction=0.5)
     else:

@@ -560,8 +560,8 @@ def test_read_only_data_root_says_so(tmp_path, monkeypatch):
 WRONG = {
     "resnet32": "0 18 25 40 92 110 133 137 144 153 154 160 208 210 239 255 266 279 309 "
     "315 330 345 378 388 404 405 418 439 443 445 447 452 459 467 468",
-    "resnet56": "0 6 18 40 48 60 99 110 137 144 154 208 210 255 266 284 289 295 309 345 "
-    "405 445 447 459 467 468 485",
+    "resnet56": "0 6 18 40 48 60 99 110 137 144 154 208 210 255 266 284 289 295 309 "
+    "345 405 445 447 459 467 468 485",
 }
 
 
@@ -575,7 +575,8 @@ def find_wrong(name: str, count: int) -> list[int]:
     net = models.build(name, pretrained=True).eval()
     net = net.to(memory_format=torch.channels_last)
     with np.load(test) as file:
-        images, labels = (torch.from_numpy(file[k][:count]) for k in ("images", "labels"))
+        arrays = (file[key][:count] for key in ("images", "labels"))
+        images, labels = map(torch.from_numpy, arrays)
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
     guesses = []
     with torch.inference_mode():
