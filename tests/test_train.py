@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import time
+import warnings
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from torch.testing import assert_close
 from lib import data, models, train
 from lib.data import ImageSet
 from lib.train import checkpoint as checkpoints
-from lib.train import loop, step
+from lib.train import loop, update
 from lib.train.recipe import (
     Recipe,
     make_optimizer,
@@ -475,7 +476,7 @@ def run_and_die(folder, precision, moment, count):
     """Train in a process of its own that is killed at the `count`-th `moment`."""
     torch.set_num_threads(1)
     calls = {
-        "step": step.EagerStep.__call__,
+        "step": update.Update.__call__,
         "save": torch.save,
         "saved": checkpoints.save,
     }
@@ -499,9 +500,9 @@ def run_and_die(folder, precision, moment, count):
         kill_self()
 
     if moment == "step":
-        step.EagerStep.__call__ = wrap("step", after=lambda *a: kill_self())
+        update.Update.__call__ = wrap("step", after=lambda *a: kill_self())
     elif moment == "slow":
-        step.EagerStep.set_rate = slow(step.EagerStep.set_rate)
+        update.Update.set_rate = slow(update.Update.set_rate)
     elif moment == "save":
         torch.save = wrap("save", before=write_half)
     elif moment == "saved":
@@ -576,7 +577,7 @@ def test_a_resumed_model_is_the_uninterrupted_one(tmp_path, monkeypatch, optimiz
     options = {"optimizer": optimizer, "lr": 0.01, "decay_norms": False, "warmup": 1}
     whole, resumed = make_net(), make_net()
     fit(whole, checkpoint=tmp_path / "whole.pt", **options)
-    real, calls = step.EagerStep.set_rate, []
+    real, calls = update.Update.set_rate, []
 
     def stop(self, rate):
         calls.append(rate)
@@ -585,7 +586,7 @@ def test_a_resumed_model_is_the_uninterrupted_one(tmp_path, monkeypatch, optimiz
         real(self, rate)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(step.EagerStep, "set_rate", stop)
+        patch.setattr(update.Update, "set_rate", stop)
         fit(make_net(), checkpoint=tmp_path / "run.pt", **options)
     history = fit(resumed, checkpoint=tmp_path / "run.pt", **options)
     assert history.resumed == 2 and len(history.rows) == 3
@@ -757,16 +758,16 @@ def test_a_checkpoint_keeps_the_kind_and_place_of_the_rate(tmp_path):
         assert isinstance(rate, torch.Tensor) and rate.device.type == place
 
 
-# -- the captured step, with a stand-in for CUDA --------------------------------------
+# -- the captured update, with a stand-in for CUDA ------------------------------------
 
 
 class FakeGraph:
     """Records one call while capturing, and makes it again on replay."""
 
     def replay(self):
-        for parameter in self.step.model.parameters():
+        for parameter in self.update.model.parameters():
             parameter.grad = None  # captured gradients are written, not added to
-        self.step.real(self.step.x, self.step.y)
+        update.Update._train(self.update, self.update.x, self.update.y)
 
 
 class FakeStream:
@@ -774,49 +775,105 @@ class FakeStream:
         pass
 
 
-@contextlib.contextmanager
-def fake_capture(graph):
-    graph.step.capturing = True
-    yield
-    graph.step.capturing = False
+class FakeCuda:
+    """Counts eager and captured calls; `fail` says how a capture ends."""
 
+    def __init__(self, monkeypatch, fail=None):
+        self.counts, self.fail, self.sync = {"eager": 0, "captured": 0}, fail, "default"
+        for name, value in {
+            "Stream": FakeStream, "current_stream": FakeStream, "CUDAGraph": FakeGraph,
+            "stream": contextlib.nullcontext, "graph": self.capture,
+            "get_sync_debug_mode": lambda: self.sync,
+            "set_sync_debug_mode": lambda mode: setattr(self, "sync", mode),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(update.GraphUpdate, "_train", self.train)
+        self.capturing = False
 
-def test_captured_steps_equal_eager_ones(monkeypatch):
-    """The bookkeeping alone: warm-up, copies into the graph, batches of other size."""
-    recipe, counts = Recipe(1, lr=0.05), {"eager": 0, "captured": 0}
-    for name, value in {
-        "Stream": FakeStream, "current_stream": FakeStream, "CUDAGraph": FakeGraph,
-        "stream": contextlib.nullcontext, "graph": fake_capture,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, value)
+    @contextlib.contextmanager
+    def capture(self, graph):
+        self.capturing = True
+        try:
+            yield
+        finally:
+            self.capturing = False
 
-    class Watched(step.GraphStep):
-        capturing = False
+    def train(self, x, y):
+        self.counts["captured" if self.capturing else "eager"] += 1
+        if not self.capturing or self.fail:
+            update.Update._train(self.made, x, y)
+        if self.capturing and self.fail:
+            raise self.fail
 
-        def _step(self, x, y):
-            counts["captured" if self.capturing else "eager"] += 1
-            if not self.capturing:
-                self.real(x, y)
-
-        def real(self, x, y):
-            step.EagerStep._step(self, x, y)
-
-    ends, totals = [], []
-    for kind in (step.EagerStep, Watched):
-        model = make_net(dropout=0.0).train()
-        made = kind(model, make_optimizer(model, recipe, torch.device("cpu")), recipe,
-                    "float32")  # fmt: skip
-        FakeGraph.step = made
+    def run(self, model, must=False, replaced=True):
+        """Two epochs of 6 full batches and a smaller one: the end and its totals."""
+        recipe = Recipe(1, lr=0.05)
+        optimizer = make_optimizer(model.train(), recipe, torch.device("cpu"))
+        arguments = model, optimizer, recipe, "float32"
+        made = update.GraphUpdate(*arguments, must=must)
+        self.made = FakeGraph.update = made if replaced else update.Update(*arguments)
         for _ in range(2):
-            made.start_epoch()
+            self.made.start_epoch()
             for x, y in data.batches(make_set(n=100), 16, train=True, drop_last=False):
-                made.set_rate(0.02)
-                made(x, y)
-        ends.append(state_of(model))
-        totals.append(made.totals())
-    assert_same(*ends)
-    assert totals[0] == totals[1] and totals[0][2] == 100
-    assert counts == {"eager": 3 + 2, "captured": 1}, "two batches were smaller"
+                self.made.set_rate(0.02)
+                self.made(x, y)
+        return state_of(model), self.made.totals()
+
+
+class Waiting(nn.Module):
+    """Says what torch says of a network that waits for the GPU, when asked to."""
+
+    def forward(self, x):
+        if torch.cuda.get_sync_debug_mode() == "warn":
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        return x
+
+
+def test_captured_updates_equal_eager_ones(monkeypatch, capsys):
+    """The bookkeeping alone: warm-up, copies into the graph, batches of other size."""
+    cuda = FakeCuda(monkeypatch)
+    eager = cuda.run(make_net(dropout=0.0), replaced=False)
+    captured = cuda.run(make_net(dropout=0.0), must=True)
+    assert_same(eager, captured)
+    assert captured[1][2] == 100
+    assert cuda.counts == {"eager": 3 + 2, "captured": 1}, "two batches were smaller"
+    assert cuda.sync == "default" and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("what", ["waits", "fails"])
+def test_what_cannot_be_captured_is_trained_eagerly_and_said_once(
+    monkeypatch, capsys, what
+):
+    """A capture that fails leaves nothing of its half step, even where it ran."""
+    error = RuntimeError("operation not permitted\nwhen stream is capturing")
+    cuda = FakeCuda(monkeypatch, fail=error if what == "fails" else None)
+    nets = [make_net(dropout=0.0) for _ in range(3)]
+    if what == "waits":
+        for net in nets:
+            net.append(Waiting())
+    eager = cuda.run(nets[0], replaced=False)
+    assert_same(eager, cuda.run(nets[1]))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("no CUDA graph, the step runs eagerly: ")
+    assert ("waits for the GPU" if what == "waits" else "not permitted") in line
+    assert cuda.counts["captured"] == (what == "fails") and cuda.sync == "default"
+    with pytest.raises(ValueError, match=r"cuda_graph=True: .* cannot be captured"):
+        cuda.run(nets[2], must=True)
+
+
+def test_a_graph_is_for_a_gpu_that_wants_one(monkeypatch):
+    made = []
+    monkeypatch.setattr(loop, "make_update", lambda *a, **k: made.append(k) or real(*a))
+    real = update.Update
+    for wanted in ("auto", True, False):
+        fit(make_net(), epochs=0, cuda_graph=wanted)
+    assert [k["cuda_graph"] for k in made] == ["auto", True, False]
+    monkeypatch.undo()
+    fit(make_net(), epochs=0, cuda_graph=False)
+    with pytest.raises(ValueError, match="cuda_graph=True needs a GPU"):
+        fit(make_net(), cuda_graph=True)
+    with pytest.raises(ValueError, match="cuda_graph must be one of"):
+        fit(make_net(), cuda_graph="never")
 
 
 # -- evaluation ----------------------------------------------------------------------
@@ -892,21 +949,13 @@ def test_the_mode_after_fit_does_not_depend_on_resuming(tmp_path):
     assert modes[0] == modes[1]
 
 
-def test_settings_of_torch_are_put_back():
-    was = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    benchmark = torch.backends.cudnn.benchmark
-    try:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        for wanted in (False, True):
-            fit(make_net(), epochs=1, deterministic=wanted)
-            assert torch.are_deterministic_algorithms_enabled()
-            assert torch.is_deterministic_algorithms_warn_only_enabled()
-            assert torch.backends.cudnn.benchmark == benchmark
-    finally:
-        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_cudnn_times_its_algorithms_unless_torch_is_deterministic(wanted, monkeypatch):
+    was, seen = torch.backends.cudnn.benchmark, []
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: wanted)
+    watch = lambda model: seen.append(torch.backends.cudnn.benchmark) or {}  # noqa: E731
+    fit(make_net(), epochs=1, watch=watch)
+    assert seen == [not wanted] and torch.backends.cudnn.benchmark == was
 
 
 # -- recalibration -------------------------------------------------------------------

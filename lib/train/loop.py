@@ -5,10 +5,9 @@ a CPU, ends with bit-identical weights. On a GPU the whole step is one CUDA grap
 nothing is synchronised before the epoch's end.
 """
 
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ from lib.train.recipe import (
     pick_precision,
     rate_at,
 )
-from lib.train.step import EagerStep, GraphStep
+from lib.train.update import Update, make_update
 
 PARTS = ("model", "optimizer", "rows")  # of a checkpoint, beside its identity
 
@@ -73,7 +72,7 @@ def fit(
     checkpoint: str | Path | None = None,
     device: str | torch.device | None = None,
     precision: str = "auto",
-    deterministic: bool = False,
+    cuda_graph: bool | str = "auto",
     label: str = "fit",
     watch: Callable[[nn.Module], dict] | None = None,
     **settings,
@@ -85,7 +84,9 @@ def fit(
     after every epoch and taken up when it belongs to the same recipe, data and starting
     weights; another one is put aside. `precision`: "auto" (bfloat16 autocast where the
     hardware has it), "float32" or "bfloat16". `watch`, where given, adds plain numbers
-    about the model to each epoch's row.
+    about the model to each epoch's row. `cuda_graph`: on a GPU "auto" captures the step
+    where that can be done; True insists; False is for a network that branches in plain
+    Python, of which a graph would repeat one branch for ever.
     Parameters that do not require a gradient stay as they are.
 
     Raises `ValueError` for bad settings and when the loss stops being finite.
@@ -101,8 +102,7 @@ def fit(
     rows, before = _resume(checkpoint, identity, model, optimizer)
     history = History(rows, str(device), precision, resumed=len(rows))
     history.made_with = made_with() if len(rows) < recipe.epochs else before
-    make_step = GraphStep if device.type == "cuda" else EagerStep
-    step = make_step(model, optimizer, recipe, precision)
+    update = make_update(model, optimizer, recipe, precision, cuda_graph=cuda_graph)
     steps = count_batches(train_set, recipe.batch_size, train=True)
     report = Report(recipe, steps, label, done=history.resumed)
     train_set = train_set.to(device)
@@ -114,9 +114,9 @@ def fit(
             made_with=history.made_with,
         )  # fmt: skip
 
-    with report, _determinism(deterministic), modes_kept(model):
+    with report, _tuned_convolutions(), modes_kept(model):
         for epoch in range(history.resumed, recipe.epochs):
-            row = _run_epoch(model, train_set, step, recipe, epoch, report, layout)
+            row = _run_epoch(model, train_set, update, recipe, epoch, report, layout)
             if val_set is not None:
                 row["val_top1"] = evaluate(
                     model, val_set, resolution=recipe.resolution
@@ -265,7 +265,7 @@ def _resume(
 
 
 def _run_epoch(
-    model, train_set, step, recipe: Recipe, epoch: int, report, layout
+    model, train_set, update: Update, recipe: Recipe, epoch: int, report, layout
 ) -> dict:
     stream = batches(
         train_set, recipe.batch_size, train=True, augment=recipe.augment,
@@ -274,16 +274,16 @@ def _run_epoch(
     )  # fmt: skip
     steps = count_batches(train_set, recipe.batch_size, train=True)
     model.train()
-    step.start_epoch()
+    update.start_epoch()
     start = time.perf_counter()
-    with torch.random.fork_rng(devices=_cuda_devices(train_set)):
-        _seed_dropout(recipe.seed * 1_000_003 + epoch, train_set)
+    # The same dropout, whether or not the run was taken up before this epoch.
+    with seeded(recipe.seed, epoch, train_set.images.device):
         for i, (x, y) in enumerate(stream):
             rate = rate_at(recipe, epoch + i / steps)
-            step.set_rate(rate)
-            step(x.contiguous(memory_format=layout), y)
-            report.step_done(step)
-    loss, top1, seen = step.totals()  # the epoch's only synchronisation on a GPU
+            update.set_rate(rate)
+            update(x.contiguous(memory_format=layout), y)
+            report.step_done(update)
+    loss, top1, seen = update.totals()  # the epoch's only synchronisation on a GPU
     seconds = time.perf_counter() - start
     if not loss < float("inf"):  # NaN too
         raise ValueError(
@@ -296,11 +296,15 @@ def _run_epoch(
     }  # fmt: skip
 
 
-def _seed_dropout(seed: int, images: ImageSet) -> None:
-    """The same dropout in an epoch, whether or not the run was taken up before it."""
-    torch.default_generator.manual_seed(seed)
-    if images.images.is_cuda:
-        torch.cuda.manual_seed(seed)
+@contextmanager
+def seeded(seed: int, stream: int, device: torch.device) -> Iterator[None]:
+    """torch's generators, set from (seed, stream) while inside and put back after."""
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device.index or 0] if on_gpu else []):
+        torch.default_generator.manual_seed(seed * 1_000_003 + stream)
+        if on_gpu:
+            torch.cuda.manual_seed(seed * 1_000_003 + stream)
+        yield
 
 
 def _count_batch(output: Tensor, y: Tensor) -> Tensor:
@@ -340,22 +344,11 @@ def _check_sets(
 
 
 @contextmanager
-def _determinism(wanted: bool) -> Iterator[None]:
-    """Deterministic algorithms on a GPU while inside (a CPU run always is)."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = not wanted
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+def _tuned_convolutions() -> Iterator[None]:
+    """cuDNN picks by timing while inside, unless torch was told to be deterministic."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        torch.backends.cudnn.benchmark = benchmark
-
-
-def _cuda_devices(images: ImageSet) -> Sequence[int]:
-    device = images.images.device
-    return [device.index or 0] if device.type == "cuda" else []
+        torch.backends.cudnn.benchmark = before

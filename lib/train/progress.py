@@ -33,10 +33,10 @@ class Report:
     def __exit__(self, *exception) -> None:
         self.bar.close()
 
-    def step_done(self, step) -> None:
+    def step_done(self, update) -> None:
         self.bar.update()
-        if not self.bar.disable and step.cheap_to_read and self.bar.n % 20 == 0:
-            loss, top1, _ = step.totals()
+        if not self.bar.disable and update.cheap_to_read and self.bar.n % 20 == 0:
+            loss, top1, _ = update.totals()
             self.bar.set_postfix(
                 epoch=self.done + 1, loss=f"{loss:.3f}", acc=f"{top1:.1f}"
             )

@@ -1,13 +1,22 @@
 """How a network is trained: the settings, checked, and what follows from them."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 
 import torch
 from torch import nn
 
-from lib.messages import check_known
+from lib.messages import check_choice, check_known
 from lib.settings import Rule, check_rule
+
+
+def setting(default=MISSING, kind=None, *, low=-math.inf, high=math.inf, choices=()):
+    """A field whose values are of one kind, in [low, high) or among `choices`.
+
+    The kind is the default's type, unless told.
+    """
+    rule = Rule(kind or type(default), low, high, choices)
+    return field(default=default, metadata={"rule": rule})
 
 
 @dataclass(frozen=True)
@@ -26,33 +35,34 @@ class Recipe:
     another type, out of range, NaN or infinite.
     """
 
-    epochs: int
-    lr: float = 0.1
-    batch_size: int = 128
-    optimizer: str = "sgd"
-    momentum: float = 0.9
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    nesterov: bool = True
-    weight_decay: float = 5e-4
-    decay_norms: bool = True
-    schedule: str = "cosine"
-    milestones: tuple[float, ...] = ()
-    gamma: float = 0.1
-    warmup: float = 0.0
-    label_smoothing: float = 0.0
-    aux_weight: float = 0.3
-    augment: bool = True
-    resolution: int | None = None
-    seed: int = 0
+    epochs: int = setting(kind=int, low=0)
+    lr: float = setting(0.1, low=1e-12)
+    batch_size: int = setting(128, low=1)
+    optimizer: str = setting("sgd", choices=("sgd", "adam"))
+    momentum: float = setting(0.9, low=0, high=1)
+    adam_betas: tuple[float, float] = setting((0.9, 0.999), float, low=0, high=1)
+    nesterov: bool = setting(True)
+    weight_decay: float = setting(5e-4, low=0)
+    decay_norms: bool = setting(True)
+    schedule: str = setting("cosine", choices=("cosine", "step", "constant"))
+    milestones: tuple[float, ...] = setting((), float, low=0)
+    gamma: float = setting(0.1, low=0)
+    warmup: float = setting(0.0, low=0)
+    label_smoothing: float = setting(0.0, low=0, high=1)
+    aux_weight: float = setting(0.3, low=0)
+    augment: bool = setting(True)
+    resolution: int | None = setting(None, int, low=1)
+    seed: int = setting(0, low=0, high=2**31)
 
     def __new__(cls, *values, **settings):
         """Refuse unknown names before the generated `__init__` sees them."""
-        check_known("recipe setting", settings, RULES)
+        check_known("recipe setting", settings, [f.name for f in fields(cls)])
         return super().__new__(cls)
 
     def __post_init__(self):
-        for name, rule in RULES.items():
-            object.__setattr__(self, name, _check(name, getattr(self, name), rule))
+        for entry in fields(self):
+            value = _check(entry, getattr(self, entry.name))
+            object.__setattr__(self, entry.name, value)
         if len(self.adam_betas) != 2:
             raise ValueError(f"adam_betas must be two numbers, got {self.adam_betas!r}")
         if self.warmup > self.epochs:
@@ -65,43 +75,22 @@ class Recipe:
         """A name for files: epochs, rate, whatever is not the default, seed."""
         usual = {"epochs", "lr", "seed"}
         changed = [
-            f"{field.name}{_show(getattr(self, field.name))}"
-            for field in fields(self)
-            if field.name not in usual and getattr(self, field.name) != field.default
+            f"{entry.name}{_show(getattr(self, entry.name))}"
+            for entry in fields(self)
+            if entry.name not in usual and getattr(self, entry.name) != entry.default
         ]
         parts = [f"{self.epochs}epochs", f"lr{self.lr:g}", *changed, f"seed{self.seed}"]
         return "-".join(parts)
 
 
-RULES = {
-    "epochs": Rule(int, 0),
-    "lr": Rule(float, 1e-12),
-    "batch_size": Rule(int, 1),
-    "optimizer": Rule(str, choices=("sgd", "adam")),
-    "momentum": Rule(float, 0.0, 1.0),
-    "adam_betas": Rule(float, 0.0, 1.0),
-    "nesterov": Rule(bool),
-    "weight_decay": Rule(float, 0.0),
-    "decay_norms": Rule(bool),
-    "schedule": Rule(str, choices=("cosine", "step", "constant")),
-    "milestones": Rule(float, 0.0),
-    "gamma": Rule(float, 0.0),
-    "warmup": Rule(float, 0.0),
-    "label_smoothing": Rule(float, 0.0, 1.0),
-    "aux_weight": Rule(float, 0.0),
-    "augment": Rule(bool),
-    "resolution": Rule(int, 1),
-    "seed": Rule(int, 0, 2**31),
-}
-
-
-def _check(name: str, value, rule: Rule):
+def _check(entry: Field, value):
     """The value in plain Python types: a checkpoint can hold no numpy number."""
-    if name in {"adam_betas", "milestones"}:
+    name, rule = entry.name, entry.metadata["rule"]
+    if isinstance(entry.default, tuple):
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{name} must be a tuple of numbers, got {value!r}")
         return tuple(check_rule(name, _plain(item), rule) for item in value)
-    if name == "resolution" and value is None:
+    if value is None and entry.default is None:
         return None
     return check_rule(name, _plain(value), rule)
 
@@ -139,14 +128,11 @@ def make_optimizer(
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter requires a gradient, there is nothing to train")
-    groups = [{"params": trained, "weight_decay": recipe.weight_decay}]
+    bare = [p for p in trained if p.ndim <= 1 and not recipe.decay_norms]
+    decayed = [p for p in trained if p.ndim > 1 or recipe.decay_norms]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}]
     if not recipe.decay_norms:
-        decayed = [p for p in trained if p.ndim > 1]
-        rest = [p for p in trained if p.ndim <= 1]
-        groups = [
-            {"params": decayed, "weight_decay": recipe.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ]
+        groups.append({"params": bare, "weight_decay": 0.0})
     on_gpu = device.type == "cuda"
     lr = torch.tensor(recipe.lr, device=device) if on_gpu else recipe.lr
     if recipe.optimizer == "adam":
@@ -186,21 +172,13 @@ def pick_precision(precision: str, device: torch.device, model: nn.Module) -> st
 
     A float64 model always keeps its own precision.
     """
-    if precision not in {"auto", "float32", "bfloat16"}:
-        raise ValueError(
-            f"precision must be 'auto', 'float32' or 'bfloat16', got {precision!r}"
-        )
+    check_choice("precision", precision, ("auto", "float32", "bfloat16"))
     if next(model.parameters()).dtype != torch.float32:
         return "float32"
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    return "bfloat16" if _cpu_has_bf16() else "float32"
-
-
-def _cpu_has_bf16() -> bool:
-    return any(
-        getattr(torch.cpu, name, bool)()
-        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    fast = any(getattr(torch.cpu, name, bool)() for name in names)
+    return "bfloat16" if fast else "float32"

@@ -22,7 +22,7 @@ from lib.scop import block_layers, selection
 from lib.scop.controls.base import NoControl, Noise, Shuffle
 from lib.scop.layers import find_pairs
 from lib.train.recipe import Recipe, make_optimizer, pick_device, pick_precision
-from lib.train.step import EagerStep
+from lib.train.update import Update
 
 BATCH, GOAL, SHAPE = 128, 2.2, (3, 32, 32)
 
@@ -49,15 +49,15 @@ class ComposedNet(selection.MixedNet):
             selection.mix_norm_relu = kernel
 
 
-def make_step(net: nn.Module, device: torch.device, optimizer: str) -> EagerStep:
+def make_step(net: nn.Module, device: torch.device, optimizer: str) -> Update:
     """A training step of `net` in the precision that `train.fit` would pick."""
     recipe = Recipe(epochs=1, lr=1e-3, optimizer=optimizer)
     net = net.to(device, memory_format=torch.channels_last).train()
     precision = pick_precision("auto", device, net)
-    return EagerStep(net, make_optimizer(net, recipe, device), recipe, precision)
+    return Update(net, make_optimizer(net, recipe, device), recipe, precision)
 
 
-def build_steps(device: torch.device) -> dict[str, EagerStep]:
+def build_steps(device: torch.device) -> dict[str, Update]:
     """Training, and selection by arm."""
     model = models.build("resnet20")
     pairs = find_pairs(build_graph(model, SHAPE), model)
@@ -70,7 +70,7 @@ def build_steps(device: torch.device) -> dict[str, EagerStep]:
     return steps | {"shuffle, composed": make_step(composed, device, "adam")}
 
 
-def time_steps(steps: dict[str, EagerStep], rounds: int, device) -> dict[str, list]:
+def time_steps(steps: dict[str, Update], rounds: int, device) -> dict[str, list]:
     """Seconds of each step, in turns; the first two rounds warm up."""
     x = torch.randn(BATCH, *SHAPE, device=device)
     x = x.contiguous(memory_format=torch.channels_last)

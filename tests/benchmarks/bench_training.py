@@ -30,7 +30,7 @@ from torchvision import transforms
 from lib import data, models, paths, train
 from lib.data import ImageSet
 from lib.train.recipe import Recipe, make_optimizer, pick_precision
-from lib.train.step import EagerStep
+from lib.train.update import Update
 
 BATCH, GOAL = 128, 1.8
 
@@ -139,7 +139,7 @@ def compare(images: ImageSet, rounds: int) -> None:
 # -- where a step spends its time ------------------------------------------------------
 
 
-def make_step(precision: str, *, fused=True, channels_last=True) -> EagerStep:
+def make_step(precision: str, *, fused=True, channels_last=True) -> Update:
     form = torch.channels_last if channels_last else torch.contiguous_format
     net = build_net().to(memory_format=form).train()
     recipe = Recipe(1, lr=0.01)
@@ -148,7 +148,7 @@ def make_step(precision: str, *, fused=True, channels_last=True) -> EagerStep:
         optimizer = torch.optim.SGD(
             net.parameters(), 0.01, 0.9, weight_decay=5e-4, nesterov=True, foreach=True
         )
-    return EagerStep(net, optimizer, recipe, precision)
+    return Update(net, optimizer, recipe, precision)
 
 
 def time_alternating(calls: dict, rounds: int) -> dict[str, float]:
@@ -199,7 +199,7 @@ def profile(images: ImageSet, rounds: int) -> None:
     print(table)
 
 
-def forward(step: EagerStep, x) -> None:
+def forward(step: Update, x) -> None:
     with torch.autocast("cpu", torch.bfloat16, step.autocast, cache_enabled=False):
         step.model(x)
 
