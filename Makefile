@@ -2,7 +2,8 @@
 # lock if it is not there yet (.ci/setup).
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help venv reproduce publish lab test bench check notebooks lock clean
+.PHONY: help venv reproduce publish lab test bench check environment notebooks strip \
+  lock clean
 
 PROFILE ?= quick
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
@@ -31,12 +32,13 @@ publish: venv  ## copy a finished profile's figures and rows to where they are c
 	@.venv/bin/python -m lib.report --profile $(PROFILE) --publish
 
 lab: venv  ## open the notebooks in JupyterLab
-	@jupyter lab notebooks $(ARGS)
+	@jupyter lab --LabApp.default_url=/lab/tree/notebooks $(ARGS)
 
-# one run for both; a fresh folder keeps tests away from your runs and figures
-test: venv  ## unit tests, then every committed notebook against its outputs
+# one run for both, on one thread a process; a fresh folder keeps tests away from yours
+test: venv  ## unit tests, and every committed notebook against its outputs
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
-	PRUNING_RUNS=$$runs TQDM_DISABLE=1 .venv/bin/python -m pytest -q \
+	PRUNING_RUNS=$$runs TQDM_DISABLE=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
+	  .venv/bin/python -m pytest -q -n $(CORES) --no-loadscope-reorder \
 	  tests notebooks --ignore=tests/benchmarks --nbval-lax --nbval-current-env \
 	  --nbval-cell-timeout=600 --nbval-kernel-startup-timeout=120 \
 	  $(if $(MAKE_TERMOUT),,--color=no) $(ARGS)
@@ -46,14 +48,24 @@ bench:  ## speed and comparison scripts in tests/benchmarks
 	@for script in tests/benchmarks/[a-z]*.py; do \
 	  echo "== $$script"; .venv/bin/python "$$script" $(ARGS) || exit 1; done
 
-check: venv  ## ruff over library, tests and notebooks
-	@ruff check lib tests notebooks .ci $(ARGS)
+check: venv  ## style, form and types of library, tests and notebooks
+	@ruff check lib tests notebooks .ci
+	@ruff format --check --quiet lib tests .ci || \
+	  { echo 'check: `.venv/bin/ruff format lib tests .ci` mends the form'; exit 1; }
+	@.venv/bin/python .ci/check_types.py
 
-# committed notebooks are executed ones: in order, from nothing, without run metadata
+environment: venv  ## versions and device, for a report of a fault
+	@.venv/bin/python -m lib.settings
+
+# committed notebooks are executed ones: in order, from nothing, without run metadata;
+# `make publish` then copies their figures
 notebooks: venv  ## execute the notebooks anew, in place, as they are committed
 	@rm -rf '$(RUNS)/quick'; for book in notebooks/[0-9]*.ipynb; do \
 	  echo "$$book"; TQDM_DISABLE=1 papermill "$$book" "$$book" -k python3 \
 	    --no-progress-bar --log-level ERROR || exit 1; done
+	@$(MAKE) --no-print-directory strip
+
+strip:  # what differs from one execution to the next
 	@nbstripout --keep-output --keep-count --drop-empty-cells --extra-keys \
 	  "metadata.widgets metadata.papermill cell.metadata.papermill cell.metadata.execution" \
 	  notebooks/[0-9]*.ipynb

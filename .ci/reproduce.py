@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path(os.environ.get("PRUNING_RUNS") or ROOT / "data" / "runs").resolve()
+GPU = next(Path("/dev").glob("nvidia[0-9]*"), None)
 MARK = "PRUNING_REPRODUCE"  # in the environment of everything a run starts
 
 
@@ -184,14 +185,6 @@ def show_results(profile):
     return 0
 
 
-def count_gpus():
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    except OSError:
-        return 0
-    return listed.stdout.count("GPU ")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("profile", help="quick, or a name in notebooks/params")
@@ -204,8 +197,8 @@ def main():
         sys.exit(f"reproduce: no profile {options.profile!r}; have {', '.join(known)}")
     arguments = ["--cores", options.cores, *more]  # of two --config, the last counts
     arguments += ["--config", *options.config, f"profile={options.profile}"]
-    if not any(word.startswith("--res") for word in more) and count_gpus() > 0:
-        arguments += ["--resources", "gpu=1"]  # every notebook takes the first one
+    if GPU and not any(word.startswith("--res") for word in more):
+        arguments += ["--resources", "gpu=1"]  # notebooks take the first, in turn
     if {"-n", "--dry-run", "--dryrun"} & set(more):  # Snakemake's own words
         engine = start_snakemake(arguments)
         sys.stdout.writelines(engine.stdout)

@@ -2,3 +2,5 @@
 
 data -> model -> score -> plan -> shrink -> recover -> report
 """
+
+__version__ = "0.1.0"

@@ -18,14 +18,25 @@ RESULTS = ROOT / "data" / "results"
 FIGURES = ROOT / "figures"
 
 
+def checkout() -> Path:
+    """The repository that this file lies in; ValueError where `lib` alone is there."""
+    if not (ROOT / "notebooks").is_dir():
+        raise ValueError(
+            "lib is installed without its repository (no notebooks, no data): work in "
+            "a checkout, or set PRUNING_DATA and PRUNING_RUNS to folders of your own"
+        )
+    return ROOT
+
+
 def data_root(root: str | Path | None = None) -> Path:
     """The folder of the data sets: `root`, else `PRUNING_DATA`, else `data/`."""
-    return Path(root or os.environ.get("PRUNING_DATA") or ROOT / "data").resolve()
+    root = root or os.environ.get("PRUNING_DATA") or checkout() / "data"
+    return Path(root).resolve()
 
 
 def runs_root() -> Path:
     """The folder for everything a run makes: `PRUNING_RUNS`, else `data/runs/`."""
-    return Path(os.environ.get("PRUNING_RUNS") or ROOT / "data" / "runs").resolve()
+    return Path(os.environ.get("PRUNING_RUNS") or checkout() / "data/runs").resolve()
 
 
 def shown(path: str | Path) -> str:

@@ -137,7 +137,10 @@ def main() -> None:
         help="copy its figures to figures/ and its rows to data/results/",
     )  # fmt: skip
     options = parser.parse_args()
-    profile, runs = options.profile, settings.read_profile(options.profile)
+    try:
+        profile, runs = options.profile, settings.read_profile(options.profile)
+    except ValueError as error:
+        raise SystemExit(f"report: {error}") from None
     missing = [run.name for run in runs if not _has_run(run)]
     if len(missing) == len(runs) or (missing and options.publish):
         names = ", ".join(missing)

@@ -3,6 +3,10 @@
 A notebook's parameters are plain assignments; `check` is the cell after them. A profile
 is a YAML file that names notebooks and the parameters it changes; `read_profile` turns
 it into runs, or refuses it before anything has run.
+
+    python -m lib.settings
+
+prints the versions and the device that a report of a fault should name.
 """
 
 import itertools
@@ -19,73 +23,49 @@ from typing import Any
 
 import torch
 
+import lib
 from lib import paths
 from lib.messages import suggest
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a parameter may be: its type, bounds (low included, high not), choices."""
+    """What a parameter may be: its type, bounds (low included, high not), choices.
+
+    With `many` it is a list of such values, with at least one.
+    """
 
     kind: type
     low: float = -math.inf
     high: float = math.inf
     choices: tuple = ()
+    many: bool = False
 
 
-NAME = Rule(str)
-COUNT = Rule(int, 0)
-SHARE = Rule(float, 0.0, 1.0)
+ABOVE_ONE = math.nextafter(1.0, 2.0)  # as an upper bound it lets 1 in
+COUNTS = """
+n_train epochs baseline_epochs finetune_epochs control_epochs select_epochs
+select_images resolution depth_epochs depth_images point_images part
+""".split()
+ONES = "threads batch_size repetitions rounds multiple parts degree".split()
+POSITIVE = "lr baseline_lr finetune_lr select_lr".split()
 PARAMETERS = {
-    "run": NAME,
-    "dataset": NAME,
-    "net": NAME,
-    "pretrained": Rule(bool),
-    "threads": Rule(int, 1),
+    **dict.fromkeys(("run", "dataset", "net", "control"), Rule(str)),
+    **dict.fromkeys(("methods", "controls"), Rule(str, many=True)),
+    **dict.fromkeys(("pretrained", "interior"), Rule(bool)),
+    **dict.fromkeys(COUNTS, Rule(int, 0)),
+    **dict.fromkeys(ONES, Rule(int, 1)),
+    **dict.fromkeys(POSITIVE, Rule(float, 1e-12)),
+    **dict.fromkeys(("seeds", "depths"), Rule(int, 0, many=True)),
     "seed": Rule(int, 0, 2**31),
-    "seeds": Rule(list),
-    "n_train": COUNT,
-    "batch_size": Rule(int, 1),
-    "epochs": COUNT,
-    "baseline_epochs": COUNT,
-    "finetune_epochs": COUNT,
-    "lr": Rule(float, 1e-12),
-    "baseline_lr": Rule(float, 1e-12),
-    "finetune_lr": Rule(float, 1e-12),
-    "rate": SHARE,
-    "rates": Rule(list),
-    "methods": Rule(list),
-    "residual": Rule(str, choices=("tie", "scatter", "keep")),
-    "resolution": COUNT,
-    "control": NAME,
-    "controls": Rule(list),
-    "control_epochs": COUNT,
-    "select_epochs": COUNT,
-    "select_images": COUNT,
-    "select_lr": Rule(float, 1e-12),
-    "repetitions": Rule(int, 1),
-    "alpha": Rule(float, 0.0, math.nextafter(1.0, 2.0)),
     "feature_images": Rule(int, 2),
-    "depths": Rule(list),
-    "depth_epochs": COUNT,
-    "depth_images": COUNT,
-    "keep": Rule(float, 1e-12, math.nextafter(1.0, 2.0)),
+    "rate": Rule(float, 0.0, 1.0),
+    "rates": Rule(float, 0.0, 1.0, many=True),
+    "alpha": Rule(float, 0.0, ABOVE_ONE),
+    "keep": Rule(float, 1e-12, ABOVE_ONE),
+    "residual": Rule(str, choices=("tie", "scatter", "keep")),
     "width": Rule(str, choices=("uniform", "inner")),
     "design": Rule(str, choices=("axis", "interleaved", "both", "grid")),
-    "rounds": Rule(int, 1),
-    "interior": Rule(bool),
-    "multiple": Rule(int, 1),
-    "point_images": COUNT,
-    "part": COUNT,
-    "parts": Rule(int, 1),
-    "degree": Rule(int, 1),
-}
-ELEMENTS = {
-    "rates": SHARE,
-    "methods": NAME,
-    "controls": NAME,
-    "seeds": COUNT,
-    "depths": COUNT,
 }
 
 
@@ -120,11 +100,12 @@ def check_value(name: str, value: Any) -> Any:
     """One parameter against its rule in `PARAMETERS`."""
     if name not in PARAMETERS:
         raise ValueError(f"unknown parameter '{name}'{suggest(name, PARAMETERS)}")
-    if PARAMETERS[name].kind is list:
-        if not isinstance(value, (list, tuple)) or not value:
-            raise ValueError(f"{name} must be a list with an entry, got {value!r}")
-        return [check_rule(name, item, ELEMENTS[name]) for item in value]
-    return check_rule(name, value, PARAMETERS[name])
+    rule = PARAMETERS[name]
+    if not rule.many:
+        return check_rule(name, value, rule)
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"{name} must be a list with an entry, got {value!r}")
+    return [check_rule(name, item, rule) for item in value]
 
 
 def check_rule(name: str, value: Any, rule: Rule) -> Any:
@@ -181,6 +162,7 @@ def read_profile(profile: str, *, threads: int | None = None) -> list[Run]:
     """
     import yaml
 
+    paths.checkout()
     folder = paths.NOTEBOOKS / "params"
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if profile not in known:
@@ -235,7 +217,7 @@ def _find_varied(profile: str, notebook: str, changes: dict) -> dict[str, list]:
     grid = {}
     for name, value in changes.items():
         rule = PARAMETERS.get(name)
-        if not isinstance(value, list) or (rule and rule.kind is list):
+        if not isinstance(value, list) or (rule and rule.many):
             check_value(name, value)
             continue
         grid[name] = [check_value(name, item) for item in value]
@@ -278,6 +260,8 @@ def use_threads(threads: int) -> None:
 def environment() -> dict[str, str]:
     """Versions, device and code revision, for metrics.json."""
     return {
+        "lib": lib.__version__,
+        "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "torchvision": version("torchvision"),
         "numpy": version("numpy"),
@@ -315,3 +299,8 @@ def code_revision() -> str:
     revision = git("log", "-1", "--format=%h", "--", "lib")
     changed = git("status", "--porcelain", "--", "lib")
     return revision + ("+" if changed else "") if revision else "unknown"
+
+
+if __name__ == "__main__":
+    for name, value in environment().items():
+        print(f"{name:12} {value}")

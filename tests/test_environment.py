@@ -19,13 +19,25 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import lib
+from lib import paths, report, settings
+
 ROOT = Path(__file__).resolve().parent.parent
+TOOL = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 LINES = [*PROJECT["dependencies"], *(line for e in EXTRAS.values() for line in e)]
 ALL = [Requirement(line) for line in LINES]
 REPRODUCE = ROOT / ".ci/reproduce.py"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def load_script(name: str):
+    """A file of .ci as a module."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / ".ci" / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def read_lock() -> list[Requirement]:
@@ -87,12 +99,78 @@ def test_installed_version_is_the_locked_one(dependency):
     assert [version_of(pin) for pin in pins] == [installed.split("+")[0]]
 
 
+def test_the_version_is_one_number_everywhere():
+    citation = (ROOT / "CITATION.cff").read_text()
+    (cited,) = re.findall(r"^version: (.+)$", citation, flags=re.MULTILINE)
+    assert lib.__version__ == PROJECT["version"] == cited
+    assert f"## {cited}" in (ROOT / ".github/CHANGELOG.md").read_text()
+
+
+def test_an_installed_lib_is_typed():
+    """Without package-data a wheel leaves py.typed behind, and checkers see nothing."""
+    assert (ROOT / "lib/py.typed").is_file()
+    assert TOOL["setuptools"]["package-data"] == {"lib": ["py.typed"]}
+
+
+# ---- lib without its repository ----
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """`lib` as a wheel installs it: no notebooks and no data beside it."""
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    for name in ("PRUNING_DATA", "PRUNING_RUNS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [paths.data_root, paths.runs_root, lambda: settings.read_profile("quick")],
+)
+def test_an_installed_lib_says_what_is_missing(installed, use):
+    with pytest.raises(ValueError, match="lib is installed without its repo") as error:
+        use()
+    assert "\n" not in str(error.value)
+
+
+def test_an_installed_lib_works_in_folders_of_ones_own(installed, tmp_path):
+    assert paths.data_root(tmp_path / "a") == tmp_path / "a"
+    assert settings.code_revision() == "unknown"
+
+
+def test_the_report_ends_in_one_line_where_there_is_no_profile(installed, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report"])
+    with pytest.raises(SystemExit, match=r"^report: lib is installed without"):
+        report.main()
+
+
+# ---- types ----
+
+SAID = """lib/graph/trace.py:3: error: Missing return  [return]
+lib/nisp/frl.py:9: error: Incompatible types  [assignment]
+lib/nisp/frl.py:9: note: see the manual
+Found 2 errors in 2 files (checked 80 source files)
+"""
+
+
+def test_types_are_strict_in_some_rooms_and_counted_in_the_others():
+    types = load_script("check_types.py")
+    errors = types.find_errors(SAID)
+    assert len(errors) == 2
+    strict = types.list_strict({"tool": TOOL})
+    assert strict == ("lib/graph/", "lib/plan/", "lib/surgery/")
+    assert types.judge(errors, strict, allowed=1) == errors[:1]
+    assert types.judge(errors[1:], strict, allowed=1) == []
+    assert "1 errors outside" in types.judge(errors[1:], strict, allowed=0)[0]
+    assert "write 1 to" in types.judge(errors[1:], strict, allowed=2)[0]
+
+
 # ---- entry points ----
 
 
 def test_ci_runs_the_documented_test_command():
     commands = [line.strip() for line in (ROOT / ".ci/run").read_text().splitlines()]
-    assert "make test" in commands
+    assert commands[-2:] == ["make check", "make test"]
     assert re.search(r"^test:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert os.access(ROOT / ".ci/run", os.X_OK)
     assert "make test" in (ROOT / "README.md").read_text()
@@ -123,10 +201,7 @@ Error in rule score:
 
 def load_reproduce(monkeypatch, runs: Path):
     monkeypatch.setenv("PRUNING_RUNS", str(runs))
-    spec = importlib.util.spec_from_file_location("reproduce", REPRODUCE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("reproduce.py")
 
 
 def test_reproduce_shows_steps_and_names_failed_notebooks(

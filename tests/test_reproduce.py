@@ -82,6 +82,15 @@ def test_a_run_starts_with_the_same_arguments(reproduce, monkeypatch):
     assert parse_config(read.config) == PROFILE | {"threads": 1}
 
 
+@pytest.mark.parametrize("more, gpus", [([], 1), (["--resources", "gpu=2"], 2)])
+def test_notebooks_take_turns_on_a_gpu(reproduce, monkeypatch, more, gpus):
+    monkeypatch.setattr(reproduce, "GPU", "/dev/nvidia0")
+    read = ask(reproduce, monkeypatch, "cifar10_cpu", "-n", *more)
+    assert read.resources["gpu"].value == gpus
+    monkeypatch.setattr(reproduce, "GPU", None)
+    assert not ask(reproduce, monkeypatch, "cifar10_cpu", "-n").resources
+
+
 def test_unknown_profiles_are_refused(reproduce, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "nonsense", "--config", "a=1"])
     with pytest.raises(SystemExit, match=r"no profile 'nonsense'; have .*quick"):
