@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import io
+import pickle
 import random
 from dataclasses import replace
 
@@ -87,12 +89,13 @@ def turned(batch):
 
 
 def mix(model, control, layers=None, shape=SHAPE) -> MixedNet:
-    norms = selection._pick_layers(model, shape, layers)
-    return MixedNet(model, control, norms, shape).train()
+    return MixedNet(
+        model, control, selection._pick_layers(model, shape, layers)
+    ).train()
 
 
 def parameters_of(mixed: MixedNet) -> dict[str, nn.Parameter]:
-    return {n: mixed.net.get_submodule(m).beta for n, m in mixed.norms.items()}
+    return {n: mixed.net.get_submodule(m).share for n, m in mixed.norms.items()}
 
 
 def set_betas(mixed: MixedNet, values) -> None:
@@ -275,7 +278,6 @@ def test_the_controls_half_stays_pure():
     seen = {}
     mixed.net.one.conv1.register_forward_hook(lambda m, a, y: seen.update(conv=y))
     hook = mixed.net.one.bn1.register_forward_hook(lambda m, a, y: seen.update(bn=y))
-    mixed.net.one.bn1.relu = False
     set_betas(mixed, 2)
     mixed(x)
     hook.remove()
@@ -420,7 +422,7 @@ def test_evaluation_does_not_know_of_betas():
 def test_only_betas_are_trained():
     mixed = mix(tiny(dropout=0.3), Shuffle(SHAPE))
     trained = [n for n, p in mixed.named_parameters() if p.requires_grad]
-    assert len(trained) == 4 and all(n.endswith(".beta") for n in trained)
+    assert len(trained) == 4 and all(n.endswith(".share") for n in trained)
 
 
 # -- resuming -------------------------------------------------------------------------
@@ -529,7 +531,7 @@ def test_selection_runs_and_moves_every_layer(name, count, side, layers, arm):
     batch_size = min(count, 16)
     found = select(net, images, arm(shape), **ONCE | {"batch_size": batch_size})
     start = 1.0 if arm is NoControl else 0.5
-    assert len(found) == layers and found.paired == (arm is not NoControl)
+    assert len(found) == layers
     for layer, beta in found.items():
         assert len(beta) == net.get_submodule(layer).out_channels
         assert (beta != start).any(), layer
@@ -591,7 +593,7 @@ def test_modules_with_two_names_are_mixed_under_both():
 
 def test_a_norm_with_two_names_is_replaced_under_both():
     net = plain(alias=True)
-    outer = selection.MixedNorm(net.bn2, relu=False)
+    outer = selection.MixedNorm(net.bn2)
     selection._put_around(net, "bn2", outer)
     assert net.bn2 is outer and net.features[4] is outer and outer.norm is not outer
     assert isinstance(outer.norm, nn.BatchNorm2d)
@@ -639,97 +641,36 @@ def test_without_control_gates_stand_behind_the_norm_and_no_control_is_sampled()
     assert torch.allclose(mixed(x), wanted, rtol=0, atol=1e-12)
 
 
-def test_importance_without_a_control_is_the_scale_times_the_gate():
-    net = tiny()
-    found = select(net, digits(), NoControl(SHAPE), lr=0.1, **ONCE)
-    every = torch.cat(list(found.values()))
-    assert every.max() == 1 and every.min() < 1 and not found.paired
-    scores = importance(net, found)
-    for name, norm in found.norms.items():
-        gamma = net.get_submodule(norm).weight.detach()
-        assert torch.equal(scores[name], gamma.abs() * found[name])
+COPIES = {
+    "itself": lambda betas: betas,
+    "dict": dict,
+    "copy": lambda betas: betas.copy(),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda betas: pickle.loads(pickle.dumps(betas)),
+    "filtered": lambda betas: {n: b for n, b in betas.items() if b.numel()},
+    "saved": lambda betas: save_and_load(dict(betas)),
+}
 
 
-# -- the ReLU that is computed at once ------------------------------------------------
+def save_and_load(value):
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=True)
 
 
-class Relus(nn.Module):
-    """ReLUs in every spelling, and BatchNorms that others read as well."""
-
-    def __init__(self):
-        super().__init__()
-        self.convs = nn.ModuleList(
-            nn.Conv2d(4 if i else 1, 4, 3, padding=1) for i in range(8)
-        )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(8))
-        self.module, self.linear = nn.ReLU(inplace=True), nn.Linear(4, 10)
-
-    def forward(self, x):
-        def step(i, x):
-            return self.norms[i](self.convs[i](x))
-
-        x = self.module(step(0, x))
-        x = self.module(step(1, x))
-        x = torch.relu(input=step(2, x))
-        x = step(3, x).relu_()
-        x = F.relu(step(4, x), inplace=True)
-        y = step(5, x)
-        x = F.relu(y) + 0.5 * y  # fusing this one would be wrong
-        x = F.relu6(step(6, x)) - F.leaky_relu(x)
-        y = step(7, x)
-        return self.linear((torch.relu(y) + y.relu()).mean((2, 3)))
-
-
-def relus() -> Relus:
-    torch.manual_seed(2)
-    return oracle.roughen(Relus())
-
-
-FUSED = [False, True, True, True, True, False, False, True]
-
-
-def fused(mixed: MixedNet) -> dict[str, bool]:
-    return {n: mixed.net.get_submodule(m).relu for n, m in mixed.norms.items()}
-
-
-def test_relu_is_fused_where_all_readers_are_relus():
-    layers = [f"convs.{i}" for i in range(8)]
-    found = fused(mix(relus(), Shuffle(SHAPE), layers))
-    assert list(found.values()) == [True, *FUSED[1:]]
-    found = fused(mix(build("resnet8"), Shuffle(SHAPE)))
-    assert found == {n: n.endswith("conv1") for n in found}
-
-
-def test_relu6_is_not_fused():
-    shape = (1, 14, 14)
-    assert not any(fused(mix(build("mobilenet_v2_cifar"), Shuffle(shape))).values())
-
-
-@pytest.mark.parametrize("name", ["relus", "plain", "resnet8", "resnet18"])
-def test_fusing_the_relu_changes_nothing(name, monkeypatch):
-    side, layers = (32 if name == "resnet18" else 14), None
-    if name == "relus":
-        net, layers = relus(), [f"convs.{i}" for i in range(8)]
-    else:
-        net = plain() if name == "plain" else build(name)
-    images, shape, options = digits(8, side), (1, side, side), ONCE | {"layers": layers}
-    assert any(fused(mix(net, Shuffle(shape), layers, shape)).values())
-    a = select(net, images, Shuffle(shape), **options)
-    monkeypatch.setattr(selection, "_relu_follows", lambda graph, norm: False)
-    assert not any(fused(mix(net, Shuffle(shape), layers, shape)).values())
-    assert_same(a, select(net, images, Shuffle(shape), **options))
-    assert all((beta != 0.5).any() for beta in a.values())
-
-
-def test_a_later_relu_returns_the_very_tensor():
-    done, other = torch.randn(3, 4), torch.randn(3, 4)
-    done.rectified = done._version
-    calls = [torch.relu, F.relu, torch.Tensor.relu, nn.ReLU(), nn.ReLU(inplace=True)]
-    calls += [lambda x: torch.relu(input=x), lambda x: F.relu(input=x)]
-    with selection._OnceRelu():
-        assert all(call(done) is done for call in calls)
-        assert all((call(other.clone()) >= 0).all() for call in calls)
-    assert (done < 0).any() and (other < 0).any()
+@pytest.mark.parametrize("how", COPIES)
+def test_importance_without_a_control_is_the_scale_times_the_gate(how):
+    net, gates = tiny(), {}
+    mixed = mix(net, NoControl(SHAPE))
+    set_betas(mixed, 3)
+    for name, gate in parameters_of(mixed).items():
+        gates[name] = gate.detach()
+    found = Betas(mixed.read_betas(), norms=mixed.norms)
+    assert all(0.5 <= beta.min() and beta.max() <= 1 for beta in found.values())
+    for name, score in importance(net, COPIES[how](found)).items():
+        gamma = net.get_submodule(mixed.norms[name]).weight.detach().abs()
+        torch.testing.assert_close(score, gamma * gates[name], rtol=1e-5, atol=1e-7)
 
 
 # -- refusals -------------------------------------------------------------------------

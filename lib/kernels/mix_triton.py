@@ -1,8 +1,7 @@
 """Triton kernels of `mix_norm_relu`: the mixed features are never stored.
 
-A tile has R rows, each a real value and its knockoff at one image and position, and W
-channels. Sums over rows go through partial results in a fixed order, without atomics,
-so that repeated runs agree to the bit.
+Memory is read as rows of C channels, first those of real images, then as many of their
+knockoffs. A tile has R rows, each with its knockoff's, and W channels.
 """
 
 import torch
@@ -13,91 +12,90 @@ from torch.autograd.function import once_differentiable
 from triton.language.standard import _sum_combine
 
 TILE = 1024  # rows x channels of one step
-WIDTH = 64  # channels of a tile, where channels are adjacent in memory
+WIDTH = 64  # most channels of a tile
 PROGRAMS = 1024  # about as many as partial sums are made by
 
 
-def plan_launch(x: Tensor) -> tuple[dict, dict]:
-    """Arguments of every kernel for x, and those of the partial sums.
-
-    They follow from shape, type and layout alone. C channels, S positions (1 where
-    channels are adjacent in memory: LAST), pairs of values a channel, half: elements
-    before the first knockoff, WIDE: offsets of 64 bits, ACC: type of sums, tiles of R
-    rows and W channels; splits: partial sums a channel, of span rows each.
-    """
-    channels, last = x.shape[1], _is_channels_last(x)
-    pairs = x.numel() // channels // 2
-    width = min(WIDTH, triton.next_power_of_2(channels)) if last else 1
-    rows = min(TILE // width, triton.next_power_of_2(pairs))
-    blocks = triton.cdiv(pairs, rows)
-    splits = min(blocks, max(1, PROGRAMS // triton.cdiv(channels, width)), 512)
-    span = triton.cdiv(blocks, splits) * rows
-    sizes = {
-        "C": channels,
-        "S": 1 if last else x[0, 0].numel(),
-        "pairs": pairs,
-        "half": x.numel() // 2,
-        "LAST": last,
-        "WIDE": x.numel() >= 2**31,
-        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
-        "R": rows,
-        "W": width,
-    }
-    return sizes, {"splits": triton.cdiv(pairs, span), "span": span}
-
-
 class MixNormRelu(torch.autograd.Function):
-    """Saves x and two numbers a channel; mixing and the mask are done again."""
+    """Saves x and two numbers a channel; mixing and the mask are done again.
+
+    Each sum over rows is made in two stages, parts in a kernel and the rest in torch,
+    rather than by atomic additions: their order changes from run to run, and with it
+    the last bits.
+    """
 
     @staticmethod
     def forward(ctx, x, beta, weight, bias, eps, relu):
         """y [2B, C, *positions] like x."""
-        dense = x.is_contiguous() or _is_channels_last(x)
-        x = x if dense else x.contiguous()
-        beta, weight, bias = (v if v is None else v.contiguous()
-                              for v in (beta, weight, bias))  # fmt: skip
+        given, x, channels = x, _to_last(x), x.shape[1]
+        weight = beta.new_ones(channels) if weight is None else weight.contiguous()
+        bias = beta.new_zeros(channels) if bias is None else bias.contiguous()
+        beta, y = beta.contiguous(), torch.empty_like(x)
         sizes, parts = plan_launch(x)
-        flags = {"SCALED": weight is not None, "MOVED": bias is not None, "RELU": relu}
-        y = torch.empty_like(x)
         with torch.cuda.device_of(x):
             mean, rstd = _measure(x, beta, sizes, parts, eps)
-            operands = x, *_fill(x, beta, weight, bias), mean, rstd
-            _write_output[_count_tiles(sizes)](*operands, y, **sizes, **flags)
-        ctx.save_for_backward(x, beta, weight, bias, mean, rstd)
-        ctx.plan = sizes, parts, flags
-        return y
+            operands = x, beta, weight, bias, mean, rstd
+            _write_output[_count_tiles(sizes)](*operands, y, RELU=relu, **sizes)
+        ctx.save_for_backward(*operands)
+        ctx.plan = sizes, parts, relu
+        return y if given is x else torch.empty_like(given).copy_(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        """Gradients to x, beta, weight and bias, where they are needed."""
-        x, beta, weight, bias, mean, rstd = ctx.saved_tensors
-        sizes, parts, flags = ctx.plan
-        to_x, to_beta, to_weight, to_bias = ctx.needs_input_grad[:4]
-        fits = _is_channels_last(grad) if sizes["LAST"] else grad.is_contiguous()
-        grad = grad if fits else torch.empty_like(x).copy_(grad)
-        operands = x, *_fill(x, beta, weight, bias), mean, rstd, grad
-        dx = torch.empty_like(x) if to_x else None
+        """Gradients to x, beta, weight and bias, where they are needed.
+
+        With n the normalised values, N of them a channel, and g what arrives behind the
+        ReLU, a mixed value gets w rstd (g - sum g / N - n sum g n / N): the sums are
+        what comes back through mean and variance. Its gradient to beta is the sum of
+        that times (real - knockoff), which splits into sums over one pass.
+        """
+        operands, (sizes, parts, relu) = ctx.saved_tensors, ctx.plan
+        x, beta, weight, bias, _, rstd = operands
+        operands = *operands, _to_last(grad)
+        blocks, count = triton.cdiv(sizes["C"], sizes["W"]), 2 * sizes["pairs"]
+        found = _new_parts(x, 5, parts["splits"], sizes["C"])
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         with torch.cuda.device_of(x):
-            sums = _sum_grads(operands, sizes, parts, flags, to_beta)
-            if to_x:
+            grid = (blocks * parts["splits"],)
+            _collect_grads[grid](*operands, found, RELU=relu, **parts, **sizes)
+            plain, along, steep, level, slant = sums = found.sum(1)
+            if dx is not None:
                 tiles = _count_tiles(sizes)
-                _write_grad[tiles](*operands, sums, dx, **sizes, **flags)
-        wanted = (to_beta, beta, 2), (to_weight, weight, 1), (to_bias, bias, 0)
-        rest = [sums[k].to(v.dtype) if needed else None for needed, v, k in wanted]
-        return dx, *rest, None, None
+                _write_grad[tiles](*operands, sums / count, dx, RELU=relu, **sizes)
+        shared = (plain * level + along * slant) / count
+        d_beta = weight * rstd * (steep - shared)
+        rest = zip((d_beta, along, plain), (beta, weight, bias), strict=True)
+        rest = [found.to(vector.dtype) for found, vector in rest]
+        needed = zip(rest, ctx.needs_input_grad[1:4], strict=True)
+        return dx, *(found if wanted else None for found, wanted in needed), None, None
 
 
 # -- on the host -----------------------------------------------------------------------
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.movedim(1, -1).is_contiguous()
+def plan_launch(x: Tensor) -> tuple[dict, dict]:
+    """Arguments of every kernel for x, and those of the partial sums.
+
+    C channels, pairs of values a channel, tiles of R rows and W channels, ACC: type of
+    sums; splits: partial sums a channel, of span rows each.
+    """
+    channels = x.shape[1]
+    pairs = x.numel() // channels // 2
+    width = min(WIDTH, triton.next_power_of_2(channels))
+    rows = min(TILE // width, triton.next_power_of_2(pairs))
+    blocks = triton.cdiv(pairs, rows)
+    splits = min(blocks, max(1, PROGRAMS // triton.cdiv(channels, width)), 512)
+    span = triton.cdiv(blocks, splits) * rows
+    acc = tl.float64 if x.dtype == torch.float64 else tl.float32
+    sizes = {"C": channels, "pairs": pairs, "ACC": acc, "R": rows, "W": width}
+    return sizes, {"splits": triton.cdiv(pairs, span), "span": span}
 
 
-def _fill(x: Tensor, *vectors: Tensor | None) -> list[Tensor]:
-    """x stands in for a vector that is None; it is not read there."""
-    return [x if vector is None else vector for vector in vectors]
+def _to_last(x: Tensor) -> Tensor:
+    """x itself where channels are adjacent in memory, as in training on a GPU."""
+    rows = x.movedim(1, -1)
+    return x if rows.is_contiguous() else rows.contiguous().movedim(-1, 1)
 
 
 def _count_tiles(sizes: dict) -> tuple[int]:
@@ -110,40 +108,17 @@ def _new_parts(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=x.device)
 
 
-def _plan_finish(sizes: dict, splits: int) -> tuple[tuple[int], dict]:
-    """Grid and arguments of the kernels that add up partial sums."""
-    rows = triton.next_power_of_2(splits)
-    width = min(triton.next_power_of_2(sizes["C"]), max(1, 4096 // rows), 32)
-    shared = {name: sizes[name] for name in ("C", "pairs", "ACC")}
-    grid = (triton.cdiv(sizes["C"], width),)
-    return grid, {**shared, "splits": splits, "P": rows, "W": width}
-
-
 def _measure(x: Tensor, beta: Tensor, sizes: dict, parts: dict, eps: float):
     """Mean and 1 / standard deviation of each channel after mixing, [C] each."""
     splits, blocks = parts["splits"], triton.cdiv(sizes["C"], sizes["W"])
-    moments = _new_parts(x, 2, splits, sizes["C"])
-    mean, rstd = _new_parts(x, 2, sizes["C"])
-    _collect_moments[(blocks * splits,)](x, beta, moments, **parts, **sizes)
-    grid, rest = _plan_finish(sizes, splits)
-    wide, span = sizes["WIDE"], parts["span"]
-    _finish_moments[grid](moments, mean, rstd, span=span, EPS=eps, WIDE=wide, **rest)
-    return mean, rstd
-
-
-def _sum_grads(operands, sizes: dict, parts: dict, flags: dict, to_beta: bool):
-    """Gradients to bias, weight and beta, [3, C]; the last only if wanted."""
-    x, _, weight, _, _, rstd, _ = operands
-    splits, blocks = parts["splits"], triton.cdiv(sizes["C"], sizes["W"])
-    found = _new_parts(x, 5 if to_beta else 2, splits, sizes["C"])
-    sums = _new_parts(x, 3, sizes["C"])
-    _collect_grads[(blocks * splits,)](
-        *operands, found, BETA=to_beta, **parts, **sizes, **flags
-    )
-    grid, rest = _plan_finish(sizes, splits)
-    scaled = flags["SCALED"]
-    _finish_grads[grid](found, weight, rstd, sums, BETA=to_beta, SCALED=scaled, **rest)
-    return sums
+    found = _new_parts(x, 2, splits, sizes["C"])
+    _collect_moments[(blocks * splits,)](x, beta, found, **parts, **sizes)
+    means, spreads = found
+    starts = parts["span"] * torch.arange(splits, device=x.device)
+    counts = (sizes["pairs"] - starts).clamp(max=parts["span"]).to(means)[:, None]
+    mean = (means * counts).sum(0) / sizes["pairs"]
+    spread = (spreads + 2 * counts * (means - mean).square()).sum(0)
+    return mean, (spread / (2 * sizes["pairs"]) + eps).rsqrt()
 
 
 # -- on the device ---------------------------------------------------------------------
@@ -151,60 +126,63 @@ def _sum_grads(operands, sizes: dict, parts: dict, flags: dict, to_beta: bool):
 
 @triton.jit
 def _sum_rows(tile):
+    """tl.sum cannot be interpreted where triton was imported for compiling."""
     return tl.reduce(tile, 0, _sum_combine, keep_dims=True)
 
 
 @triton.jit
-def _load_vector(
-    vector, c, C, GIVEN: tl.constexpr, default, ACC: tl.constexpr, W: tl.constexpr
-):
-    if GIVEN:
-        return tl.load(vector + c, mask=c < C, other=0.0).to(ACC)
-    return tl.full([1, W], default, ACC)
+def _find_tile(step, C, R: tl.constexpr, W: tl.constexpr):
+    """Rows [R, 1] and channels [1, W] of this program, and its place among the rows.
 
-
-@triton.jit
-def _find_channels(C, W: tl.constexpr):
-    """Channels [1, W] of this program and its number among those that share them."""
+    Programs of one place and different channels are neighbours. Rows are counted in 64
+    bits: row times C passes 2^31 for large batches.
+    """
     blocks = (C + W - 1) // W
+    place = (tl.program_id(0) // blocks).to(tl.int64)
     c = (tl.program_id(0) % blocks) * W + tl.arange(0, W)[None, :]
-    return c, tl.program_id(0) // blocks
+    return place * step + tl.arange(0, R)[:, None], c, place
 
 
 @triton.jit
-def _find_rows(start, step, WIDE: tl.constexpr, R: tl.constexpr):
-    """Rows [R, 1] from start + step on; start is counted in blocks of step rows."""
-    if WIDE:
-        start = start.to(tl.int64)
-    return start * step + tl.arange(0, R)[:, None]
+def _read_rows(values, r, c, C, pairs, ACC: tl.constexpr):
+    """Real values and their knockoffs, [R, W] each, zero past the ends."""
+    mask = (r < pairs) & (c < C)
+    real = tl.load(values + r * C + c, mask=mask, other=0.0)
+    knock = tl.load(values + (r + pairs) * C + c, mask=mask, other=0.0)
+    return real.to(ACC), knock.to(ACC)
 
 
 @triton.jit
-def _place(r, c, C, S: tl.constexpr, LAST: tl.constexpr):
-    """Offsets [R, W] of real values."""
-    if LAST:
-        return r * C + c
-    return (r // S) * (C * S) + c * S + r % S
+def _write_rows(values, real, knock, r, c, C, pairs):
+    mask = (r < pairs) & (c < C)
+    tl.store(values + r * C + c, real.to(values.dtype.element_ty), mask=mask)
+    below = values + (r + pairs) * C + c
+    tl.store(below, knock.to(values.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _read_channels(vector, c, C, ACC: tl.constexpr):
+    return tl.load(vector + c, mask=c < C, other=0.0).to(ACC)
 
 
 @triton.jit
 def _collect_moments(
-    x, beta, parts, C, pairs, half, span, splits, S: tl.constexpr,
-    LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr,
+    x, beta, parts, splits, span, C, pairs, ACC: tl.constexpr, R: tl.constexpr,
     W: tl.constexpr,
 ):  # fmt: skip
-    """Welford's update with two values at a time, then one merge over the rows."""
-    c, split = _find_channels(C, W)
-    b = _load_vector(beta, c, C, True, 0.0, ACC, W)
+    """Mean and squared deviations of each part, [2, splits, C].
+
+    Welford's update with two values at a time, then one merge over the rows of the
+    tile: the difference of large sums of squares would lose a small variance.
+    """
+    first, c, place = _find_tile(span, C, R, W)
+    b = _read_channels(beta, c, C, ACC)
     count = tl.full([R, 1], 0, ACC)
     mean = tl.full([R, W], 0, ACC)
     spread = tl.full([R, W], 0, ACC)
-    first = _find_rows(split, span, WIDE, R)
     for step in range(0, span, R):
         r = first + step
-        at, mask = _place(r, c, C, S, LAST), (r < pairs) & (c < C)
-        real = tl.load(x + at, mask=mask, other=0.0).to(ACC)
-        knock = tl.load(x + half + at, mask=mask, other=0.0).to(ACC)
+        real, knock = _read_rows(x, r, c, C, pairs, ACC)
         mixed = b * real + (1 - b) * knock
         here = (r < pairs).to(ACC)
         share = here / tl.maximum(count + here, 1.0)
@@ -215,84 +193,43 @@ def _collect_moments(
         count += here
     centre = _sum_rows(mean * count) / _sum_rows(count)
     spread += 2 * count * (mean - centre) * (mean - centre)
-    at = parts + split * C + c
+    at = parts + place * C + c
     tl.store(at, centre, mask=c < C)
     tl.store(at + splits * C, _sum_rows(spread), mask=c < C)
 
 
 @triton.jit
-def _finish_moments(
-    parts, mean, rstd, C, splits, pairs, span, EPS: tl.constexpr,
-    WIDE: tl.constexpr, ACC: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    c = tl.program_id(0) * W + tl.arange(0, W)[None, :]
-    s = tl.arange(0, P)[:, None]
-    at, mask = parts + s * C + c, (s < splits) & (c < C)
-    if WIDE:
-        s = s.to(tl.int64)
-    count = tl.maximum(tl.minimum(pairs - s * span, span), 0).to(ACC)
-    means = tl.load(at, mask=mask, other=0.0)
-    spread = tl.load(at + splits * C, mask=mask, other=0.0)
-    total = _sum_rows(count)
-    centre = _sum_rows(means * count) / total
-    spread += 2 * count * (means - centre) * (means - centre)
-    variance = _sum_rows(spread) / (2 * total)
-    tl.store(mean + c, centre, mask=c < C)
-    tl.store(rstd + c, 1.0 / tl.sqrt(variance + EPS), mask=c < C)
-
-
-@triton.jit
-def _load_channels(
-    beta, weight, bias, mean, rstd, c, C, SCALED: tl.constexpr, MOVED: tl.constexpr,
-    ACC: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """beta, gamma, shift, mean and one over the s.d. of a block of channels."""
-    b = _load_vector(beta, c, C, True, 0.0, ACC, W)
-    w = _load_vector(weight, c, C, SCALED, 1.0, ACC, W)
-    shift = _load_vector(bias, c, C, MOVED, 0.0, ACC, W)
-    centre = _load_vector(mean, c, C, True, 0.0, ACC, W)
-    scale = _load_vector(rstd, c, C, True, 0.0, ACC, W)
-    return b, w, shift, centre, scale
-
-
-@triton.jit
 def _write_output(
-    x, beta, weight, bias, mean, rstd, y, C, pairs, half, S: tl.constexpr,
-    SCALED: tl.constexpr, MOVED: tl.constexpr, RELU: tl.constexpr,
-    LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr,
-    W: tl.constexpr,
+    x, beta, weight, bias, mean, rstd, y, C, pairs, RELU: tl.constexpr,
+    ACC: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    c, block = _find_channels(C, W)
-    r = _find_rows(block, R, WIDE, R)
-    at, mask = _place(r, c, C, S, LAST), (r < pairs) & (c < C)
-    b, w, shift, centre, scale = _load_channels(
-        beta, weight, bias, mean, rstd, c, C, SCALED, MOVED, ACC, W
-    )
-    real = tl.load(x + at, mask=mask, other=0.0).to(ACC)
-    knock = tl.load(x + half + at, mask=mask, other=0.0).to(ACC)
-    mixed = b * real + (1 - b) * knock
-    above = (mixed - centre) * scale * w + shift
+    r, c, _ = _find_tile(R, C, R, W)
+    real, knock = _read_rows(x, r, c, C, pairs, ACC)
+    b = _read_channels(beta, c, C, ACC)
+    w, shift = _read_channels(weight, c, C, ACC), _read_channels(bias, c, C, ACC)
+    centre, scale = _read_channels(mean, c, C, ACC), _read_channels(rstd, c, C, ACC)
+    above = (b * real + (1 - b) * knock - centre) * scale * w + shift
     below = (knock - centre) * scale * w + shift
     if RELU:
         above = tl.where(above < 0, 0.0, above)  # keeps NaN, as torch does
         below = tl.where(below < 0, 0.0, below)
-    tl.store(y + at, above.to(y.dtype.element_ty), mask=mask)
-    tl.store(y + half + at, below.to(y.dtype.element_ty), mask=mask)
+    _write_rows(y, above, below, r, c, C, pairs)
 
 
 @triton.jit
-def _load_normal(
-    x, grad, half, at, mask, b, w, shift, centre, scale, RELU: tl.constexpr,
+def _read_slopes(
+    x, beta, weight, bias, mean, rstd, grad, r, c, C, pairs, RELU: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Normalised values, their gradients behind the ReLU, and real minus knockoff."""
-    real = tl.load(x + at, mask=mask, other=0.0).to(ACC)
-    knock = tl.load(x + half + at, mask=mask, other=0.0).to(ACC)
+    real, knock = _read_rows(x, r, c, C, pairs, ACC)
+    g_above, g_below = _read_rows(grad, r, c, C, pairs, ACC)
+    b = _read_channels(beta, c, C, ACC)
+    w, shift = _read_channels(weight, c, C, ACC), _read_channels(bias, c, C, ACC)
+    centre, scale = _read_channels(mean, c, C, ACC), _read_channels(rstd, c, C, ACC)
     above = (b * real + (1 - b) * knock - centre) * scale
     below = (knock - centre) * scale
-    g_above = tl.load(grad + at, mask=mask, other=0.0).to(ACC)
-    g_below = tl.load(grad + half + at, mask=mask, other=0.0).to(ACC)
-    if RELU:
+    if RELU:  # the mask is cheaper to find again than to have stored
         g_above = tl.where(above * w + shift > 0, g_above, 0.0)
         g_below = tl.where(below * w + shift > 0, g_below, 0.0)
     return above, below, g_above, g_below, real - knock
@@ -300,86 +237,48 @@ def _load_normal(
 
 @triton.jit
 def _collect_grads(
-    x, beta, weight, bias, mean, rstd, grad, parts, C, pairs, half, span, splits,
-    S: tl.constexpr, BETA: tl.constexpr, SCALED: tl.constexpr, MOVED: tl.constexpr,
-    RELU: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr,
+    x, beta, weight, bias, mean, rstd, grad, parts, splits, span, C, pairs,
+    RELU: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g and g * normal; for beta of g, 1 and normal, times (real - knock)."""
-    c, split = _find_channels(C, W)
-    b, w, shift, centre, scale = _load_channels(
-        beta, weight, bias, mean, rstd, c, C, SCALED, MOVED, ACC, W
-    )
+    """Sums of g and g n; of g, 1 and n times (real - knockoff): [5, splits, C]."""
+    first, c, place = _find_tile(span, C, R, W)
     plain = tl.full([R, W], 0, ACC)
     along = tl.full([R, W], 0, ACC)
-    if BETA:
-        steep = tl.full([R, W], 0, ACC)
-        level = tl.full([R, W], 0, ACC)
-        slant = tl.full([R, W], 0, ACC)
-    first = _find_rows(split, span, WIDE, R)
+    steep = tl.full([R, W], 0, ACC)
+    level = tl.full([R, W], 0, ACC)
+    slant = tl.full([R, W], 0, ACC)
     for step in range(0, span, R):
-        r = first + step
-        at, mask = _place(r, c, C, S, LAST), (r < pairs) & (c < C)
-        above, below, g_above, g_below, gap = _load_normal(
-            x, grad, half, at, mask, b, w, shift, centre, scale, RELU, ACC
-        )
+        above, below, g_above, g_below, gap = _read_slopes(
+            x, beta, weight, bias, mean, rstd, grad, first + step, c, C, pairs, RELU,
+            ACC,
+        )  # fmt: skip
         plain += g_above + g_below
         along += g_above * above + g_below * below
-        if BETA:
-            steep += g_above * gap
-            level += gap
-            slant += above * gap
-    at = parts + split * C + c
+        steep += g_above * gap
+        level += gap
+        slant += above * gap
+    at, size = parts + place * C + c, splits * C
     tl.store(at, _sum_rows(plain), mask=c < C)
-    tl.store(at + splits * C, _sum_rows(along), mask=c < C)
-    if BETA:
-        tl.store(at + 2 * splits * C, _sum_rows(steep), mask=c < C)
-        tl.store(at + 3 * splits * C, _sum_rows(level), mask=c < C)
-        tl.store(at + 4 * splits * C, _sum_rows(slant), mask=c < C)
-
-
-@triton.jit
-def _finish_grads(
-    parts, weight, rstd, sums, C, splits, pairs, BETA: tl.constexpr,
-    SCALED: tl.constexpr, ACC: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    c = tl.program_id(0) * W + tl.arange(0, W)[None, :]
-    s = tl.arange(0, P)[:, None]
-    at, mask, size = parts + s * C + c, (s < splits) & (c < C), splits * C
-    plain = _sum_rows(tl.load(at, mask=mask, other=0.0))
-    along = _sum_rows(tl.load(at + size, mask=mask, other=0.0))
-    tl.store(sums + c, plain, mask=c < C)
-    tl.store(sums + C + c, along, mask=c < C)
-    if BETA:
-        steep = _sum_rows(tl.load(at + 2 * size, mask=mask, other=0.0))
-        level = _sum_rows(tl.load(at + 3 * size, mask=mask, other=0.0))
-        slant = _sum_rows(tl.load(at + 4 * size, mask=mask, other=0.0))
-        w = _load_vector(weight, c, C, SCALED, 1.0, ACC, W)
-        scale = w * _load_vector(rstd, c, C, True, 0.0, ACC, W)
-        shared = (plain * level + along * slant) / (2 * pairs)
-        tl.store(sums + 2 * C + c, scale * (steep - shared), mask=c < C)
+    tl.store(at + size, _sum_rows(along), mask=c < C)
+    tl.store(at + 2 * size, _sum_rows(steep), mask=c < C)
+    tl.store(at + 3 * size, _sum_rows(level), mask=c < C)
+    tl.store(at + 4 * size, _sum_rows(slant), mask=c < C)
 
 
 @triton.jit
 def _write_grad(
-    x, beta, weight, bias, mean, rstd, grad, sums, dx, C, pairs, half,
-    S: tl.constexpr, SCALED: tl.constexpr, MOVED: tl.constexpr, RELU: tl.constexpr,
-    LAST: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr,
-    W: tl.constexpr,
+    x, beta, weight, bias, mean, rstd, grad, means, dx, C, pairs, RELU: tl.constexpr,
+    ACC: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    c, block = _find_channels(C, W)
-    r = _find_rows(block, R, WIDE, R)
-    at, mask = _place(r, c, C, S, LAST), (r < pairs) & (c < C)
-    b, w, shift, centre, scale = _load_channels(
-        beta, weight, bias, mean, rstd, c, C, SCALED, MOVED, ACC, W
+    """Gradient to x; means: of g and of g n, the first two rows of [5, C]."""
+    r, c, _ = _find_tile(R, C, R, W)
+    above, below, g_above, g_below, _ = _read_slopes(
+        x, beta, weight, bias, mean, rstd, grad, r, c, C, pairs, RELU, ACC
     )
-    plain = _load_vector(sums, c, C, True, 0.0, ACC, W) / (2 * pairs)
-    along = _load_vector(sums + C, c, C, True, 0.0, ACC, W) / (2 * pairs)
-    above, below, g_above, g_below, _ = _load_normal(
-        x, grad, half, at, mask, b, w, shift, centre, scale, RELU, ACC
-    )
-    above = scale * w * (g_above - plain - above * along)
-    below = scale * w * (g_below - plain - below * along)
-    tl.store(dx + at, (b * above).to(dx.dtype.element_ty), mask=mask)
-    below += (1 - b) * above
-    tl.store(dx + half + at, below.to(dx.dtype.element_ty), mask=mask)
+    plain = _read_channels(means, c, C, ACC)
+    along = _read_channels(means + C, c, C, ACC)
+    slope = _read_channels(weight, c, C, ACC) * _read_channels(rstd, c, C, ACC)
+    above = slope * (g_above - plain - above * along)
+    below = slope * (g_below - plain - below * along)
+    b = _read_channels(beta, c, C, ACC)
+    _write_rows(dx, b * above, below + (1 - b) * above, r, c, C, pairs)

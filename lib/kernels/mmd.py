@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from lib.kernels.dispatch import choose_backend
 
 ROWS = 256  # of the kernel matrix held at a time
+ROWS_ON_GPU = 2048  # where small steps would be all launches
 
 
 def mmd2(
@@ -32,11 +33,7 @@ def mmd2(
     """
     _check_samples(x, y, least=2 if unbiased else 1)
     rates = _find_rates(bandwidths)
-    if choose_backend(x, backend) == "torch":
-        return TiledMMD.apply(x, y, rates, unbiased)
-    from lib.kernels.mmd_triton import FusedMMD
-
-    return FusedMMD.apply(x, y, rates, unbiased)
+    return TiledMMD.apply(x, y, rates, unbiased, choose_backend(x, backend))
 
 
 def _check_samples(x: Tensor, y: Tensor, *, least: int) -> None:
@@ -64,31 +61,25 @@ def _find_rates(bandwidths: Sequence[float]) -> tuple[float, ...]:
     return tuple(0.5 / width**2 for width in widths)
 
 
-def pool_samples(x: Tensor, y: Tensor) -> Tensor:
-    """Both samples [n + m, d] around their common mean, where distances lose least.
-
-    float64 for float64, else float32.
-    """
-    pooled = torch.cat([x, y]).to(torch.promote_types(x.dtype, torch.float32))
-    return pooled.sub_(pooled.mean(dim=0))
-
-
-def weigh_pairs(n: int, m: int, *, unbiased: bool) -> tuple[float, float, float]:
-    """Weights of ordered pairs within x, within y and across, either way round."""
-    less = 1 if unbiased else 0
-    return 1 / (n * (n - less)), 1 / (m * (m - less)), -1 / (n * m)
-
-
 class TiledMMD(torch.autograd.Function):
-    """PyTorch implementation: upper triangle by blocks of rows, again in backward."""
+    """Works through the upper triangle by blocks of rows, forward and again backward.
+
+    Autograd of the plain formula would keep several n x n matrices for each bandwidth
+    (tests/benchmarks/mmd.csv). The forward pass has a Triton kernel; the backward pass
+    is products of matrices, which torch does well on any device.
+    """
 
     @staticmethod
-    def forward(ctx, x, y, rates, unbiased):
+    def forward(ctx, x, y, rates, unbiased, backend):
         """Scalar; keeps the samples only."""
         ctx.save_for_backward(x, y)
         ctx.rates, ctx.unbiased = rates, unbiased
-        z, n = pool_samples(x, y), len(x)
-        pairs = weigh_pairs(n, len(y), unbiased=unbiased)
+        z, n = _pool_samples(x, y), len(x)
+        pairs = _weigh_pairs(n, len(y), unbiased=unbiased)
+        if backend == "triton":
+            from lib.kernels.mmd_triton import sum_kernel
+
+            return sum_kernel(z, n, pairs, rates, diagonal=not unbiased).to(z.dtype)
         total = z.new_zeros((), dtype=torch.float64)
         for start, stop, squares in _walk_tiles(z, n, len(z)):
             kernel = _sum_exps(squares, [(rate, 1.0) for rate in rates])
@@ -101,10 +92,14 @@ class TiledMMD(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        """Gradients [n, d] and [m, d], where they are needed."""
+        """Gradients [n, d] and [m, d], where they are needed.
+
+        A pair (i, j) pulls z_i towards z_j and z_j towards z_i by the same slope, so
+        that a block of rows serves its own rows and, transposed, those of its columns.
+        """
         x, y = ctx.saved_tensors
-        z, n = pool_samples(x, y), len(x)
-        pairs = weigh_pairs(n, len(y), unbiased=ctx.unbiased)
+        z, n = _pool_samples(x, y), len(x)
+        pairs = _weigh_pairs(n, len(y), unbiased=ctx.unbiased)
         last = len(z) if ctx.needs_input_grad[1] else n
         pull = torch.zeros_like(z)
         for start, stop, squares in _walk_tiles(z, n, last):
@@ -112,12 +107,25 @@ class TiledMMD(torch.autograd.Function):
             slopes *= _weigh_columns(z, n, start, stop, pairs)
             _add_pull(pull[start:stop], slopes, z[start:stop], z[start:])
             _add_pull(pull[start:], slopes.T, z[start:], z[start:stop])
-        pull *= grad
-        halves = zip(
-            (x, y), pull.split([n, len(y)]), ctx.needs_input_grad, strict=False
-        )
-        grads = [part.to(s.dtype) if needed else None for s, part, needed in halves]
-        return *grads, None, None
+        halves = zip((x, y), (pull * grad).split([n, len(y)]), strict=True)
+        grads = [part.to(sample.dtype) for sample, part in halves]
+        needed = zip(grads, ctx.needs_input_grad[:2], strict=True)
+        return *(part if wanted else None for part, wanted in needed), None, None, None
+
+
+def _pool_samples(x: Tensor, y: Tensor) -> Tensor:
+    """Both samples [n + m, d] around their common mean, where distances lose least.
+
+    float64 for float64, else float32.
+    """
+    pooled = torch.cat([x, y]).to(torch.promote_types(x.dtype, torch.float32))
+    return pooled.sub_(pooled.mean(dim=0))
+
+
+def _weigh_pairs(n: int, m: int, *, unbiased: bool) -> tuple[float, float, float]:
+    """Weights of ordered pairs within x, within y and across, either way round."""
+    less = 1 if unbiased else 0
+    return 1 / (n * (n - less)), 1 / (m * (m - less)), -1 / (n * m)
 
 
 def _walk_tiles(z: Tensor, n: int, last: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -125,10 +133,10 @@ def _walk_tiles(z: Tensor, n: int, last: int) -> Iterator[tuple[int, int, Tensor
 
     No block has rows of both samples; rows from `last` on are left out.
     """
-    norms = z.square().sum(1)
-    starts = [*range(0, n, ROWS), *range(n, last, ROWS)]
+    norms, step = z.square().sum(1), ROWS_ON_GPU if z.is_cuda else ROWS
+    starts = [*range(0, n, step), *range(n, last, step)]
     for start in starts:
-        stop = min(start + ROWS, n if start < n else len(z))
+        stop = min(start + step, n if start < n else len(z))
         squares = torch.addmm(norms[start:], z[start:stop], z[start:].T, alpha=-2)
         squares.add_(norms[start:stop, None]).clamp_(min=0).diagonal().zero_()
         yield start, stop, squares

@@ -9,15 +9,13 @@ diagnostics and knockoff_filter ask how good a control is.
 from lib.scop.controls.base import Control
 from lib.scop.controls.build import build_control
 from lib.scop.layers import block_layers
-from lib.scop.selection import Betas, correlate_ranks, importance, read_scales, select
-from lib.scop.stage import learn_betas
+from lib.scop.selection import Betas, importance, learn_betas, read_scales, select
 
 __all__ = [
     "Betas",
     "Control",
     "block_layers",
     "build_control",
-    "correlate_ranks",
     "importance",
     "learn_betas",
     "read_scales",

@@ -13,7 +13,11 @@ ADDITIONS = {"add", "add_"}
 
 
 def block_layers(
-    model: nn.Module, input_shape: tuple[int, int, int], *, ends: bool = True
+    model: nn.Module,
+    input_shape: tuple[int, int, int],
+    *,
+    ends: bool = True,
+    graph: Graph | None = None,
 ) -> list[str]:
     """Names of the convolutions with a BatchNorm inside residual blocks.
 
@@ -23,10 +27,11 @@ def block_layers(
     stride-2 blocks do not). `ends=False` leaves out the last convolution of each block.
     A network without additions gives every pair but those that read the images.
 
-    `input_shape` is (C, H, W). Raises `ValueError` when no convolution has a BatchNorm
-    with a scale behind it. Source: Tang et al. 2020, official code (names there).
+    `input_shape` is (C, H, W), `graph` the model's, if known. Raises `ValueError` when
+    no convolution has a BatchNorm with a scale behind it. Source: Tang et al. 2020,
+    official code (names there).
     """
-    graph = build_graph(model, input_shape)
+    graph = graph or build_graph(model, input_shape)
     pairs = find_pairs(graph, model)
     blocks = _find_blocks(graph, model)
     inside = _inside_blocks(graph, blocks)

@@ -13,23 +13,24 @@ normalising from the official code).
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from lib import baselines, train
+from lib import baselines, stages, train
 from lib.data import ImageSet
-from lib.graph import RELUS, Graph, build_graph
+from lib.graph import Graph, build_graph
 from lib.kernels import mix_norm_relu
 from lib.scop.controls.base import Control
+from lib.scop.controls.build import build_control
 from lib.scop.layers import block_layers, find_pairs
-from lib.train.recipe import pick_device
 
-RELU_CALLS = {
-    torch.relu, torch.relu_, nn.functional.relu, Tensor.relu, Tensor.relu_,
+METHOD = {
+    "optimizer": "adam", "adam_betas": (0.5, 0.9), "schedule": "constant",
+    "weight_decay": 0.0,
 }  # fmt: skip
 
 
@@ -38,15 +39,14 @@ class Betas(dict[str, Tensor]):
 
     `history`: one row per epoch with loss, top1 (of the mixed network, on the images),
     mean and s.d. of beta, the share below a half, the rank correlation of the statistic
-    with |gamma| alone. `norms`: the BatchNorm of each layer. `paired`: whether there
-    was a control to share with.
+    with |gamma| alone. `norms`: the BatchNorm of each layer. Both only describe: a
+    plain dict of the same tensors has the same importance.
     """
 
-    def __init__(self, values=(), *, history=(), norms=None, paired: bool = True):
+    def __init__(self, values=(), *, history=(), norms=None):
         super().__init__(values)
         self.history: list[dict] = list(history)
         self.norms: dict[str, str] = dict(norms or {})
-        self.paired = paired
 
 
 def select(
@@ -57,8 +57,10 @@ def select(
     epochs: int = 20,
     lr: float = 0.004,
     batch_size: int = 512,
-    layers: list[str] | None = None,
     seed: int = 0,
+    recipe: train.Recipe | None = None,
+    layers: list[str] | None = None,
+    graph: Graph | None = None,
     checkpoint: str | Path | None = None,
     device: str | torch.device | None = None,
     precision: str = "auto",
@@ -68,41 +70,74 @@ def select(
 
     Adam (betas .5, .9) at a constant `lr`, no weight decay, projected to [0, 1] after
     each step, from 1/2; `batch_size` images and as many controls a step. The defaults
-    are those of the official code for ImageNet. `model` is left bit-identical: weights,
-    running statistics, modes; the work is done on a copy whose BatchNorms use the
-    statistics of the joint batch. `checkpoint`, `device`, `precision`: as in
-    `train.fit`.
+    are those of the official code for ImageNet. A `recipe` stands for epochs, lr,
+    batch_size and seed together; its optimizer, schedule and decay are the method's all
+    the same. `model` is left bit-identical: weights, running statistics, modes; the
+    work is done on a copy whose BatchNorms use the statistics of the joint batch.
+    `graph`: of `model` at the images' size, if known. `checkpoint`, `device`,
+    `precision`: as in `train.fit`.
 
     Raises `ValueError` for a layer without a BatchNorm, a control of another shape, or
     a beta that is not finite, naming the layer.
     """
-    norms = _pick_layers(model, images.shape, layers)
-    device = pick_device(device)
-    mixed = MixedNet(model, control.to(device), norms, images.shape)
+    given = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed}
+    recipe = replace(recipe or train.Recipe(**given), **METHOD)
+    norms = _pick_layers(model, images.shape, layers, graph)
+    mixed = MixedNet(model, control, norms)
     try:
         history = train.fit(
-            mixed, images, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed,
-            optimizer="adam", adam_betas=(0.5, 0.9), schedule="constant",
-            weight_decay=0.0, checkpoint=checkpoint, device=device,
+            mixed, images, recipe=recipe, checkpoint=checkpoint, device=device,
             precision=precision, label=label or f"beta, control {control.name}",
             watch=_describe,
         )  # fmt: skip
     finally:  # names the layer, also where the loss was the first to show it
         betas = mixed.read_betas()
         _check_finite(betas)
-    return Betas(betas, history=history.rows, norms=norms, paired=control.paired)
+    return Betas(betas, history=history.rows, norms=norms)
+
+
+def learn_betas(
+    model: nn.Module,
+    sets: stages.Sets,
+    *,
+    run: str,
+    net: str,
+    control: str,
+    recipe: train.Recipe,
+    num_images: int = 0,
+    control_epochs: int = 0,
+    graph: Graph | None = None,
+) -> Betas:
+    """Build the control named `control`, then select with it; both kept in the profile.
+
+    The control is trained once, on all training images with seed 0, as the paper makes
+    its knockoffs once; `recipe`, as `select` takes it, is that of the selection.
+    `num_images` limits its images (stratified), 0 means all; `control_epochs` 0 means
+    the arm's default. What is found in the folder of the profile is used, and said.
+    """
+    folder = stages.profile_folder(run)
+    arm = build_control(
+        control, sets.train, epochs=control_epochs or None, folder=folder / "controls"
+    )
+    images = sets.train
+    if num_images:
+        images = images.take(min(num_images, len(images)), recipe.seed)
+    name = f"{images.name}-{len(images)}images-{net}-{control}-{recipe.tag}.pt"
+    return select(
+        model, images, arm, recipe=recipe, graph=graph,
+        checkpoint=folder / "betas" / name,
+        label=f"beta, {control}, seed {recipe.seed}",
+    )  # fmt: skip
 
 
 def importance(model: nn.Module, betas: dict[str, Tensor]) -> dict[str, Tensor]:
     """`I = |gamma| (beta - beta~)`, float32 [channels] per layer (Tang et al. 2020).
 
-    gamma is the scale of the BatchNorm behind the layer, `beta~ = 1 - beta`; for betas
-    learnt without a control there is no `beta~`, and `I = |gamma| beta`. Raises
+    gamma is the scale of the BatchNorm behind the layer, `beta~ = 1 - beta`. Raises
     `ValueError`, naming the layer, for betas that are not finite, leave [0, 1] or have
     another length than the layer has channels.
     """
     _check_finite(betas)
-    paired = getattr(betas, "paired", True)
     scores = {}
     for name, gamma in read_scales(model, betas).items():
         beta = betas[name].detach().to("cpu", torch.float32)
@@ -113,22 +148,23 @@ def importance(model: nn.Module, betas: dict[str, Tensor]) -> dict[str, Tensor]:
             )
         if bool((beta < 0).any() or (beta > 1).any()):
             raise ValueError(f"beta of '{name}' leaves [0, 1]")
-        scores[name] = gamma * (2 * beta - 1 if paired else beta)
+        scores[name] = gamma * (2 * beta - 1)
     return scores
 
 
 def read_scales(model: nn.Module, betas: dict[str, Tensor]) -> dict[str, Tensor]:
-    """|gamma| of the BatchNorm behind each layer of `betas`, float32 on the CPU."""
-    known, norms = dict(model.named_modules()), getattr(betas, "norms", None)
-    if norms:
-        found = {n: getattr(known.get(norms.get(n)), "weight", None) for n in betas}
-        scales = {n: w.detach().abs() for n, w in found.items() if w is not None}
-    else:
-        scales = baselines.bn_scale(model)
-    for name in betas:
-        if name not in scales:
+    """|gamma| of the BatchNorm behind each layer of `betas`, float32 on the CPU.
+
+    Which BatchNorm that is, betas of `select` know; for others the model is traced.
+    """
+    norms, known = getattr(betas, "norms", {}), dict(model.named_modules())
+    found = {n: getattr(known.get(norms.get(n)), "weight", None) for n in betas}
+    if any(scale is None for scale in found.values()):
+        found |= {n: s for n, s in baselines.bn_scale(model).items() if n in betas}
+    for name, scale in found.items():
+        if scale is None:
             raise ValueError(f"'{name}' has no BatchNorm with a scale behind it")
-    return {name: scales[name].to("cpu", torch.float32) for name in betas}
+    return {n: s.detach().abs().to("cpu", torch.float32) for n, s in found.items()}
 
 
 # -- the network while betas are learnt ----------------------------------------------
@@ -137,30 +173,25 @@ def read_scales(model: nn.Module, betas: dict[str, Tensor]) -> dict[str, Tensor]
 class MixedNet(nn.Module):
     """A copy of `model` that is trained on `beta` alone: images in, their logits out.
 
-    The control is no submodule (nothing of it is trained or saved), but its digest is
-    in the state, so that a checkpoint made with another control is not taken up.
+    norms: the BatchNorm of each layer to select in. The control is kept in a tuple, for
+    a submodule would be trained and saved; its digest is in the state, so that a
+    checkpoint made with another control is not taken up.
     """
 
-    def __init__(self, model: nn.Module, control: Control, norms, input_shape):
+    def __init__(self, model: nn.Module, control: Control, norms: dict[str, str]):
         super().__init__()
         self.net = copy.deepcopy(model).requires_grad_(False)
-        self._control = (control,)
-        self.norms, self.paired = dict(norms), control.paired
+        self._control, self.norms = (control,), dict(norms)
         digest = torch.tensor(list(bytes.fromhex(control.digest())), dtype=torch.uint8)
         self.register_buffer("control_digest", digest)
-        graph = build_graph(model, input_shape)
+        kind = MixedNorm if control.paired else GatedNorm
         for norm in norms.values():
-            relu = _relu_follows(graph, norm) and control.paired
-            kind = MixedNorm if control.paired else GatedNorm
-            _put_around(self.net, norm, kind(self.net.get_submodule(norm), relu=relu))
-        self.mode = _OnceRelu()
+            _put_around(self.net, norm, kind(self.net.get_submodule(norm)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, classes] of the images x [B, C, H, W] when mixed with controls."""
         (control,) = self._control
-        both = torch.cat([x, control.sample(x)]) if control.paired else x
-        with self.mode:
-            output = self.net(both)
+        output = self.net(torch.cat([x, control.sample(x)]) if control.paired else x)
         if isinstance(output, tuple):  # auxiliary heads
             output = output[0]
         return output[: len(x)]
@@ -168,8 +199,7 @@ class MixedNet(nn.Module):
     def read_betas(self) -> dict[str, Tensor]:
         """`beta` of each layer, projected, on the CPU."""
         modules = {n: self.net.get_submodule(norm) for n, norm in self.norms.items()}
-        betas = {n: m.beta.detach() for n, m in modules.items()}
-        return {n: b.clamp(0, 1).float().cpu() for n, b in betas.items()}
+        return {n: m.read_beta().float().cpu() for n, m in modules.items()}
 
     def read_scales(self) -> dict[str, Tensor]:
         """|gamma| of each layer, on the CPU."""
@@ -178,57 +208,57 @@ class MixedNet(nn.Module):
 
 
 class MixedNorm(nn.Module):
-    """A BatchNorm that mixes the halves of its batch by `beta` before it normalises."""
+    """A BatchNorm that mixes the halves of its batch by `beta` before it normalises.
+
+    A ReLU behind it stays the network's own. The kernel could do it in the same pass,
+    but the network would do it again, which costs more than the pass it saves.
+    """
 
     start = 0.5
 
-    def __init__(self, norm: nn.Module, *, relu: bool):
+    def __init__(self, norm: nn.Module):
         super().__init__()
-        self.norm, self.relu = norm, relu
-        self.beta = nn.Parameter(torch.full_like(norm.weight, self.start))
+        self.norm = norm
+        self.share = nn.Parameter(torch.full_like(norm.weight, self.start))
 
     def forward(self, x: Tensor) -> Tensor:
         """[2B, C, ...] to the same: the mixed images' half, then the control's."""
         if not self.training:
             return self.norm(x)
         with torch.no_grad():  # the projection after the step before
-            self.beta.clamp_(0, 1)
-        y = mix_norm_relu(
-            x, self.beta, self.norm.weight, self.norm.bias, eps=self.norm.eps,
-            relu=self.relu,
-        )  # fmt: skip
-        y.rectified = y._version if self.relu else None  # until changed in place
-        return y
+            self.share.clamp_(0, 1)
+        return self.mix(x)
+
+    def mix(self, x: Tensor) -> Tensor:
+        """What is done in training."""
+        norm = self.norm
+        return mix_norm_relu(
+            x, self.share, norm.weight, norm.bias, eps=norm.eps, relu=False
+        )
+
+    def read_beta(self) -> Tensor:
+        """`beta` [C], projected."""
+        return self.share.detach().clamp(0, 1)
 
 
 class GatedNorm(MixedNorm):
     """A BatchNorm with a gate behind it: what is left of the method without a control.
 
     Gates start at 1, the network as it is; a factor before the BatchNorm would cancel.
+    A gate is what is left when the control's part is taken off, `beta - beta~`, so that
+    `I` is `|gamma|` times the gate, and one formula serves every arm.
     """
 
     start = 1.0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, ...] to the same, each channel times its `beta`."""
-        if not self.training:
-            return self.norm(x)
-        with torch.no_grad():
-            self.beta.clamp_(0, 1)
+    def mix(self, x: Tensor) -> Tensor:
+        """[B, C, ...] to the same, each channel times its gate."""
         y = self.norm(x)
-        return y * self.beta.to(y.dtype).view(1, -1, *[1] * (x.dim() - 2))
+        return y * self.share.to(y.dtype).view(1, -1, *[1] * (x.dim() - 2))
 
-
-class _OnceRelu(TorchFunctionMode):
-    """ReLU of what has been through the fused ReLU is the very tensor."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in RELU_CALLS:
-            x = args[0] if args else kwargs["input"]
-            if getattr(x, "rectified", None) == x._version:
-                return x
-        return func(*args, **kwargs)
+    def read_beta(self) -> Tensor:
+        """`beta` [C] in [1/2, 1]: the gate is `beta - beta~`, `beta + beta~ = 1`."""
+        return (1 + super().read_beta()) / 2
 
 
 def _put_around(net: nn.Module, name: str, outer: MixedNorm) -> None:
@@ -239,13 +269,6 @@ def _put_around(net: nn.Module, name: str, outer: MixedNorm) -> None:
             net.set_submodule(path, outer)
 
 
-def _relu_follows(graph: Graph, norm: str) -> bool:
-    """Every reader of the BatchNorm's output is a ReLU."""
-    made = {v for node in graph.nodes if node.module == norm for v in node.outputs}
-    readers = [node for node in graph.nodes if made & set(node.inputs)]
-    return bool(readers) and all(node.op in RELUS for node in readers)
-
-
 def _describe(mixed: MixedNet) -> dict[str, float]:
     """The state of the betas in a few numbers, for the row of an epoch."""
     betas, scales = mixed.read_betas(), mixed.read_scales()
@@ -254,37 +277,33 @@ def _describe(mixed: MixedNet) -> dict[str, float]:
         "beta_mean": float(every.mean()),
         "beta_sd": float(every.std()),
         "below_half": float((every < 0.5).float().mean()),
-        "rank_with_gamma": correlate_ranks(betas, scales, paired=mixed.paired),
+        "rank_with_gamma": correlate_ranks(betas, scales),
     }
 
 
-def correlate_ranks(
-    betas: dict[str, Tensor], scales: dict[str, Tensor], *, paired: bool = True
-) -> float:
+def correlate_ranks(betas: dict[str, Tensor], scales: dict[str, Tensor]) -> float:
     """Mean Spearman correlation over layers of the statistic with |gamma|.
 
     1: the control decides nothing, |gamma| alone would prune the same. A layer in which
-    either of the two is constant counts 0. `paired` as in `Betas`.
+    either of the two is constant counts 0.
     """
-    found = [
-        _spearman(scales[name] * (2 * beta - 1 if paired else beta), scales[name])
-        for name, beta in betas.items()
-    ]
-    return sum(found) / max(len(found), 1)
-
-
-def _spearman(a: Tensor, b: Tensor) -> float:
-    if len(a) < 2 or len(a.unique()) < 2 or len(b.unique()) < 2:
-        return 0.0
-    return float(spearmanr(a.numpy(), b.numpy()).statistic)
+    found = []
+    for name, beta in betas.items():
+        statistic, scale = scales[name] * (2 * beta - 1), scales[name]
+        constant = min(len(statistic.unique()), len(scale.unique())) < 2
+        found.append(0.0 if constant else spearmanr(statistic, scale).statistic)
+    return float(sum(found) / max(len(found), 1))
 
 
 # -- checks --------------------------------------------------------------------------
 
 
-def _pick_layers(model, input_shape, layers: list[str] | None) -> dict[str, str]:
-    pairs = find_pairs(build_graph(model, input_shape), model)
-    chosen = block_layers(model, input_shape) if layers is None else list(layers)
+def _pick_layers(
+    model: nn.Module, shape: tuple, layers: list[str] | None, graph: Graph | None = None
+) -> dict[str, str]:
+    graph = graph or build_graph(model, shape)
+    pairs = find_pairs(graph, model)
+    chosen = block_layers(model, shape, graph=graph) if layers is None else layers
     for name in chosen:
         if name not in pairs:
             raise ValueError(

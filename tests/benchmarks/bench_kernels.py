@@ -1,6 +1,11 @@
 """Time, bytes and memory of the fused kernels against what one would write without.
 
     .venv/bin/python tests/benchmarks/bench_kernels.py [--rounds 30] [--threads 1]
+    .venv/bin/python tests/benchmarks/bench_kernels.py --large [--threads 1]
+
+`--large` writes mmd.csv: the MMD of two samples of 10,000 rows, plain and in tiles,
+time and memory beyond the samples, each in a process of its own. Plain and with
+gradients it takes some 9 GB.
 
 On a GPU: plain PyTorch, `torch.compile` of it, and Triton, forward with backward, by
 CUDA events; bytes are counted on paper and set against the memory bandwidth of the
@@ -9,9 +14,14 @@ small shapes, which says nothing about the Triton kernels.
 """
 
 import argparse
+import resource
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import pandas as pd
 import torch
 from _gpu import find_bandwidth, find_peak, time_on_gpu
 from torch import Tensor, nn
@@ -32,6 +42,7 @@ ON_CPU = {
 }
 SAMPLES_ON_GPU = [(1024, 3072), (4096, 2048)]
 SAMPLES_ON_CPU = [(256, 256), (1024, 64)]
+LARGE = 10_000, 64
 
 
 def mix_plainly(x: Tensor, beta: Tensor, norm: nn.Module) -> Tensor:
@@ -139,13 +150,63 @@ def bench_mmd2(samples: list, rounds: int, device: str, peak: float) -> None:
             print(f"  Triton does {work:.1f} GFLOP of products without tensor cores")
 
 
+def measure_large(version: str, passes: str) -> None:
+    """Print seconds and MiB of one MMD of large samples."""
+    device, (n, d) = "cuda" if torch.cuda.is_available() else "cpu", LARGE
+    torch.manual_seed(0)
+    x, y = (torch.randn(n, d, device=device, requires_grad="+" in passes) for _ in "xy")
+    widths = [s * (2 * d) ** 0.5 for s in BANDWIDTHS]
+    function = mmd2_plainly if version == "plain" else mmd2
+
+    def call(x=x, y=y):
+        found = function(x, y, widths)
+        return torch.autograd.grad(found, (x, y)) if "+" in passes else found
+
+    call(x[:500], y[:500])  # what the libraries need for themselves
+    if device == "cuda":
+        print(time_on_gpu(call) / 1e3, find_peak(call))
+        return
+    before, spent = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        time_on_cpu(call),
+    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(spent / 1e3, peak / 1024)
+
+
+def bench_large(threads: int) -> None:
+    """Both versions, forward and with gradients, into mmd.csv."""
+    rows = []
+    for passes in ("forward", "forward + backward"):
+        for version in ("plain", "tiled"):
+            command = [sys.executable, __file__, "--threads", str(threads)]
+            command += ["--child", version, passes]
+            found = subprocess.run(command, check=True, capture_output=True, text=True)
+            seconds, mib = map(float, found.stdout.split())
+            rows.append([*LARGE, passes, version, round(seconds, 2), round(mib)])
+    names = ["n", "d", "passes", "version", "seconds", "peak_mib"]
+    table = pd.DataFrame(rows, columns=names)
+    table["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else (
+        f"cpu, {threads} threads")  # fmt: skip
+    table.to_csv(Path(__file__).with_name("mmd.csv"), index=False)
+    print(table.to_string(index=False))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, help="of PyTorch; default: its own")
+    parser.add_argument("--large", action="store_true", help="write mmd.csv")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.child:
+        measure_large(*options.child)
+        return
+    if options.large:
+        bench_large(torch.get_num_threads())
+        return
     if torch.cuda.is_available():
         peak = find_bandwidth()
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copies at "

@@ -27,14 +27,13 @@ from lib.train.update import Update
 BATCH, GOAL, SHAPE = 128, 2.2, (3, 32, 32)
 
 
-def compose(x: Tensor, beta: Tensor, weight, bias, *, eps: float, relu: bool) -> Tensor:
+def compose(x: Tensor, beta: Tensor, weight, bias, *, eps: float, **_) -> Tensor:
     """The selection layer as a composition of library calls."""
     real, control = x.chunk(2)
     mixed = torch.lerp(control, real, beta.to(x.dtype).view(1, -1, 1, 1))
-    y = F.batch_norm(
+    return F.batch_norm(
         torch.cat([mixed, control]), None, None, weight, bias, True, 0, eps
     )
-    return F.relu(y) if relu else y
 
 
 class ComposedNet(selection.MixedNet):
@@ -64,9 +63,9 @@ def build_steps(device: torch.device) -> dict[str, Update]:
     norms = {name: pairs[name] for name in block_layers(model, SHAPE)}
     steps = {"training": make_step(models.build("resnet20"), device, "sgd")}
     for arm in (Shuffle, Noise, NoControl):
-        net = selection.MixedNet(model, arm(SHAPE), norms, SHAPE)
+        net = selection.MixedNet(model, arm(SHAPE), norms)
         steps[arm.name] = make_step(net, device, "adam")
-    composed = ComposedNet(model, Shuffle(SHAPE), norms, SHAPE)
+    composed = ComposedNet(model, Shuffle(SHAPE), norms)
     return steps | {"shuffle, composed": make_step(composed, device, "adam")}
 
 

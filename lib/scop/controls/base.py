@@ -36,6 +36,7 @@ class Control(nn.Module):
     def sample(self, batch: Tensor) -> Tensor:
         """A control for every image of `batch` [B, C, H, W]: same shape, dtype, device.
 
+        The arm moves to where the batch lies, wherever it was built or used before.
         `ValueError` when the images or what the arm makes have another shape.
         """
         if tuple(batch.shape[1:]) != self.shape:
@@ -43,6 +44,7 @@ class Control(nn.Module):
                 f"control '{self.name}' was built for images of shape "
                 f"{list(self.shape)}, got {list(batch.shape[1:])}"
             )
+        self.to(batch.device)
         with torch.autocast(batch.device.type, enabled=False):
             made = self.make(batch.float()).to(batch.dtype)
         if made.shape != batch.shape:
