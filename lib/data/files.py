@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
-from lib.data.images import ImageSet, check_pixels
+from lib.data.images import ImageSet, check_tensors
 
 SPLITS = ("train", "test")
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -26,57 +27,41 @@ BROKEN_IMAGE = (
     *(OSError, SyntaxError, EOFError, ValueError),
     Image.DecompressionBombError,
 )
-Arrays = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
-"""images uint8 [N, H, W, C], labels int64 [N], names of classes"""
 
 
 def read_own(
-    name: str,
-    split: str,
-    *,
-    folder: Path,
-    size: int | None = None,
-    like: ImageSet | None = None,
+    folder: Path, split: str, *, size: int | None = None, like: ImageSet | None = None
 ) -> ImageSet:
-    """Read a set of the user's own; without `like`, train is read to measure it."""
+    """Read a set of the user's own; without `like`, test has train read as well."""
     trees = any((folder / part).is_dir() for part in SPLITS)
     if trees and any(find_shards(folder, part) for part in SPLITS):
         raise ValueError(f"{folder}: holds both npz files and image folders, keep one")
-    read: Callable[..., Arrays] = read_shards
+    read: Callable[..., ImageSet] = read_shards
     if trees:
         read = functools.partial(read_tree, size=size)
-    if like is None:
-        like = measure(name, folder, *read(folder, "train"))
-        if split == "train":
-            return like
-        like = like.subset([])  # lets go of train before the test images come
-    pixels, labels, _ = read(folder, split, like=like)
-    tensors = torch.from_numpy(pixels), torch.from_numpy(labels)
-    return replace(like, name=name, images=tensors[0], labels=tensors[1])
+    if like is None and split == "test":
+        # Its images are let go of before those of test come.
+        like = read(folder, "train").subset([])
+    return read(folder, split, like=like)
 
 
 def measure(
-    name: str,
-    folder: Path,
-    pixels: np.ndarray,
-    labels: np.ndarray,
-    classes: tuple[str, ...],
+    folder: Path, images: Tensor, labels: Tensor, classes: tuple[str, ...]
 ) -> ImageSet:
-    """A train split with its own mean and population std per channel.
+    """A train split with its own mean and population s.d. per channel.
 
     Exact, from counts of the 256 values; ValueError for a constant channel.
     """
-    values = np.arange(256) / 255
-    images, mean, std = torch.from_numpy(pixels), [], []
-    for channel in range(pixels.shape[-1]):
-        flat = images[..., channel].reshape(-1)
-        share = torch.bincount(flat, minlength=256).numpy() / len(flat)
-        mean.append(float(share @ values))
-        std.append(float(np.sqrt(share @ (values - mean[-1]) ** 2)))
-        if share.max() == 1:
-            raise ValueError(f"{folder}: channel {channel} of train is constant")
-    rest = classes, name, tuple(mean), tuple(std), pixels.shape[1] // 8, True
-    return ImageSet(images, torch.from_numpy(labels), *rest)
+    channels = images.flatten(0, 2).T
+    counts = torch.stack([channel.bincount(minlength=256) for channel in channels])
+    shares = counts.double() / channels.shape[1]
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = shares @ values
+    std = (shares * (values - mean[:, None]) ** 2).sum(1).sqrt()
+    if not std.all():
+        raise ValueError(f"{folder}: channel {int(std.argmin())} of train is constant")
+    rest = tuple(mean.tolist()), tuple(std.tolist()), images.shape[1] // 8, True
+    return ImageSet(images, labels, classes, folder.name, *rest)
 
 
 def map_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list:
@@ -93,8 +78,8 @@ def find_shards(folder: Path, split: str) -> list[Path]:
     return sorted(folder.glob(f"{split}*.npz"))
 
 
-def read_shards(folder: Path, split: str, *, like: ImageSet | None = None) -> Arrays:
-    """Join the npz files of a split: uint8 [N, H, W, C], int64 [N], class names.
+def read_shards(folder: Path, split: str, *, like: ImageSet | None = None) -> ImageSet:
+    """Join the npz files of a split.
 
     Without `like` the shape is the first file's and the classes are 0..max.
     """
@@ -102,41 +87,38 @@ def read_shards(folder: Path, split: str, *, like: ImageSet | None = None) -> Ar
     if not files:
         raise FileNotFoundError(f"{folder}: no {split}*.npz or {split}/ folder in it")
     parts = map_threads(read_npz, files)
-    shape = parts[0][0].shape[1:] if like is None else like.images.shape[1:]
+    shape = (parts[0][0] if like is None else like.images).shape[1:]
     high = 2**31 if like is None else len(like.classes)
-    for file, (pixels, labels) in zip(files, parts, strict=True):
-        check_shape(file, pixels.shape[1:], shape)
-        if labels.min() < 0 or labels.max() >= high:
+    for file, (images, labels) in zip(files, parts, strict=True):
+        check_shape(file, images.shape[1:], shape)
+        low, top = labels.min(), labels.max()
+        if low < 0 or top >= high:
             raise ValueError(
-                f"{file}: labels run from {labels.min()} to {labels.max()}, "
-                f"expected 0..{high - 1}"
+                f"{file}: labels run from {low} to {top}, expected 0..{high - 1}"
             )
-    pixels, labels = parts[0]
+    images, labels = parts[0]
     if len(parts) > 1:
-        pixels, labels = map(np.concatenate, zip(*parts, strict=True))
-    return (
-        pixels,
-        labels,
-        name_classes(folder, labels) if like is None else like.classes,
-    )
+        images, labels = map(torch.cat, zip(*parts, strict=True))
+    if like is None:
+        return measure(folder, images, labels, name_classes(folder, labels))
+    return replace(like, name=folder.name, images=images, labels=labels)
 
 
-def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_npz(path: Path) -> tuple[Tensor, Tensor]:
     """One file's `images` and `labels`, checked for type, shape and count."""
     expected = "expected an npz with images uint8 [N, H, W, C] and labels int64 [N]"
     try:
         with np.load(path, allow_pickle=False) as file:
             pixels, labels = file["images"], file["labels"]
+        if labels.dtype.kind in "iu":
+            labels = labels.astype(np.int64, copy=False)
+        tensors = torch.from_numpy(pixels), torch.from_numpy(labels)
     except BROKEN_NPZ as error:
         raise ValueError(f"{path}: cannot be read ({error}), {expected}") from None
-    check_pixels(path, str(pixels.dtype), pixels.shape)
-    whole = labels.dtype.kind in "iu" and labels.size
-    if not whole or labels.shape != pixels.shape[:1]:
-        raise ValueError(
-            f"{path}: {len(pixels)} images with labels {labels.dtype} "
-            f"{list(labels.shape)}, {expected}, N at least 1"
-        )
-    return pixels, labels.astype(np.int64, copy=False)
+    check_tensors(path, *tensors)
+    if not len(labels):
+        raise ValueError(f"{path}: holds no images")
+    return tensors
 
 
 def check_shape(where: Path, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -148,26 +130,26 @@ def check_shape(where: Path, shape: tuple[int, ...], expected: tuple[int, ...]) 
         )
 
 
-def name_classes(folder: Path, labels: np.ndarray) -> tuple[str, ...]:
+def name_classes(folder: Path, labels: Tensor) -> tuple[str, ...]:
     """Names "0".."max"; ValueError for a class without an image."""
-    seen = np.unique(labels)
-    gaps = np.flatnonzero(seen != np.arange(len(seen)))
+    seen = labels.unique()
+    gaps = torch.nonzero(seen != torch.arange(len(seen)))
     if len(gaps):
         raise ValueError(
-            f"{folder}: no train image of class {gaps[0]}, but labels go up to "
+            f"{folder}: no train image of class {int(gaps[0])}, but labels go up to "
             f"{seen[-1]}; every class 0..max needs one"
         )
-    return tuple(str(label) for label in seen)
+    return tuple(str(label) for label in seen.tolist())
 
 
 # -- folders of images -----------------------------------------------------------------
 
 
 def read_tree(
-    folder: Path, split: str, *, size: int | None, like: ImageSet | None = None
-) -> Arrays:
-    """Decode `<folder>/<split>/<class>/*`: uint8 [N, H, W, C], int64 [N], classes."""
-    files, labels, classes = list_tree(folder / split)
+    folder: Path, split: str, *, size: int | None = None, like: ImageSet | None = None
+) -> ImageSet:
+    """Decode `<folder>/<split>/<class>/*`, all of one size or brought to `size`."""
+    files, classes, labels = list_tree(folder / split)
     if like is not None and classes != like.classes:
         differ = ", ".join(sorted(set(classes) ^ set(like.classes)))
         raise ValueError(
@@ -180,11 +162,14 @@ def read_tree(
         pixels[i] = read_image(files[i], functools.partial(fit_image, shape=shape))
 
     map_threads(decode, range(len(files)))
-    return pixels, np.array(labels), classes
+    images = torch.from_numpy(pixels)
+    if like is None:
+        return measure(folder, images, labels, classes)
+    return replace(like, name=folder.name, images=images, labels=labels)
 
 
-def list_tree(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
-    """Image files in order of their names, their labels, and the names of classes.
+def list_tree(folder: Path) -> tuple[list[Path], tuple[str, ...], Tensor]:
+    """Image files in order of their names, the names of classes, and labels [N].
 
     Hidden files and folders are none (torchvision's ImageFolder takes them up).
     """
@@ -199,7 +184,7 @@ def list_tree(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
         labels += [label] * len(images)
     if not files:
         raise FileNotFoundError(f"{folder}: no class folders, expected <class>/*.png")
-    return files, labels, tuple(classes)
+    return files, tuple(classes), torch.tensor(labels)
 
 
 def find_shape(

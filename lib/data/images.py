@@ -29,12 +29,7 @@ class ImageSet:
     flip: bool
 
     def __post_init__(self) -> None:
-        check_pixels(self.name, str(self.images.dtype), tuple(self.images.shape))
-        if self.labels.dtype != torch.int64 or self.labels.shape != (len(self.images),):
-            raise ValueError(
-                f"{self.name}: expected int64 labels [{len(self.images)}], got "
-                f"{self.labels.dtype} {list(self.labels.shape)}"
-            )
+        check_tensors(self.name, self.images, self.labels)
         if not len(self.mean) == len(self.std) == self.images.shape[-1]:
             raise ValueError(f"{self.name}: mean and std need one value per channel")
 
@@ -107,13 +102,18 @@ def split_validation(
     return images.subset(kept), images.subset(held)
 
 
-def check_pixels(where: Any, dtype: str, shape: tuple[int, ...]) -> None:
-    """Refuse anything but uint8 [N, H, W, C] with 1 or 3 channels."""
-    kind = dtype.removeprefix("torch.")
+def check_tensors(where: Any, images: Tensor, labels: Tensor) -> None:
+    """Refuse anything but uint8 [N, H, W, C], C = 1 or 3, with int64 labels [N]."""
+    kind, shape = str(images.dtype).removeprefix("torch."), images.shape
     if kind != "uint8" or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape[1:]:
         raise ValueError(
             f"{where}: images are {kind} {list(shape)}, expected uint8 [N, H, W, C] "
             "with C = 1 or 3"
+        )
+    if labels.dtype != torch.int64 or labels.shape != shape[:1]:
+        raise ValueError(
+            f"{where}: labels are {labels.dtype} {list(labels.shape)}, expected int64 "
+            f"[{len(images)}]"
         )
 
 

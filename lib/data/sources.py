@@ -88,7 +88,7 @@ def load(
         images = read_known(name, split, root=root)
     else:
         folder = find_folder(name, root)
-        images = read_own(name, split, folder=folder, size=size, like=like)
+        images = read_own(folder, split, size=size, like=like)
     if size is not None and images.shape[1:] != (size, size):
         raise ValueError(
             f"{name}: size={size} is for folders of images; this set has "
@@ -136,19 +136,18 @@ def read_mnist5k(split: str) -> ImageSet:
 
 def read_known(name: str, split: str, *, root: Path) -> ImageSet:
     """Read one of the sets with official names and counts, fetched where it lacks."""
-    folder, facts, expected = root / name, KNOWN[name], COUNTS[name][split]
+    folder, expected = root / name, COUNTS[name][split]
     if not find_shards(folder, split):
         download(name, root)
-    pixels, labels, _ = read_shards(folder, split, like=facts)
-    if len(labels) != expected:
+    images = read_shards(folder, split, like=KNOWN[name])
+    if len(images) != expected:
         found = ", ".join(file.name for file in find_shards(folder, split))
         raise ValueError(
             f"{folder}: {name} has {expected:,} {split} images, but {found} hold "
-            f"{len(labels):,}; complete the {split}*.npz files, or delete them to have "
+            f"{len(images):,}; complete the {split}*.npz files, or delete them to have "
             "the set downloaded"
         )
-    tensors = torch.from_numpy(pixels), torch.from_numpy(labels)
-    return replace(facts, name=name, images=tensors[0], labels=tensors[1])
+    return images
 
 
 def download(name: str, root: str | Path | None = None) -> Path:

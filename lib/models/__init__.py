@@ -4,25 +4,12 @@
 classification net, `build("resnet50", num_classes=1000)`.
 """
 
-from lib.models.caffe import BvlcGoogLeNet, CaffeNet, CifarNet, Inception, LeNet
-from lib.models.densenet import CifarDenseNet, DenseLayer
-from lib.models.layers import draw_weights
-from lib.models.registry import build, input_shape, names
-from lib.models.resnet import BasicBlock, CifarResNet, PadShortcut
-
-__all__ = [
-    "BasicBlock",
-    "BvlcGoogLeNet",
-    "CaffeNet",
-    "CifarDenseNet",
-    "CifarNet",
-    "CifarResNet",
-    "DenseLayer",
-    "Inception",
-    "LeNet",
-    "PadShortcut",
-    "build",
-    "draw_weights",
-    "input_shape",
-    "names",
-]
+from lib.models.caffe import LeNet as LeNet
+from lib.models.densenet import DenseLayer as DenseLayer
+from lib.models.layers import draw_weights as draw_weights
+from lib.models.registry import build as build
+from lib.models.registry import input_shape as input_shape
+from lib.models.registry import names as names
+from lib.models.resnet import BasicBlock as BasicBlock
+from lib.models.resnet import CifarResNet as CifarResNet
+from lib.models.resnet import PadShortcut as PadShortcut

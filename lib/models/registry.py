@@ -35,8 +35,6 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "caffenet": CaffeNet,
     "googlenet_bvlc": BvlcGoogLeNet,
 }
-# Nets whose first linear layer fixes the input size.
-FIXED_SIZE = ("lenet", "cifarnet", "caffenet")
 # Options that `build` names itself, or that the name already decides.
 DECIDED = {"depth", "projection", "num_classes", "in_channels", "image_size"}
 SIZES = {"lenet": 28, "caffenet": 227, "googlenet_bvlc": 224}
@@ -55,7 +53,7 @@ def input_shape(
     torchvision's nets: the size that their DEFAULT weights were evaluated at. Raises
     ValueError on an unknown name or a number below 1.
     """
-    check_name(name)
+    find_builder(name)
     check_at_least_one(name, in_channels=in_channels, image_size=image_size)
     if image_size is None and name in BUILDERS:
         image_size = SIZES.get(name, 32)
@@ -84,38 +82,39 @@ def build(
     published, or a file of weights with the wrong digest; FileNotFoundError where
     weights cannot be fetched.
     """
-    check_name(name)
+    builder = find_builder(name)
     check_at_least_one(
         name, num_classes=num_classes, in_channels=in_channels, image_size=image_size
     )
-    check_options(name, options)
-    if pretrained:
-        check_pretrained(name, num_classes, in_channels)
+    if name in BUILDERS:
+        known = set(inspect.signature(builder).parameters) - DECIDED
+        check_known(f"{name}: option", options, known)
     options |= {"num_classes": num_classes, "in_channels": in_channels}
     if image_size is not None:
-        check_image_size(name, image_size, options)
-    net = make_net(name, image_size, pretrained=pretrained, **options)
-    if pretrained and name in weights.FILES:
-        net.load_state_dict(weights.load_weights(name))
+        check_image_size(builder, name, image_size, options)
+    if not pretrained:
+        return call(builder, image_size, options)
+    check_pretrained(name, num_classes, in_channels)
+    if name not in BUILDERS:
+        return call(builder, image_size, options | {"pretrained": True})
+    net = call(builder, image_size, options)
+    net.load_state_dict(weights.load_weights(name))
     return net
 
 
-def make_net(
-    name: str, image_size: int | None, *, pretrained: bool = False, **options: Any
-) -> nn.Module:
-    """Call the builder of `name`; torchvision's also load their own weights."""
-    if name not in BUILDERS:
-        return vision.build_torchvision(
-            name, image_size=image_size, pretrained=pretrained, **options
-        )
-    if name in FIXED_SIZE and image_size is not None:
-        options["image_size"] = image_size
-    return BUILDERS[name](**options)
-
-
-def check_name(name: str) -> None:
-    """Raise ValueError, with the nearest name, unless `name` classifies images."""
+def find_builder(name: str) -> Callable[..., nn.Module]:
+    """What makes the net `name`; ValueError, with the nearest name, for an unknown."""
     check_known("net", [name], [*BUILDERS, *vision.list_classifiers()])
+    return BUILDERS.get(name) or partial(vision.build_torchvision, name)
+
+
+def call(
+    builder: Callable[..., nn.Module], image_size: int | None, options: dict[str, Any]
+) -> nn.Module:
+    """The net, told its image size where one is given and the net is made for one."""
+    if image_size and "image_size" in inspect.signature(builder).parameters:
+        options = options | {"image_size": image_size}
+    return builder(**options)
 
 
 def check_at_least_one(name: str, **numbers: int | None) -> None:
@@ -125,13 +124,6 @@ def check_at_least_one(name: str, **numbers: int | None) -> None:
             raise ValueError(
                 f"{name}: {what}={number!r}, expected a whole number, at least 1"
             )
-
-
-def check_options(name: str, options: dict[str, Any]) -> None:
-    """Raise ValueError where a net defined here does not know one of `options`."""
-    if name in BUILDERS:
-        known = set(inspect.signature(BUILDERS[name]).parameters) - DECIDED
-        check_known(f"{name}: option", options, known)
 
 
 def check_pretrained(name: str, num_classes: int, in_channels: int) -> None:
@@ -146,37 +138,37 @@ def check_pretrained(name: str, num_classes: int, in_channels: int) -> None:
         )
 
 
-def check_image_size(name: str, image_size: int, options: dict[str, Any]) -> None:
+def check_image_size(
+    builder: Callable[..., nn.Module], name: str, side: int, options: dict[str, Any]
+) -> None:
     """Raise ValueError, with the smallest size that works, if this one does not."""
-    sides = (image_size, *range(1, LARGEST_TRIED + 1))
-    least = next((side for side in sides if runs_at(name, side, options)), None)
-    if least != image_size:
+    sides = (side, *range(1, LARGEST_TRIED + 1))
+    least = next((trial for trial in sides if runs_at(builder, trial, options)), None)
+    if least != side:
         raise ValueError(
-            f"{name}: image_size={image_size} does not work; the smallest that does "
+            f"{name}: image_size={side} does not work; the smallest that does "
             f"is {least or f'above {LARGEST_TRIED}'}"
         )
 
 
-def runs_at(name: str, side: int, options: dict[str, Any]) -> bool:
+def runs_at(
+    builder: Callable[..., nn.Module], side: int, options: dict[str, Any]
+) -> bool:
     """Whether one image of `side` pixels goes through, tried without any memory.
 
     The meta device knows shapes only and leaves the global generator alone.
     """
     try:
-        net = make_meta_net(name, side, options).eval()
+        try:
+            with torch.device("meta"):
+                net = call(builder, side, options)
+        except NotImplementedError:
+            # RegNets work out their widths with tensors, whose values meta lacks.
+            with torch.random.fork_rng(devices=[]):
+                net = call(builder, side, options).to("meta")
         with torch.inference_mode():
-            net(torch.empty(1, options["in_channels"], side, side, device="meta"))
+            image = torch.empty(1, options["in_channels"], side, side, device="meta")
+            net.eval()(image)
     except (RuntimeError, ValueError, AssertionError):
         return False
     return True
-
-
-def make_meta_net(name: str, side: int, options: dict[str, Any]) -> nn.Module:
-    """The net on the meta device, for inputs of `side` pixels."""
-    try:
-        with torch.device("meta"):
-            return make_net(name, side, **options)
-    except NotImplementedError:
-        # RegNets work out their widths with tensors, whose values meta does not hold.
-        with torch.random.fork_rng(devices=[]):
-            return make_net(name, side, **options).to("meta")

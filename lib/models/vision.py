@@ -40,8 +40,8 @@ def build_torchvision(
     *,
     num_classes: int,
     in_channels: int,
-    image_size: int | None,
-    pretrained: bool,
+    image_size: int | None = None,
+    pretrained: bool = False,
     **options: Any,
 ) -> nn.Module:
     """The torchvision net `name`, `[N, in_channels, H, W]` to `[N, num_classes]`.

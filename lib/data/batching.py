@@ -59,13 +59,15 @@ def batches(
     def generate() -> Iterator[tuple[Tensor, Tensor]]:
         here = images.to(device)
         order, *offsets = (draw.to(device) for draw in draws)
-        scale = channel_rows(here)
+        # Whole rows rather than 3 channels: a loop long enough to vectorise.
+        rows = torch.tensor([images.mean, images.std], device=here.images.device)
+        mean, std = rows.repeat(1, here.images.shape[2])
         for start in range(0, count * batch_size, batch_size):
             part = slice(start, start + batch_size)
             x = here.images.index_select(0, order[part])
             if augment:
                 x = crop_flip(x, *(draw[part] for draw in offsets), pad=images.pad)
-            x = resize(scale_rows(x, *scale), resolution).to(dtype)
+            x = resize(normalise(x, mean, std), resolution).to(dtype)
             x = x.contiguous(memory_format=torch.channels_last)
             yield x, here.labels.index_select(0, order[part])
 
@@ -133,22 +135,11 @@ def crop_flip(
     return pixels.view(batch.shape)
 
 
-def normalise(batch: Tensor, images: ImageSet) -> Tensor:
-    """uint8 [B, H, W, C] -> float32 [B, C, H, W], channels_last, by the set's mean."""
-    return scale_rows(batch, *channel_rows(images))
+def normalise(batch: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 [B, H, W, C] -> float32 [B, C, H, W], channels_last.
 
-
-def channel_rows(images: ImageSet) -> tuple[Tensor, Tensor]:
-    """The set's mean and std repeated along one row of pixels: [W * C] each."""
-    width = images.images.shape[2]
-    values = torch.tensor([images.mean, images.std]).repeat(1, width)
-    mean, std = values.to(images.images.device)
-    return mean, std
-
-
-def scale_rows(batch: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Normalise uint8 [B, H, W, C] by rows [W * C]; returns [B, C, H, W]."""
-    # Whole rows rather than 3 channels: the inner loop is long enough to vectorise.
+    mean, std: [W * C], of a row of pixels scaled to 0..1.
+    """
     rows = batch.reshape(-1, len(mean)).float()
     return rows.div_(255).sub_(mean).div_(std).view(batch.shape).permute(0, 3, 1, 2)
 
