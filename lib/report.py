@@ -8,6 +8,7 @@ measured to where it is committed.
 
 import argparse
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -93,8 +94,11 @@ def save_figure(run: str, name: str, figure: Figure, numbers: pd.DataFrame) -> P
     if profile != QUICK:
         name = "_".join([name, profile, *rest[1:]])
     path = stages.profile_folder(run) / "figures" / f"{name}.png"
-    options = {"dpi": 130, "bbox_inches": "tight", "metadata": {"Software": None}}
-    paths.write_atomic(path, lambda tmp: figure.savefig(tmp, **options))
+
+    def write(tmp: Path) -> None:  # without matplotlib's version in the file
+        figure.savefig(tmp, dpi=130, bbox_inches="tight", metadata={"Software": None})
+
+    paths.write_atomic(path, write)
     paths.write_text(path.with_suffix(".csv"), numbers.to_csv(index=False))
     return path
 
@@ -128,17 +132,13 @@ def set_style() -> None:
 
 def main() -> None:
     """Print the table of a profile and keep it beside the runs; publish if asked."""
-    parser = argparse.ArgumentParser(
-        description="Print the results table of a profile."
-    )
+    parser = argparse.ArgumentParser(description="The results table of a profile.")
     parser.add_argument("--profile", default=QUICK)
-    parser.add_argument(
-        "--publish", action="store_true",
-        help="copy its figures to figures/ and its rows to data/results/",
-    )  # fmt: skip
+    parser.add_argument("--publish", action="store_true", help="commit what it made")
     options = parser.parse_args()
+    profile = options.profile
     try:
-        profile, runs = options.profile, settings.read_profile(options.profile)
+        runs = settings.read_profile(profile)
     except ValueError as error:
         raise SystemExit(f"report: {error}") from None
     missing = [run.name for run in runs if not _has_run(run)]
@@ -147,11 +147,7 @@ def main() -> None:
         raise SystemExit(
             f"no results yet of {names}: run `make reproduce PROFILE={profile}` first"
         )
-    rows = collect_rows(profile)
-    if not rows.empty:
-        print_results(profile, rows)
-    elif collect_rows(profile, "points").empty:
-        print("no pruned network in this profile: its figures are its result")
+    print_results(profile)
     if options.publish:
         publish(profile)
 
@@ -160,8 +156,12 @@ def _has_run(run: settings.Run) -> bool:
     return (run.folder / "metrics.json").is_file()
 
 
-def print_results(profile: str, rows: pd.DataFrame) -> None:
+def print_results(profile: str) -> None:
     """Print the table of a profile's pruned networks, and keep it beside the runs."""
+    rows = collect_rows(profile)
+    if rows.empty:
+        print("no pruned network in this profile: its figures are its result")
+        return
     table = format_table(summarise(rows))
     print(f"\n{table}\n")
     print(
@@ -189,9 +189,7 @@ def publish(profile: str) -> None:
     """
     drawn = sorted((stages.profile_folder(profile) / "figures").glob("[!.]*"))
     for path in drawn:
-        paths.write_atomic(
-            paths.FIGURES / path.name, lambda tmp, path=path: shutil.copyfile(path, tmp)
-        )
+        paths.write_atomic(paths.FIGURES / path.name, partial(shutil.copyfile, path))
     print(f"wrote {len(drawn)} files to {paths.shown(paths.FIGURES)}")
     if profile != QUICK:
         publish_rows(profile, collect_rows(profile))
@@ -205,7 +203,7 @@ def publish_rows(profile: str, rows: pd.DataFrame) -> None:
 
 
 def publish_points(profile: str, points: pd.DataFrame) -> None:
-    """Write the measured points of a profile to `data/results/PROFILE_points.csv`."""
+    """Write `data/results/PROFILE_points.csv`: each measured point once, in order."""
     order = [column for column in ("seed", "chain", "round") if column in points]
     told = [column for column in points if column not in ("seconds", *MADE_WITH)]
     if not points.empty:
@@ -214,10 +212,9 @@ def publish_points(profile: str, points: pd.DataFrame) -> None:
 
 
 def _write_table(name: str, table: pd.DataFrame) -> None:
-    if table.empty:
-        return
-    text = table.to_csv(index=False, float_format="%.4f", lineterminator="\n")
-    print(f"wrote {paths.shown(paths.write_text(paths.RESULTS / name, text))}")
+    if not table.empty:
+        text = table.to_csv(index=False, float_format="%.4f", lineterminator="\n")
+        print(f"wrote {paths.shown(paths.write_text(paths.RESULTS / name, text))}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 
 import lib
 from lib import paths
-from lib.messages import suggest
+from lib.messages import check_choice, check_known
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,7 @@ def check(**values: Any) -> Settings:
 
 def check_value(name: str, value: Any) -> Any:
     """One parameter against its rule in `PARAMETERS`."""
-    if name not in PARAMETERS:
-        raise ValueError(f"unknown parameter '{name}'{suggest(name, PARAMETERS)}")
+    check_known("parameter", [name], PARAMETERS)
     rule = PARAMETERS[name]
     if not rule.many:
         return check_rule(name, value, rule)
@@ -112,20 +111,20 @@ def check_rule(name: str, value: Any, rule: Rule) -> Any:
     """One value against a rule; an int where a float is wanted comes back as one."""
     if rule.kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if type(value) is not rule.kind:
-        hint = ""
-        if isinstance(value, str) and rule.kind in (int, float):
-            hint = " (in YAML write 1.0e-3, not 1e-3)"
+    kind = type(value)
+    if kind is not rule.kind:
+        number = kind is str and rule.kind in (int, float)
+        hint = " (in YAML write 1.0e-3, not 1e-3)" if number else ""
         raise ValueError(
             f"{name} must be a {rule.kind.__name__}, got {value!r}, which is a "
-            f"{type(value).__name__}{hint}"
+            f"{kind.__name__}{hint}"
         )
-    if rule.kind in (int, float) and not rule.low <= value < rule.high:
+    if kind in (int, float) and not rule.low <= value < rule.high:
         raise ValueError(
             f"{name} must lie in [{rule.low:g}, {rule.high:g}), got {value}"
         )
-    if rule.choices and value not in rule.choices:
-        raise ValueError(f"{name} must be one of {rule.choices}, got {value!r}")
+    if rule.choices:
+        check_choice(name, value, rule.choices)
     return value
 
 
@@ -164,9 +163,7 @@ def read_profile(profile: str, *, threads: int | None = None) -> list[Run]:
 
     paths.checkout()
     folder = paths.NOTEBOOKS / "params"
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if profile not in known:
-        raise ValueError(f"no profile '{profile}'{suggest(profile, known)}")
+    check_known("profile", [profile], {path.stem for path in folder.glob("*.yaml")})
     path = folder / f"{profile}.yaml"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -185,21 +182,13 @@ def expand_runs(
 ) -> list[Run]:
     """The runs of one notebook in a profile, see `read_profile`."""
     books = {path.stem for path in paths.NOTEBOOKS.glob("[0-9]*.ipynb")}
-    if notebook not in books:
-        raise ValueError(
-            f"{profile}: no notebook '{notebook}'{suggest(notebook, books)}"
-        )
+    check_known(f"{profile}: notebook", [notebook], books)
     if not isinstance(changes, dict) or not all(isinstance(n, str) for n in changes):
         raise ValueError(f"{profile}: {notebook} needs parameters as 'name: value'")
     declared = declared_parameters(notebook)
     if threads is not None and "threads" in declared:
         changes = {**changes, "threads": threads}
-    for name in changes:
-        if name not in declared:
-            raise ValueError(
-                f"{profile}: {notebook} declares no parameter '{name}'"
-                f"{suggest(name, declared)}"
-            )
+    check_known(f"{profile}: in {notebook} parameter", changes, declared)
     default = int(declared.get("threads", 1))
     grid = _find_varied(profile, notebook, changes)
     runs = []
@@ -258,7 +247,7 @@ def use_threads(threads: int) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Versions, device and code revision, for metrics.json."""
+    """Versions, system, device and code revision, for metrics.json and for reports."""
     return {
         "lib": lib.__version__,
         "system": platform.platform(terse=True),
@@ -271,11 +260,8 @@ def environment() -> dict[str, str]:
 
 def made_with() -> dict[str, str]:
     """What a measured row names: device, version of torch, revision of the code."""
-    return {
-        "device": device_name(),
-        "torch": version("torch"),
-        "revision": code_revision(),
-    }
+    found = {"device": device_name(), "torch": version("torch")}
+    return found | {"revision": code_revision()}
 
 
 def device_name() -> str:

@@ -40,8 +40,8 @@ def test_checked_parameters_are_attributes():
 
 
 WRONG = [
-    ({"sed": 0}, r"unknown parameter 'sed'; did you mean 'seed'\?"),
-    ({"xyzzy": 0}, r"unknown parameter 'xyzzy'; known: alpha, "),
+    ({"sed": 0}, r"parameter 'sed' is unknown; did you mean 'seed'\?"),
+    ({"xyzzy": 0}, r"parameter 'xyzzy' is unknown; known: alpha, "),
     ({"threads": 0}, r"threads must lie in \[1, inf\), got 0"),
     ({"lr": "1e-3"}, r"lr must be a float, got '1e-3', .* str .*write 1\.0e-3"),
     ({"seed": "3"}, r"seed must be a int, got '3'"),
@@ -144,12 +144,12 @@ def test_two_lists_make_a_grid(books, tmp_path):
 
 
 REFUSED = [
-    ("01_first: {sed: 1}", r"toy: 01_first declares no .*'sed'.*mean 'seed'"),
-    ("01_frist: {}", r"toy: no notebook '01_frist'; did you mean '01_first'"),
+    ("01_first: {sed: 1}", r"toy: in 01_first parameter 'sed' is unknown.*mean 'seed'"),
+    ("01_frist: {}", r"toy: notebook '01_frist' is unknown; .* '01_first'"),
     ("01_first: {seed: -1}", r"seed must lie in"),
     ("01_first: {seed: [0, 1.5]}", r"seed must be a int"),
     ("02_second: {lr: 1e-3}", r"write 1\.0e-3"),
-    ("02_second: {novel: 2}", r"unknown parameter 'novel'"),
+    ("02_second: {novel: 2}", r"parameter 'novel' is unknown"),
     ("01_first: {seed: 1", r"toy\.yaml: not valid YAML"),
     ("01_first: {seed: [0, 0]}", r"seed"),
     ("01_first: {seed: []}", r"seed"),
@@ -172,7 +172,9 @@ def test_a_wrong_profile_is_a_value_error(books, text, message):
 
 def test_an_unknown_profile_names_the_nearest(books):
     books("01_first:")
-    with pytest.raises(ValueError, match="no profile 'tyo'; did you mean 'toy'"):
+    with pytest.raises(
+        ValueError, match="profile 'tyo' is unknown; did you mean 'toy'"
+    ):
         settings.read_profile("tyo")
 
 
