@@ -58,6 +58,7 @@ PARAMETERS = {
     **dict.fromkeys(POSITIVE, Rule(float, 1e-12)),
     **dict.fromkeys(("seeds", "depths"), Rule(int, 0, many=True)),
     "seed": Rule(int, 0, 2**31),
+    "warmup": Rule(float, 0.0),
     "feature_images": Rule(int, 2),
     "rate": Rule(float, 0.0, 1.0),
     "rates": Rule(float, 0.0, 1.0, many=True),

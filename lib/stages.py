@@ -28,13 +28,15 @@ class Sets:
     test: ImageSet
 
 
-def load_sets(dataset: str, *, n_train: int = 0, unseen: bool = False) -> Sets:
+def load_sets(
+    dataset: str, *, n_train: int = 0, resolution: int = 0, unseen: bool = False
+) -> Sets:
     """Training, validation (a tenth of the training images, fixed) and test images.
 
-    `n_train` limits the training images (stratified); 0 means all of them. With
-    `unseen` no training image is held out: for published weights, which have seen them
-    all, validation is one half of the test images (stratified, fixed) and the other
-    half is the test.
+    `n_train` limits the training images (stratified), `resolution` is the side to which
+    all images are scaled; 0 means all of them, as they are. With `unseen` no training
+    image is held out: for published weights, which have seen them all, validation is
+    one half of the test images (stratified, fixed) and the other half is the test.
     """
     rest = data.load(dataset, "train")
     test = data.load(dataset, "test", like=rest)
@@ -44,7 +46,8 @@ def load_sets(dataset: str, *, n_train: int = 0, unseen: bool = False) -> Sets:
         rest, val = data.split_validation(rest)
     if n_train:
         rest = rest.take(min(n_train, len(rest)))
-    return Sets(rest, val, test)
+    sets = rest, val, test
+    return Sets(*(part.scale(resolution) if resolution else part for part in sets))
 
 
 def make_baseline(

@@ -464,6 +464,25 @@ def test_subset_takes_indices_and_masks():
         images.subset([0.5])
 
 
+@pytest.mark.parametrize("side", [4, 5, 16])
+def test_scaled_pixels_are_those_of_batches_rounded(side):
+    images = make_set(8, mean=(0.0,) * 3, std=(1.0,) * 3)
+    scaled = images.scale(side)
+    ((wanted, _),) = data.batches(images, 8, resolution=side)
+    expected = (255 * wanted).permute(0, 2, 3, 1)
+    assert (scaled.images - expected).abs().max() <= 0.5 + 1e-3
+    assert scaled.images.dtype == torch.uint8 and scaled.images.is_contiguous()
+    assert (scaled.name, scaled.pad) == (f"made-{side}px", round(2 * side / 8))
+    assert torch.equal(scaled.labels, images.labels)
+
+
+def test_scaling_to_the_own_side_is_nothing_and_to_none_is_refused():
+    images = make_set(8)
+    assert images.scale(8) is images
+    with pytest.raises(ValueError, match=r"made: a side must be at least 1 pixel"):
+        images.scale(0)
+
+
 def make_counted(counts):
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     mixed = labels[torch.randperm(len(labels), generator=torch.manual_seed(7))]

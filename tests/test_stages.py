@@ -83,6 +83,14 @@ def test_validation_does_not_depend_on_the_training_size(n_train):
     assert torch.equal(part.train.images, again.train.images)
 
 
+def test_all_images_are_scaled_and_say_so():
+    whole, small = (stages.load_sets("mnist5k", resolution=r) for r in (0, 14))
+    assert whole.train.shape == (1, 28, 28)
+    for part, scaled in zip(vars(whole).values(), vars(small).values(), strict=True):
+        assert scaled.shape == (1, 14, 14) and scaled.name == "mnist5k-14px"
+        assert torch.equal(part.labels, scaled.labels)
+
+
 # -- baseline --------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -75,6 +76,22 @@ class ImageSet:
         first = np.argsort(-(shares % len(self)), kind="stable")
         counts[first[: n - counts.sum()]] += 1
         return self.subset(join_sorted(groups, counts))
+
+    def scale(self, side: int) -> "ImageSet":
+        """The set with images of `side` x `side` pixels, and so much in its name.
+
+        Bilinear, antialiased, rounded to uint8; the padding of crops goes along. The
+        very set where there is nothing to do. ValueError: `side` below 1.
+        """
+        if side < 1:
+            raise ValueError(f"{self.name}: a side must be at least 1 pixel, got {side}")
+        if self.shape[1:] == (side, side):
+            return self
+        pixels = self.images.permute(0, 3, 1, 2).float()
+        pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+        pixels = pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
+        pad = round(self.pad * side / self.shape[1])
+        return replace(self, images=pixels, name=f"{self.name}-{side}px", pad=pad)
 
 
 def split_validation(
