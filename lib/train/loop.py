@@ -5,6 +5,8 @@ a CPU, ends with bit-identical weights. On a GPU the whole step is one CUDA grap
 nothing is synchronised before the epoch's end.
 """
 
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.data import ImageSet, batches, count_batches
-from lib.graph.watch import modes_kept
+from lib.graph.watch import dtype_of, modes_kept
 from lib.settings import made_with
 from lib.train import checkpoint as checkpoints
 from lib.train.progress import Report
@@ -94,8 +96,7 @@ def fit(
     recipe = _pick_recipe(recipe, epochs, settings)
     device = pick_device(device)
     precision = pick_precision(precision, device, model)
-    layout = pick_layout(model, device)
-    model.to(device, memory_format=layout)
+    model.to(device, memory_format=pick_layout(model, device))
     _check_sets(model, train_set, val_set)
     optimizer = make_optimizer(model, recipe, device)
     identity = _identify(model, recipe, train_set, precision)
@@ -116,11 +117,10 @@ def fit(
 
     with report, _tuned_convolutions(), modes_kept(model):
         for epoch in range(history.resumed, recipe.epochs):
-            row = _run_epoch(model, train_set, update, recipe, epoch, report, layout)
+            row = _run_epoch(train_set, update, epoch, report)
             if val_set is not None:
-                row["val_top1"] = evaluate(
-                    model, val_set, resolution=recipe.resolution
-                )["top1"]
+                measured = evaluate(model, val_set, resolution=recipe.resolution)
+                row["val_top1"] = measured["top1"]
             row |= watch(model) if watch else {}
             history.rows.append(row)
             keep()
@@ -163,12 +163,11 @@ def forward(
     In evaluation mode, without gradients, on the model's device and in its precision;
     each module's own mode is put back when the iteration ends or is left.
     """
-    weight = next(model.parameters())
-    layout = pick_layout(model, weight.device)
+    device = next(model.parameters()).device
+    layout = pick_layout(model, device)
     stream = batches(
-        images, batch_size, resolution=resolution,
-        device=weight.device, dtype=weight.dtype,
-    )  # fmt: skip
+        images, batch_size, resolution=resolution, device=device, dtype=dtype_of(model)
+    )
     with modes_kept(model), torch.inference_mode():
         model.eval()
         for x, y in stream:
@@ -191,29 +190,26 @@ def recalibrate(
     training augmentation: plain images give statistics that training never saw. Only
     BatchNorms are put in training mode, weights stay bit-identical.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    norms = [m for m in norms if m.track_running_stats]
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, got {num_batches}")
-    if not norms:
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    momenta = {norm: norm.momentum for norm in norms if norm.track_running_stats}
+    if not momenta:
         return
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    device = next(model.parameters()).device
     layout = pick_layout(model, device)
-    momenta = {norm: norm.momentum for norm in norms}
     stream = batches(
         images, batch_size, train=True, augment=augment, seed=seed,
-        resolution=resolution, device=device, dtype=dtype,
+        resolution=resolution, device=device, dtype=dtype_of(model),
     )  # fmt: skip
     with modes_kept(model), torch.no_grad():
         model.eval()
-        for norm in norms:
+        for norm in momenta:
             norm.reset_running_stats()
             norm.momentum = None  # a cumulative average
             norm.train()
         try:
-            for done, (x, _) in enumerate(stream):
-                if num_batches is not None and done >= num_batches:
-                    break
+            for x, _ in itertools.islice(stream, num_batches):
                 model(x.contiguous(memory_format=layout))
         finally:
             for norm, momentum in momenta.items():
@@ -264,28 +260,27 @@ def _resume(
 # -- one epoch ----------------------------------------------------------------------
 
 
-def _run_epoch(
-    model, train_set, update: Update, recipe: Recipe, epoch: int, report, layout
-) -> dict:
+def _run_epoch(train_set: ImageSet, update: Update, epoch: int, report: Report) -> dict:
+    recipe, device = update.recipe, train_set.images.device
     stream = batches(
         train_set, recipe.batch_size, train=True, augment=recipe.augment,
-        seed=recipe.seed, epoch=epoch, resolution=recipe.resolution,
-        device=train_set.images.device, dtype=next(model.parameters()).dtype,
+        seed=recipe.seed, epoch=epoch, resolution=recipe.resolution, device=device,
+        dtype=dtype_of(update.model),
     )  # fmt: skip
     steps = count_batches(train_set, recipe.batch_size, train=True)
-    model.train()
+    update.model.train()
     update.start_epoch()
     start = time.perf_counter()
     # The same dropout, whether or not the run was taken up before this epoch.
-    with seeded(recipe.seed, epoch, train_set.images.device):
+    with seeded(recipe.seed, epoch, device):
         for i, (x, y) in enumerate(stream):
             rate = rate_at(recipe, epoch + i / steps)
             update.set_rate(rate)
-            update(x.contiguous(memory_format=layout), y)
+            update(x, y)
             report.step_done(update)
     loss, top1, seen = update.totals()  # the epoch's only synchronisation on a GPU
     seconds = time.perf_counter() - start
-    if not loss < float("inf"):  # NaN too
+    if not math.isfinite(loss):
         raise ValueError(
             f"diverged in epoch {epoch + 1} of {recipe.epochs}: the loss is {loss}. "
             f"Lower lr ({recipe.lr:g}) or add warmup epochs ({recipe.warmup:g})"

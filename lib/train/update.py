@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.messages import check_choice
-from lib.train.recipe import Recipe
+from lib.train.recipe import Recipe, pick_layout
 
 
 class Update:
@@ -19,6 +19,7 @@ class Update:
     def __init__(self, model: nn.Module, optimizer, recipe: Recipe, precision: str):
         self.model, self.optimizer, self.recipe = model, optimizer, recipe
         self.device = next(model.parameters()).device
+        self.layout = pick_layout(model, self.device)
         self.autocast = precision == "bfloat16"
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.seen = 0
@@ -51,7 +52,7 @@ class Update:
         with torch.autocast(
             self.device.type, torch.bfloat16, self.autocast, cache_enabled=False
         ):
-            output = self.model(x)
+            output = self.model(x.contiguous(memory_format=self.layout))
         loss, logits = self._loss(output, y)
         loss.backward()
         self.optimizer.step()

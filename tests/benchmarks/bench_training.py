@@ -148,7 +148,9 @@ def make_step(precision: str, *, fused=True, channels_last=True) -> Update:
         optimizer = torch.optim.SGD(
             net.parameters(), 0.01, 0.9, weight_decay=5e-4, nesterov=True, foreach=True
         )
-    return Update(net, optimizer, recipe, precision)
+    made = Update(net, optimizer, recipe, precision)
+    made.layout = torch.channels_last  # of the images, as batches make them
+    return made
 
 
 def time_alternating(calls: dict, rounds: int) -> dict[str, float]:
