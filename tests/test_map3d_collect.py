@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib import data, map3d, models, paths, stages, surgery, train
+from lib.graph import structure
 from lib.plan import Plan
 from lib.stages import Sets
 from lib.train import loop
@@ -78,9 +79,11 @@ def make_space(model, **options) -> map3d.Space:
     return map3d.Space(model, SHAPE, **({"multiple": 2} | options))
 
 
-def collect(model, sets, design, **changes) -> pd.DataFrame:
-    space = make_space(model)
-    return map3d.collect(model, space, design, sets, **(OPTIONS | changes))
+def collect(model, sets, design, *, space=None, **changes) -> pd.DataFrame:
+    options = OPTIONS | changes
+    space, run = space or make_space(model), options.pop("run")
+    recipe = train.Recipe(**options)
+    return map3d.collect(model, space, design, sets, run=run, recipe=recipe)
 
 
 def state_of(model) -> dict:
@@ -238,18 +241,6 @@ def test_probes_leave_the_model_as_found(model, sets):
     assert not any(p.grad is not None for p in model.parameters())
 
 
-def test_probes_that_fail_leave_no_hook(model, sets, monkeypatch):
-    model = copy.deepcopy(model).train()
-    with pytest.raises(ValueError, match="resolution must be at least 1"):
-        map3d.probe_blocks(model, sets.val, resolution=0)
-    assert count_hooks(model) == 0
-    blocks = map3d.find_blocks(model, SHAPE)
-    monkeypatch.setattr(model.linear, "forward", refuse)
-    with pytest.raises(AssertionError, match="not to be done"):
-        sys.modules["lib.map3d.blocks"].collect_features(model, sets.val, blocks)
-    assert count_hooks(model) == 0 and model.training
-
-
 def test_a_probe_is_not_judged_on_images_it_saw():
     """Noise in 64 channels tells 40 images apart, but no digit."""
     torch.manual_seed(0)
@@ -392,7 +383,7 @@ def test_pruning_once_probes_where_blocks_go_and_nowhere_else(model, sets, monke
     seen, real = [], map3d.probe_blocks
 
     def probe(model, images, **options):
-        seen.append((images is sets.val, options))
+        seen.append((images is sets.val, options["resolution"], options["seed"]))
         return real(model, images, **options)
 
     monkeypatch.setattr(MODULE, "probe_blocks", probe)
@@ -407,7 +398,7 @@ def test_pruning_once_probes_where_blocks_go_and_nowhere_else(model, sets, monke
     assert seen == [] and not thin.drop and thin.keep and thin.resolution == 10
     assert prune(6, 16, 14) == Plan()
     both = prune(4, 12, 14)
-    assert seen == [(True, {"resolution": 12, "seed": 5})]
+    assert seen == [(True, 12, 5)]
     order = map3d.order_removal(real(model, sets.val, resolution=12, seed=5))
     scores, shape = map3d.score_channels(model, SHAPE), map3d.Shape(4, 12, 14)
     assert both == space.plan(model, shape, order=order, scores=scores)
@@ -425,6 +416,23 @@ def test_probes_see_images_of_the_size_last_trained_at(model, sets, monkeypatch)
     table = collect(model, sets, [chain], epochs=0)
     assert table["side"].tolist() == [14, 12, 10, 14]
     assert seen == [(None, 1), (12, 1), (10, 1)]
+
+
+def test_a_network_is_traced_once_a_point_and_once_a_space(model, sets, monkeypatch):
+    traced, real = [], structure.trace
+
+    def trace(*arguments):
+        traced.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(structure, "trace", trace)
+    space = make_space(model)
+    assert len(traced) == 1
+    collect(model, sets, SHORT, space=space, epochs=0)
+    assert len(traced) == 1 + 3, "a point plans and shrinks by one graph"
+    make_space(model, graph=space.graph)
+    space.lattice(model)
+    assert len(traced) == 1 + 3, "the space's own graph serves"
 
 
 def test_a_collection_reads_no_test_image(model, sets):
@@ -453,26 +461,6 @@ def unbroken(model, sets, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRUNING_RUNS", str(tmp_path_factory.mktemp("unbroken")))
         return collect(model, sets, SHORT, epochs=2)
-
-
-def test_a_collection_that_failed_midway_goes_on(
-    model, sets, unbroken, epochs, monkeypatch
-):
-    real, calls = train.fit, []
-
-    def fit(*arguments, **options):
-        calls.append(1)
-        if len(calls) > 2:
-            raise KeyboardInterrupt
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(train, "fit", fit)
-    with pytest.raises(KeyboardInterrupt):
-        collect(model, sets, SHORT, epochs=2)
-    assert len(epochs) == 4
-    monkeypatch.setattr(train, "fit", real)
-    same_points(collect(model, sets, SHORT, epochs=2), unbroken)
-    assert len(epochs) == 6, "two points were done, one was left"
 
 
 KILLED = """
@@ -524,10 +512,7 @@ def swap_label(images: data.ImageSet) -> data.ImageSet:
 
 def test_whatever_decides_a_point_gives_it_another_folder(model, sets):
     def ask(net=model, images=sets, space=None, **changes):
-        space = space or make_space(net)
-        map3d.collect(
-            net, space, [WHOLE], images, **(OPTIONS | {"epochs": 0} | changes)
-        )
+        collect(net, images, [WHOLE], space=space, **({"epochs": 0} | changes))
         return {p.name for p in points_folder().iterdir()}
 
     other = copy.deepcopy(model)
@@ -551,13 +536,6 @@ def test_whatever_decides_a_point_gives_it_another_folder(model, sets):
         found = ask(**changes)
         assert known < found and len(found) == len(known) + 1, changes.keys()
         known = found
-
-
-def test_a_test_set_decides_nothing(model, sets):
-    collect(model, sets, [WHOLE], epochs=0)
-    other = dataclasses.replace(sets, test=swap_pixel(sets.val))
-    collect(model, other, [WHOLE], epochs=0)
-    assert len(list(points_folder().iterdir())) == 1
 
 
 def test_without_epochs_a_point_is_the_shrunk_network(model, sets, epochs):
@@ -669,15 +647,6 @@ def test_points_of_all_runs_of_a_profile_are_read_once():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "other", [{"epochs": 2}, {"params": 100}, {"top1": 60.0}, {"seed": 1}]
-)
-def test_points_of_other_networks_or_recipes_are_kept(other):
-    map3d.write_points("toy/30/a", make_points({"d": 1.0}))
-    map3d.write_points("toy/30/b", make_points({"d": 1.0} | other))
-    assert len(map3d.read_points("toy/31")) == 2
-
-
 @pytest.mark.parametrize("column", ["net", "dataset", "width"])
 def test_points_of_different_networks_are_not_mixed(column):
     map3d.write_points("toy/30/a", make_points({column: "this"}))
@@ -732,26 +701,6 @@ def test_sparsity_adds_the_sign_of_the_scales_to_their_gradient(strength):
     assert count_hooks(model) == 0
 
 
-def test_sparsity_ends_with_an_exception_too():
-    model, x = make_signed(), oracle.images(SHAPE)
-    plain = gradients(model, x)
-    with pytest.raises(KeyError), map3d.sparsify(model, 0.1):
-        assert count_hooks(model) == 7
-        raise KeyError
-    assert count_hooks(model) == 0
-    after = gradients(model, x)
-    assert all(torch.equal(plain[name], after[name]) for name in plain)
-
-
-def test_sparsity_leaves_frozen_scales_alone():
-    model, x = make_signed(), oracle.images(SHAPE)
-    frozen = model.layer3[0].bn1.weight.requires_grad_(False)
-    with map3d.sparsify(model, 0.1):
-        assert count_hooks(model) == 6
-        model(x).sum().backward()
-    assert frozen.grad is None and count_hooks(model) == 0
-
-
 @pytest.mark.parametrize("strength", [-1e-4, float("nan"), float("inf")])
 def test_strengths_that_make_no_sense_are_refused(strength):
     model = make_signed()
@@ -764,7 +713,7 @@ def test_strengths_that_make_no_sense_are_refused(strength):
 def test_without_scales_there_is_nothing_to_make_sparse():
     plain, frozen = models.build("lenet", image_size=28), make_signed()
     frozen.requires_grad_(False)
-    for model in (plain, frozen):
+    for model in (plain, frozen):  # scales that are not trained are left alone
         with pytest.raises(ValueError, match="no BatchNorm scale"):
             with map3d.sparsify(model, 0.1):
                 raise AssertionError("this was not to be reached")

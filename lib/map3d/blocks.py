@@ -15,9 +15,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from lib import surgery
-from lib.data import ImageSet, batches
-from lib.graph.watch import dtype_of, modes_kept
+from lib import surgery, train
+from lib.data import ImageSet
+from lib.graph import Graph
+from lib.graph.watch import recorded
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,22 @@ class Block:
     removable: bool
 
 
-def find_blocks(model: nn.Module, input_shape: tuple[int, int, int]) -> list[Block]:
+def find_blocks(
+    model: nn.Module,
+    input_shape: tuple[int, int, int],
+    *,
+    graph: Graph | None = None,
+) -> list[Block]:
     """The blocks of a residual or dense network, in forward order.
 
     A block is a module that the identity can replace (`surgery.droppable`), or one of
     the same class: a residual block, or one layer of a dense block. Those in one
     container form a stage; the block that opens a stage is never removable, whether or
-    not it changes the shape. `input_shape` is (C, H, W). Raises `ValueError` for a
-    network without a removable block.
+    not it changes the shape. `input_shape` is (C, H, W); `graph`, if given, is that of
+    the model. Raises `ValueError` for a network without a removable block.
     """
     modules = dict(model.named_modules())
-    free = surgery.droppable(model, input_shape)
+    free = surgery.droppable(model, input_shape, graph=graph)
     free = [n for n in free if not any(other.startswith(f"{n}.") for other in free)]
     kinds = {type(modules[name]) for name in free}
     blocks, opened = [], set()
@@ -64,6 +70,7 @@ def probe_blocks(
     resolution: int | None = None,
     folds: int = 2,
     seed: int = 0,
+    graph: Graph | None = None,
 ) -> pd.DataFrame:
     """What a linear classifier reads off behind every block.
 
@@ -72,7 +79,7 @@ def probe_blocks(
     judged on an image it saw. `images` should be validation images: a network has
     learnt its training images by heart, and the test set is for the end. One row a
     block, behind a first row "stem": block, stage, removable, accuracy (percent), gain
-    over the row before (points; 0 for the stem).
+    over the row before (points; 0 for the stem). `graph`: that of the model.
     """
     if folds < 2:
         raise ValueError(f"folds must be at least 2, got {folds}")
@@ -81,7 +88,7 @@ def probe_blocks(
         raise ValueError(
             f"{images.name}: a class has {least} image(s), too few for {folds} folds"
         )
-    blocks = find_blocks(model, images.shape)
+    blocks = find_blocks(model, images.shape, graph=graph)
     features = collect_features(model, images, blocks, resolution=resolution)
     labels = images.labels.cpu().numpy()
     split = StratifiedKFold(folds, shuffle=True, random_state=seed)
@@ -103,38 +110,18 @@ def collect_features(
     blocks: list[Block],
     *,
     resolution: int | None = None,
-    batch_size: int = 500,
 ) -> dict[str, np.ndarray]:
-    """Channel means [N, channels] before the first block ("stem") and behind each.
-
-    Read by temporary hooks, in evaluation mode, without augmentation.
-    """
-    found: dict[str, list[Tensor]] = {"stem": [], **{b.name: [] for b in blocks}}
-    modules = dict(model.named_modules())
-
-    def keep(name: str, x: Tensor) -> None:
-        found[name].append(x.flatten(2).mean(2).float().cpu())
-
-    device = next(model.parameters()).device
-    stream = batches(
-        images, batch_size, resolution=resolution, device=device, dtype=dtype_of(model)
-    )
-    first = modules[blocks[0].name]
-    hooks = [first.register_forward_pre_hook(lambda _, x: keep("stem", x[0]))]
-    for block in blocks:
-        hooks.append(
-            modules[block.name].register_forward_hook(
-                lambda _, x, y, name=block.name: keep(name, y)
-            )
-        )
-    try:
-        with modes_kept(model), torch.inference_mode():
-            model.eval()
-            for x, _ in stream:
-                model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    """Channel means [N, channels] before the first block ("stem") and behind each."""
+    names = [block.name for block in blocks]
+    found: dict[str, list[Tensor]] = {name: [] for name in ("stem", *names)}
+    with (
+        recorded(model, names[:1], inputs=True) as entering,
+        recorded(model, names) as leaving,
+    ):
+        for _ in train.forward(model, images, resolution=resolution):
+            made = {"stem": entering[names[0]], **leaving}
+            for name, calls in made.items():
+                found[name].append(calls.pop().flatten(2).mean(2).float().cpu())
     return {name: torch.cat(rows).numpy() for name, rows in found.items()}
 
 

@@ -1,12 +1,10 @@
 """Data collection: prune, fine-tune, measure, point by point, each point a file."""
 
 import copy
-import hashlib
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,13 +12,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib import paths, surgery, train
+from lib.graph import Graph, build_graph
 from lib.map3d.blocks import order_removal, probe_blocks
 from lib.map3d.design import Chain
 from lib.map3d.space import Shape, Space, score_channels
 from lib.plan import Plan
 from lib.stages import Sets, profile_folder, run_folder
-from lib.train.checkpoint import digest_tensors
-from lib.train.recipe import Recipe
+from lib.train import Recipe
+from lib.train.checkpoint import digest_identity, digest_images, digest_tensors
 
 COLUMNS = [
     "chain", "round", "d", "w", "r", "top1", "blocks", "side", "macs", "params",
@@ -35,17 +34,13 @@ def collect(
     sets: Sets,
     *,
     run: str,
-    seed: int = 0,
-    epochs: int,
-    lr: float,
-    warmup: float = 0.0,
-    batch_size: int = 128,
+    recipe: Recipe,
 ) -> pd.DataFrame:
     """Measure every point of `design`; one row a point, columns `COLUMNS`.
 
     Each chain starts from `model`; a point is pruned from the network of the point
     before (blocks by linear probes on the validation images, then channels by BatchNorm
-    scale, then smaller images) and fine-tuned for `epochs`, the unpruned point too, so
+    scale, then smaller images) and fine-tuned by `recipe`, the unpruned point too, so
     that all have the same schedule. Shares, MACs and parameters are those of the
     network as it came out, not as asked for; points that the space cannot tell apart
     are measured once a chain. `top1`: validation accuracy in percent after the last
@@ -53,16 +48,18 @@ def collect(
 
     Every point is a folder `points/...` of the profile of `run`, named after all that
     decides it: a collection that was killed goes on where it stopped, and several
-    processes may measure different chains. Source: Wang et al. 2021, algorithm 1.
+    processes may measure different chains. ValueError: a design without points, a
+    recipe with a resolution of its own. Source: Wang et al. 2021, algorithm 1.
     """
     if not design or not all(design):
         raise ValueError("the design has no point, or an empty chain")
-    recipe = {"epochs": epochs, "lr": lr, "warmup": warmup, "batch_size": batch_size}
-    Recipe(seed=seed, **recipe)  # refuses bad settings before the first probe
-    folder = profile_folder(run) / "points"
-    rows = []
-    for chain in design:
-        rows += _measure_chain(model, space, chain, sets, folder, seed, recipe)
+    if recipe.resolution is not None:
+        raise ValueError(
+            f"the design decides on sides, the recipe on {recipe.resolution} pixels: "
+            "leave the recipe's resolution out"
+        )
+    collection = _Collection(space, sets, recipe, profile_folder(run) / "points")
+    rows = [row for chain in design for row in collection.measure_chain(model, chain)]
     return pd.DataFrame(rows)[COLUMNS].reset_index(drop=True)
 
 
@@ -103,18 +100,21 @@ def prune_once(
     *,
     resolution: int | None = None,
     seed: int = 0,
+    graph: Graph | None = None,
 ) -> Plan:
     """The plan that takes `model` to `shape`: probes, scales and sides, in that order.
 
     Probes run on the validation images, at `resolution` (None: the native side), and
-    only where blocks must go.
+    only where blocks must go. `graph`, if given, is that of `model`.
     """
+    graph = graph or build_graph(model, space.input_shape)
     order: list[str] = []
     if len(space.find_present(model)) > shape.blocks:
-        probes = probe_blocks(model, sets.val, resolution=resolution, seed=seed)
-        order = order_removal(probes)
-    scores = score_channels(model, sets.train.shape)
-    return space.plan(model, shape, order=order, scores=scores)
+        order = order_removal(
+            probe_blocks(model, sets.val, resolution=resolution, seed=seed, graph=graph)
+        )
+    scores = score_channels(model, space.input_shape, graph=graph)
+    return space.plan(model, shape, order=order, scores=scores, graph=graph)
 
 
 @contextmanager
@@ -147,7 +147,7 @@ def sparsify(model: nn.Module, strength: float) -> Iterator[None]:
 # -- one chain -----------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Network:
     """What the point before left: a network and the side it was trained at."""
 
@@ -155,43 +155,76 @@ class _Network:
     side: int
 
 
-def _measure_chain(model, space, chain: Chain, sets, folder, seed, recipe) -> list:
-    here, seen, rows = _Network(model, space.native), set(), []
-    name = _name_chain(chain)
-    for number, asked in enumerate(chain, 1):
-        shape = space.snap(*asked)
-        if shape in seen:
-            continue
-        seen.add(shape)
-        here, row = _measure_point(here, space, shape, sets, folder, seed, recipe)
-        rows.append({"chain": name, "round": number, **row})
-    return rows
+@dataclass(frozen=True)
+class _Collection:
+    """What all points of a collection share."""
 
+    space: Space
+    sets: Sets
+    recipe: Recipe
+    folder: Path
 
-def _measure_point(
-    here: _Network, space, shape: Shape, sets: Sets, folder: Path, seed: int, recipe
-) -> tuple[_Network, dict]:
-    place = folder / _name_point(here, space, shape, sets, seed, recipe)
-    done = place / "point.json"
-    plan = _read_plan(place, here, space, shape, sets, seed)
-    small = _shrink(here.model, plan, sets.train.shape)
-    history = train.fit(
-        small, sets.train, sets.val, seed=seed, resolution=plan.resolution,
-        checkpoint=place / "finetune.pt", label=place.name.rpartition("-")[0], **recipe,
-    )  # fmt: skip
-    if done.is_file() and history.resumed == recipe["epochs"]:
-        return _Network(small, shape.side), _read_row(done)
-    top1 = (
-        history.rows[-1]["val_top1"]
-        if history.rows
-        else train.evaluate(small, sets.val, resolution=plan.resolution)["top1"]
-    )
-    row = {
-        **space.measure(small, shape.side), "top1": top1, "seed": seed,
-        "epochs": recipe["epochs"], "seconds": history.seconds,
-    }  # fmt: skip
-    paths.write_json(done, row)
-    return _Network(small, shape.side), row
+    def measure_chain(self, model: nn.Module, chain: Chain) -> Iterator[dict]:
+        """The rows of one chain."""
+        here, seen, name = _Network(model, self.space.native), set(), _name_chain(chain)
+        for number, asked in enumerate(chain, 1):
+            shape = self.space.snap(*asked)
+            if shape not in seen:
+                seen.add(shape)
+                here, row = self.measure_point(here, shape)
+                yield {"chain": name, "round": number, **row}
+
+    def measure_point(self, here: _Network, shape: Shape) -> tuple[_Network, dict]:
+        """Prune, fine-tune and measure, or take up what was done of it."""
+        place = self.folder / self.name_point(here, shape)
+        plan, small = self.prune(here, shape, place / "plan.json")
+        history = train.fit(
+            small, self.sets.train,
+            recipe=replace(self.recipe, resolution=plan.resolution),
+            checkpoint=place / "finetune.pt", label=place.name.rpartition("-")[0],
+        )  # fmt: skip
+        done, there = place / "point.json", _Network(small, shape.side)
+        # A row is worth its weights: trained anew, they are measured anew.
+        if done.is_file() and history.resumed == self.recipe.epochs:
+            return there, _read_row(done)
+        found = train.evaluate(small, self.sets.val, resolution=plan.resolution)
+        row = {
+            **self.space.measure(small, shape.side), "top1": found["top1"],
+            "seed": self.recipe.seed, "epochs": self.recipe.epochs,
+            "seconds": history.seconds,
+        }  # fmt: skip
+        paths.write_json(done, row)
+        return there, row
+
+    def prune(self, here: _Network, shape: Shape, path: Path) -> tuple[Plan, nn.Module]:
+        """The plan of a point, stored when it is begun, and the network it makes."""
+        graph = build_graph(here.model, self.space.input_shape)
+        if path.is_file():
+            plan = Plan.load(path)
+        else:
+            side = None if here.side == self.space.native else here.side
+            plan = prune_once(
+                here.model, self.space, shape, self.sets,
+                resolution=side, seed=self.recipe.seed, graph=graph,
+            )  # fmt: skip
+            plan.save(path)
+        if plan == Plan():
+            return plan, copy.deepcopy(here.model)
+        return plan, surgery.shrink(
+            here.model, plan, self.space.input_shape, graph=graph
+        )
+
+    def name_point(self, here: _Network, shape: Shape) -> str:
+        """A folder's name: the shape, the seed, and a digest of all that decides."""
+        identity = {
+            "recipe": asdict(self.recipe),
+            "space": [self.space.width, self.space.multiple],
+            "images": [self.sets.train.name, digest_images(self.sets.train)],
+            "judged by": digest_images(self.sets.val),
+            "from": [here.side, digest_tensors("", *here.model.state_dict().values())],
+        }
+        size = f"{shape.blocks}blocks-width{shape.width}-{shape.side}px"
+        return f"{size}-seed{self.recipe.seed}-{digest_identity(identity)}"
 
 
 def _read_row(path: Path) -> dict:
@@ -201,45 +234,8 @@ def _read_row(path: Path) -> dict:
     return row
 
 
-def _read_plan(place: Path, here: _Network, space, shape, sets, seed) -> Plan:
-    """The stored plan of a point that was begun, else a new one, stored."""
-    path = place / "plan.json"
-    if path.is_file():
-        return Plan.load(path)
-    side = None if here.side == space.native else here.side
-    plan = prune_once(here.model, space, shape, sets, resolution=side, seed=seed)
-    plan.save(path)
-    return plan
-
-
-def _shrink(model: nn.Module, plan: Plan, shape: tuple[int, int, int]) -> nn.Module:
-    if plan == Plan():
-        return copy.deepcopy(model)
-    with warnings.catch_warnings():  # a smaller side alone removes nothing
-        warnings.filterwarnings("ignore", "the plan removes nothing")
-        return surgery.shrink(model, plan, shape)
-
-
 def _name_chain(chain: Chain) -> str:
-    """Which dimensions a chain moves: "whole", "d", "w", "r", "dw", ..."""
-    moved = "".join(
-        m
-        for m, axis in zip("dwr", zip(*chain, strict=True), strict=True)
-        if min(axis) < 1
-    )
-    return (moved or "whole") + ("" if len(chain) > 1 or not moved else "*")
-
-
-def _name_point(here, space, shape: Shape, sets, seed: int, recipe: dict) -> str:
-    """A folder's name: the shape, the seed, and a digest of all else that decides."""
-    facts = [sorted(recipe.items()), here.side, space.width, space.multiple]
-    images, held = sets.train, sets.val
-    facts += [images.name, images.mean, images.std, images.pad, images.flip]
-    digest = digest_tensors(
-        str([*facts, held.mean, held.std]),
-        images.images, images.labels, held.images, held.labels,
-        *here.model.state_dict().values(),
-    )  # fmt: skip
-    short = hashlib.sha256(digest.encode()).hexdigest()[:10]
-    size = f"{shape.blocks}blocks-width{shape.width}-{shape.side}px"
-    return f"{size}-seed{seed}-{short}"
+    """Which dimensions a chain moves: "whole", "d", "w", "r", "dw"; in one go: "d*"."""
+    axes = zip("dwr", zip(*chain, strict=True), strict=True)
+    moved = "".join(name for name, axis in axes if min(axis) < 1)
+    return (moved or "whole") + ("*" if moved and len(chain) == 1 else "")

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,10 +19,12 @@ from lib import plan as plans
 from lib.graph import Graph, build_graph, dropped_units
 from lib.graph.trace import trace
 from lib.map3d.blocks import find_blocks
+from lib.messages import check_choice
 from lib.plan import Plan, resolve
 
-WIDTHS = ("uniform", "inner")
+RESIDUAL = {"uniform": "tie", "inner": "keep"}  # what a plan does with the stream
 FINEST = 16  # widths are multiples of 1/16, or of 1 / (the narrowest layer)
+LEAST = 0.5  # width and side at which the list of networks begins
 
 
 class Shape(NamedTuple):
@@ -35,16 +36,21 @@ class Shape(NamedTuple):
 
 
 def score_channels(
-    model: nn.Module, input_shape: tuple[int, int, int]
+    model: nn.Module,
+    input_shape: tuple[int, int, int],
+    *,
+    graph: Graph | None = None,
 ) -> dict[str, Tensor]:
     """Mean |gamma| of the BatchNorms that read each output channel of a layer.
 
     Slimming's criterion (Liu et al. 2017). Behind a convolution with its own BatchNorm
     this is `baselines.bn_scale`; a dense layer's channels are read by the BatchNorms of
     all layers after it, through concatenations. Layers that no BatchNorm reads score
-    nothing. Raises `ValueError` where there is none at all.
+    nothing. `graph`, if given, is that of the model. Raises `ValueError` where there is
+    no score at all.
     """
-    graph, modules = build_graph(model, input_shape), dict(model.named_modules())
+    graph = graph or build_graph(model, input_shape)
+    modules = dict(model.named_modules())
     total, readers = torch.zeros(2, graph.num_tags + 1, dtype=torch.float64)
     for name, tags in graph.norms.items():
         gamma = getattr(modules[name], "weight", None)
@@ -71,7 +77,8 @@ class Space:
     same share of channels in every layer; "uniform" narrows the residual stream too
     (cost ~ w^2), "inner" only what lies inside residual branches (cost ~ w).
     Resolution: side of the square input, a multiple of `multiple` pixels: sizes that
-    halve without a rest cost what r^2 says, others more. `input_shape` is (C, H, W).
+    halve without a rest cost what r^2 says, others more. `input_shape` is (C, H, W);
+    `graph`, if given, is that of `build_graph(model, input_shape)`.
     """
 
     def __init__(
@@ -81,9 +88,9 @@ class Space:
         *,
         width: str = "uniform",
         multiple: int = 4,
+        graph: Graph | None = None,
     ):
-        if width not in WIDTHS:
-            raise ValueError(f"width must be one of {WIDTHS}, got {width!r}")
+        check_choice("width", width, RESIDUAL)
         if input_shape[1] != input_shape[2]:
             raise ValueError(f"images must be square, got (C, H, W) = {input_shape}")
         if multiple < 1 or input_shape[1] < multiple:
@@ -93,24 +100,25 @@ class Space:
             )
         self.input_shape, self.width, self.multiple = input_shape, width, multiple
         self.native = input_shape[1]
-        self.blocks = find_blocks(model, input_shape)
+        self.graph = graph or build_graph(model, input_shape)
+        self.blocks = find_blocks(model, input_shape, graph=self.graph)
         self.full = cost.count(model, input_shape)
-        graph = build_graph(model, input_shape)
-        scored = score_channels(model, input_shape)
-        residual = "tie" if width == "uniform" else "keep"
-        self._residual = residual
-        self.channels = {
-            name: len(graph.layers[name].outputs)
-            for group in graph.groups
-            if not group.fixed and not (residual == "keep" and group.joined)
+        self.channels = self._count_channels(model)
+        self.steps = min(FINEST, *self.channels.values())
+
+    def _count_channels(self, model: nn.Module) -> dict[str, int]:
+        """The layers that width narrows, with their full number of channels."""
+        scored = score_channels(model, self.input_shape, graph=self.graph)
+        found = {
+            name: len(self.graph.layers[name].outputs)
+            for group in self.graph.groups
+            if not group.fixed and not (self.width == "inner" and group.joined)
             for name in group.layers
             if name in scored
         }
-        if not self.channels:
-            raise ValueError(
-                f"width '{width}': no layer of the network can be narrowed"
-            )
-        self.steps = min(FINEST, *self.channels.values())
+        if not found:
+            raise ValueError(f"width '{self.width}': no layer can be narrowed")
+        return found
 
     @property
     def fewest(self) -> int:
@@ -147,11 +155,13 @@ class Space:
         *,
         order: list[str],
         scores: dict[str, Tensor],
+        graph: Graph | None = None,
     ) -> Plan:
         """What to remove from `model`, a network of the space, to reach `shape`.
 
         The paper's order: blocks first, those at the head of `order`; then, in every
         layer that is left, the channels with the lowest `scores`; then the side.
+        `graph`, if given, is that of `model`.
         `ValueError` where `model` is smaller than `shape` already, where `shape` is
         not of the space, and for a layer that must be narrowed and has no scores.
         """
@@ -168,7 +178,7 @@ class Space:
                 f"{shape.blocks} blocks cannot be reached: {len(present)} are there, "
                 f"{len(drop)} may go"
             )
-        keep = self._narrow(model, shape.width, scores, drop)
+        keep = self._narrow(model, shape.width, scores, drop, graph)
         side = None if shape.side == self.native else shape.side
         return Plan(keep=keep, drop=drop, resolution=side)
 
@@ -192,33 +202,34 @@ class Space:
         ]
 
     def _check_shape(self, shape: Shape) -> None:
-        limits = zip(
-            Shape._fields,
-            shape,
-            (self.fewest, 1, 1),
-            (len(self.blocks), self.steps, self.native),
-            strict=True,
-        )
-        for name, value, low, high in limits:
-            if not low <= value <= high:
+        low = (self.fewest, 1, 1)
+        high = (len(self.blocks), self.steps, self.native)
+        for name, value, least, most in zip(
+            Shape._fields, shape, low, high, strict=True
+        ):
+            if not least <= value <= most:
                 raise ValueError(
-                    f"{name} must lie between {low} and {high}, got {value}; "
+                    f"{name} must lie between {least} and {most}, got {value}; "
                     "`snap` turns shares into a network of the space"
                 )
 
-    def _narrow(self, model, width: int, scores, drop: list[str]) -> dict:
-        modules, gone = dict(model.named_modules()), tuple(f"{n}." for n in drop)
-        rates = {}
+    def _narrow(
+        self, model: nn.Module, width: int, scores, drop: list[str], graph: Graph | None
+    ) -> dict[str, list[int]]:
+        """Kept channels of every layer that is too wide and not in a dropped block."""
+        modules, rates = dict(model.named_modules()), {}
+        gone = tuple(f"{block}." for block in drop)
         for name, full in self.channels.items():
-            if name in modules and not name.startswith(gone or "\0"):
-                now = modules[name].weight.shape[0]
-                wanted = max(_round(width * full / self.steps), 1)
-                if now < wanted:
-                    raise ValueError(
-                        f"'{name}' has {now} channels left, {wanted} are wanted"
-                    )
-                if wanted < now:  # half a channel more, so that int() hits the count
-                    rates[name] = (now - wanted + 0.5) / now
+            if name not in modules or name.startswith(gone):
+                continue
+            now = modules[name].weight.shape[0]
+            wanted = max(_round(width * full / self.steps), 1)
+            if now < wanted:
+                raise ValueError(
+                    f"'{name}' has {now} channels left, {wanted} are wanted"
+                )
+            if wanted < now:  # a little more, so that the last bits cannot lose one
+                rates[name] = (now - wanted + 0.25) / now
         if not rates:
             return {}
         missing = [name for name in rates if name not in scores]
@@ -227,12 +238,13 @@ class Space:
                 f"no scores for '{missing[0]}', which must be narrowed; "
                 "`score_channels(model, shape)` has all layers"
             )
+        # Scores only of layers that stay: a tied sum must not count a dropped block's.
         narrowed = plans.from_scores(
             model, {name: scores[name] for name in rates}, self.input_shape,
-            rate=rates, residual=self._residual,
+            rate=rates, residual=RESIDUAL[self.width], graph=graph,
         )  # fmt: skip
         keep = narrowed.keep.items()
-        return {n: kept for n, kept in keep if not n.startswith(gone or "\0")}
+        return {name: kept for name, kept in keep if not name.startswith(gone)}
 
     def measure(self, model: nn.Module, side: int | None = None) -> dict:
         """What a pruned network really is, as columns of a table of points.
@@ -259,92 +271,82 @@ class Space:
 
     def sides(self) -> list[int]:
         """Multiples of `multiple` from half the native side up, and the native side."""
-        low = self.multiple * math.ceil(self.native / 2 / self.multiple)
+        low = self.multiple * math.ceil(LEAST * self.native / self.multiple)
         return sorted({*range(low, self.native, self.multiple), self.native})
 
     def lattice(
-        self,
-        model: nn.Module,
-        *,
-        order: list[str] | None = None,
-        narrowest: float = 0.5,
+        self, model: nn.Module, *, order: list[str] | None = None
     ) -> pd.DataFrame:
         """Every network of the space with its exact MACs, without building one.
 
         `model` is the unpruned network; blocks go in `order` (default: evenly over the
-        stages, see `spread_removal`; it matters where blocks differ in cost).
-        Widths from `narrowest` on, sides from half the native one on. Columns d, w, r,
-        blocks, width (in steps), side, macs, share. MACs are a sum over layers of the
-        work at one position (depth and width decide it) times the number of positions
-        (the side decides that).
+        stages, see `spread_removal`; it matters where blocks differ in cost). Widths
+        and sides from one half on. Columns d, w, r, blocks, width (in steps), side,
+        macs, share.
         """
         order = self.spread_removal() if order is None else order
-        widths = range(max(math.ceil(narrowest * self.steps), 1), self.steps + 1)
+        widths = range(max(math.ceil(LEAST * self.steps), 1), self.steps + 1)
         depths = range(self.fewest, len(self.blocks) + 1)
-        graph = build_graph(model, self.input_shape)
-        work = self._tabulate_work(model, graph, order, depths, widths)
-        positions = self._tabulate_positions(model, list(graph.layers))
-        macs = np.rint(work @ positions).astype(np.int64)
+        # Depth and width decide a layer's work at one position, the side how many there
+        # are: MACs are the sum over layers of one times the other, exact in integers.
+        alive, there = self._list_kept(model, order, depths, widths)
+        work = _count_work(self.graph, alive) * there
+        macs = work @ self._count_positions(model)  # [depths x widths, sides]
         rows = [
-            (blocks, width, side)
+            Shape(blocks, width, side)
             for blocks in depths for width in widths for side in self.sides()
         ]  # fmt: skip
-        table = pd.DataFrame(rows, columns=["blocks", "width", "side"])
-        table["macs"] = macs.reshape(-1)
-        table["share"] = table["macs"] / macs[-1, -1, -1]
-        shares = [self.shares(Shape(*row)) for row in rows]
-        table[["d", "w", "r"]] = np.array(shares)
-        return table[["d", "w", "r", "blocks", "width", "side", "macs", "share"]]
+        table = pd.DataFrame(
+            [self.shares(row) for row in rows], columns=["d", "w", "r"]
+        )
+        table[list(Shape._fields)] = np.array(rows)
+        table["macs"] = macs.flatten().numpy()
+        return table.assign(share=table["macs"] / int(macs[-1, -1]))
 
-    def _tabulate_positions(self, model: nn.Module, layers: list[str]) -> np.ndarray:
-        """Output positions per image: [layers, sides]."""
+    def _list_kept(
+        self, model: nn.Module, order: list[str], depths: range, widths: range
+    ) -> tuple[Tensor, Tensor]:
+        """Kept units (bool [P, units]) and layers (bool [P, layers]) of P networks.
+
+        P goes over depths, then widths. Which channels of a layer stay makes no
+        difference to the work, so those of a made-up score do.
+        """
+        even = {n: torch.arange(count).double() for n, count in self.channels.items()}
+        kept = []
+        for width in widths:
+            chosen = Plan(keep=self._narrow(model, width, even, [], self.graph))
+            kept.append(resolve(self.graph, chosen, check=False).units)
+        kept, lost, there = torch.stack(kept), [], []
+        for count in depths:
+            drop = order[: len(self.blocks) - count]
+            units = torch.zeros(kept.shape[1], dtype=torch.bool)
+            for block in drop:
+                units[dropped_units(self.graph, block)] = True
+            gone = tuple(f"{block}." for block in drop)
+            lost.append(units)
+            there.append([not name.startswith(gone) for name in self.graph.layers])
+        alive = kept[None] & ~torch.stack(lost)[:, None]
+        there = torch.tensor(there).repeat_interleave(len(widths), 0)
+        return alive.flatten(0, 1), there
+
+    def _count_positions(self, model: nn.Module) -> Tensor:
+        """Output positions per image, int64 [layers, sides]."""
         columns = []
         for side in self.sides():
             found = trace(model, (self.input_shape[0], side, side)).layers
-            columns.append([sum(found[name].positions) for name in layers])
-        return np.array(columns, dtype=np.float64).T
-
-    def _tabulate_work(self, model, graph: Graph, order, depths, widths) -> np.ndarray:
-        """MACs at one output position: [depths, widths, layers]."""
-        even = {
-            name: torch.arange(count, dtype=torch.float64)
-            for name, count in self.channels.items()
-        }
-        narrowed = [Plan(keep=self._narrow(model, k, even, [])) for k in widths]
-        kept = torch.stack([resolve(graph, p, check=False).units for p in narrowed])
-        drops = [order[: len(self.blocks) - count] for count in depths]
-        lost = torch.zeros(len(drops), kept.shape[1], dtype=torch.bool)
-        there = np.ones((len(drops), len(graph.layers)))
-        for i, drop in enumerate(drops):
-            for block in drop:
-                lost[i, dropped_units(graph, block)] = True
-            gone = tuple(f"{block}." for block in drop) or "\0"
-            there[i] = [not name.startswith(gone) for name in graph.layers]
-        alive = (kept[None] & ~lost[:, None]).numpy()  # [depths, widths, units]
-        return _count_work(graph, alive) * there[:, None]
+            columns.append([sum(found[n].positions) for n in self.graph.layers])
+        return torch.tensor(columns).T
 
 
-def _count_work(graph: Graph, alive: np.ndarray) -> np.ndarray:
-    """MACs at one output position for kept units [..., units]: [..., layers]."""
-    layers = list(graph.layers.values())
-    flat = alive.reshape(-1, alive.shape[-1]).astype(np.float64)
-    inputs, outputs = (
-        (_membership(graph, [getattr(layer, side) for layer in layers]) @ flat.T).T
-        for side in ("inputs", "outputs")
-    )
-    depthwise = np.array([layer.depthwise for layer in layers])
-    groups = np.where(depthwise, np.maximum(inputs, 1), [x.groups for x in layers])
-    kernels = np.array([layer.kernel for layer in layers])
-    work = kernels * outputs * inputs / groups
-    return work.reshape(*alive.shape[:-1], len(layers))
-
-
-def _membership(graph: Graph, tags: list[Tensor]) -> csr_array:
-    """How often each unit is among the tags of each layer: [layers, units]."""
-    units = [graph.unit_of(row).numpy() for row in tags]
-    layer = np.repeat(np.arange(len(units)), [len(row) for row in units])
-    shape = (len(units), graph.num_units + 1)
-    return csr_array((np.ones(len(layer)), (layer, np.concatenate(units))), shape)
+def _count_work(graph: Graph, alive: Tensor) -> Tensor:
+    """MACs at one output position for kept units [P, units]: int64 [P, layers]."""
+    columns = []
+    for layer in graph.layers.values():
+        inputs = alive[:, graph.unit_of(layer.inputs)].sum(1)
+        outputs = alive[:, graph.unit_of(layer.outputs)].sum(1)
+        groups = inputs.clamp(min=1) if layer.depthwise else layer.groups
+        columns.append(layer.kernel * outputs * inputs // groups)
+    return torch.stack(columns, 1)
 
 
 def _round(x: float) -> int:
