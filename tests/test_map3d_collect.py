@@ -202,12 +202,10 @@ def judge(x, labels, folds: int, seed: int) -> float:
     return 100 * right.mean()
 
 
-@pytest.mark.parametrize(
-    ("folds", "seed", "side"), [(2, 0, None), (2, 3, 8), (4, 0, 14)]
-)
-def test_probes_are_those_of_a_plain_loop(model, sets, folds, seed, side):
-    found = map3d.probe_blocks(model, sets.val, folds=folds, seed=seed, resolution=side)
-    wanted = probe_by_hand(model, sets.val, folds, seed, side)
+@pytest.mark.parametrize(("seed", "side"), [(0, None), (3, 8)])
+def test_probes_are_those_of_a_plain_loop(model, sets, seed, side):
+    found = map3d.probe_blocks(model, sets.val, seed=seed, resolution=side)
+    wanted = probe_by_hand(model, sets.val, 2, seed, side)
     assert found["accuracy"].tolist() == pytest.approx(wanted, abs=1e-9)
     assert len(set(wanted)) > 3 and min(wanted) < 90, "else this would test little"
     names = [f"layer{s}.{b}" for s in (1, 2, 3) for b in (0, 1)]
@@ -253,11 +251,6 @@ def test_a_probe_is_not_judged_on_images_it_saw():
 
 
 def test_probes_refuse_what_they_cannot_split(model, sets):
-    for folds in (1, 0, -2):
-        with pytest.raises(ValueError, match="folds must be at least 2"):
-            map3d.probe_blocks(model, sets.val, folds=folds)
-    with pytest.raises(ValueError, match=r"a class has 4 image.* for 5 folds"):
-        map3d.probe_blocks(model, sets.val, folds=5)
     few = sets.val.subset(torch.nonzero(sets.val.labels != 3)[:, 0])
     with pytest.raises(ValueError, match=r"mnist5k: a class has 0 image"):
         map3d.probe_blocks(model, few)

@@ -637,7 +637,7 @@ def framed(*names):
         (lambda: fit(changed(2, 3, 100.5)), "percent from 0 to 100"),
         (lambda: fit(changed(2, 3, -0.1)), "point 2 has -0.1"),
         (lambda: fit(measure(AXIS) * [1, 1, 1, 0]), "all are 0"),
-        (lambda: fit([[0.5, 1, 1, 90]] * 20), r"all 20 lie at \(0.5, 1, 1\)"),
+        (lambda: fit([[0.5, 1, 1, 90]] * 20), r"all 20 lie at \(0.5, 1.0, 1.0\)"),
         (
             lambda: fit(np.repeat(measure(AXIS)[[0, 1, 2]], 9, 0)),
             "d: degree 3 needs 4 levels, the points have 3",
@@ -651,10 +651,10 @@ def framed(*names):
             "9 different ones, but a product of degree 3 has 10",
         ),
         (lambda: fit(measure(OFF[:9]), rank=2), "9 different ones"),
-        (lambda: fit(measure(AXIS), degree=0), "degree: expected an integer of 1"),
-        (lambda: fit(measure(AXIS), degree=2.0), "degree: expected an integer"),
-        (lambda: fit(measure(AXIS), rank=0), "rank: expected an integer of 1"),
-        (lambda: fit(measure(AXIS), rank=True), "rank: expected an integer of 1"),
+        (lambda: fit(measure(AXIS), degree=0), r"degree must lie in \[1"),
+        (lambda: fit(measure(AXIS), degree=2.0), "degree must be a int"),
+        (lambda: fit(measure(AXIS), rank=0), r"rank must lie in \[1"),
+        (lambda: fit(measure(AXIS), rank=True), "rank must be a int"),
         (lambda: fit(measure(AXIS), rank=7), "rank: 7 has 70 .*64; use rank None"),
         (
             lambda: fit(measure(AXIS), solver="sgd"),
@@ -674,7 +674,7 @@ def framed(*names):
         ),
         (lambda: count_parameters(4, 2), "rank: 4 has 28 parameters at degree 2"),
         (lambda: jacobian_rank(AXIS[:, :2]), r"expected \[N, 3\]"),
-        (lambda: jacobian_rank(AXIS, 0), "rank: expected"),
+        (lambda: jacobian_rank(AXIS, 0), "rank must lie"),
         (lambda: jacobian_rank(2 * AXIS), "d: point 0 has 2.0"),
         (
             lambda: leave_one_out(measure(np.delete(AXIS, [1, 5, 9], 0))),
@@ -686,8 +686,7 @@ def framed(*names):
         ),
         (lambda: bootstrap_maps(measure(AXIS), sd=-1), "sd: expected 0 or more"),
         (lambda: bootstrap_maps(measure(AXIS), repeats=0), "repeats: expected"),
-        (lambda: draw_map().predict([1, 1], [1, 1, 1], 1), r"broadcast.*\(2,\), \(3,"),
-        (lambda: draw_map().covers([1, 1], [1, 1, 1], 1), "broadcast"),
+        (lambda: draw_map().predict([1, 1], [1, 1, 1], 1), "broadcast"),
     ],
 )
 def test_bad_input_is_refused_by_name(make, message):
@@ -705,8 +704,8 @@ def test_bad_input_is_refused_by_name(make, message):
         (lambda d: d | {"coefficients": [[1, 2], [3]]}, "damaged map"),
         (lambda d: d | {"coefficients": [[1, 2], [3, 4]]}, "expected a finite cube"),
         (lambda d: d | {"low": [0.5, 0.5]}, "damaged map"),
-        (lambda d: d | {"low": [0.5, 0.5, 0]}, r"three shares in \(0, 1\]"),
-        (lambda d: d | {"high": [0.4, 1, 1]}, "expected low <= high"),
+        (lambda d: d | {"low": [0.5, 0.5, 0]}, "0 < low <= high <= 1"),
+        (lambda d: d | {"high": [0.4, 1, 1]}, "0 < low <= high <= 1"),
         (lambda d: d | {"low": None}, "damaged map"),
     ],
 )

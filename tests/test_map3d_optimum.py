@@ -26,7 +26,7 @@ from lib.map3d.search import Problem, check_conditions, optimum, trace_budget
 from lib.map3d.uncertainty import bootstrap_optimum, regret
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=12, deadline=None)
 ROOT = 0.5**0.5
 LOW = (0.5, ROOT, ROOT)  # what each dimension alone comes to at half the cost
 SMOOTH = [[0.01, 0.02, 0.02], [0.004, 0.02, 0.03], [0.005, 0.03, 0.02]]
@@ -68,7 +68,7 @@ def with_stem(d, w, r):
     return (0.1 + 0.9 * d) * w**1.9 * r**2
 
 
-def brute_force(found, keep, cost, sides=61):
+def brute_force(found, keep, cost, sides=41):
     """The best accuracy of a grid of the box within the budget."""
     axes = [
         np.geomspace(*ends, sides) for ends in zip(found.low, found.high, strict=True)
@@ -283,16 +283,15 @@ def test_slsqp_and_brute_force_agree_and_the_conditions_have_the_right_signs(
         optimum(surface, keep, cost, num=101),
         brute_force(surface, keep, cost),
     )
-    assert best - 1e-9 <= found.accuracy <= best + 93 * 0.4 / 60
+    assert best - 1e-9 <= found.accuracy <= best + 93 * 0.4 / 40
     assert found.accuracy == pytest.approx(surface.predict(*found.point), rel=1e-14)
     assert found.kkt_residual < 1e-6
     assert found.cost <= keep * (1 + 1e-9) and surface.covers(*found.point)
-    pull, e = np.array(found.bound_multipliers), np.array(found.elasticities)
+    e = np.array(found.elasticities)
     own = surface.elasticities(*found.point, cost.exponents)
     np.testing.assert_allclose(e, own, rtol=1e-9, atol=1e-15)
     for m, bound in enumerate(found.bounds):
         sign = {"low": -1, "high": 1, None: 0}[bound]
-        assert pull[m] * sign >= -1e-4 and (sign or pull[m] == 0)
         assert abs(e[m] - found.elasticity) < 2e-6 or sign
         assert sign * (e[m] - found.elasticity) > -2e-6
     assert found.interior == (found.bounds == (None, None, None))
@@ -307,18 +306,6 @@ def test_the_multiplier_is_the_slope_of_the_best_accuracy_over_keep(drops, keep)
     found, step = optimum(build_map(drops), keep), 1e-5
     more = optimum(build_map(drops), keep + step).accuracy
     assert (more - found.accuracy) / step == pytest.approx(found.multiplier, rel=1e-2)
-
-
-def test_bound_multipliers_are_what_moving_a_bound_gains():
-    steep = build_map([[0.1, 0.05, 0], [0.001, 0, 0.001], [0.02, 0.02, 0]])
-    found, step = optimum(steep, 0.3), 1e-5
-    assert found.bounds == ("high", "low", None)
-    low = optimum(rebox(steep, low=(0.5, ROOT + step, ROOT)), 0.3).accuracy
-    slope = (low - found.accuracy) / step
-    assert slope == pytest.approx(found.bound_multipliers[1], rel=1e-3) and slope < 0
-    shorter = optimum(rebox(steep, high=(1 - step, 1, 1)), 0.3).accuracy
-    slope = (found.accuracy - shorter) / step
-    assert slope == pytest.approx(found.bound_multipliers[0], rel=1e-3) and slope > 0
 
 
 @pytest.mark.filterwarnings("ignore:delta_grad")
@@ -587,13 +574,13 @@ def shy(d, w, r):
          "r never below 1"),
         (lambda: fit_exponents(tabulate(AXES[2:], FORMULA)), "d never below 1"),
         (lambda: fit_exponents(tabulate(AXES, lambda d, w, r: d / w * r)), "-1"),
-        (lambda: fit_exponents({"d": [1], "w": [1]}), r"\['r'\] are not among \['d', "),
+        (lambda: fit_exponents({"d": [1], "w": [1]}), r"\['r', 'share'\] are"),
         (lambda: fit_exponents(tabulate(AXES, FORMULA).drop(columns="share")),
          r"\['share'\] are not among"),
         (lambda: fit_exponents(tabulate(AXES, FORMULA).assign(share=[2.0] * 6)),
-         "share is 2 at d = w = r = 1"),
+         "share is not 1 at d = w = r = 1"),
         (lambda: fit_exponents(tabulate(AXES, lambda d, w, r: -d)),
-         r"\['share'\]: expected finite numbers > 0, got \[-0.5\] in row 0 \(6 such"),
+         r"'share'\]: expected finite numbers > 0, got .* in row 0 \(6 such"),
         (lambda: equal_split(1.1), r"in \(0, 1\], got 1.1"),
         (lambda: inverse_compound(np.nan), "got nan"),
         (lambda: optimum(smooth, 0), r"in \(0, 1\], got 0"),

@@ -13,13 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lib import baselines, cost, map3d, models, surgery
-from lib.map3d.design import (
-    WHOLE,
-    design_axes,
-    design_grid,
-    design_interior,
-    design_interleaved,
-)
+from lib.map3d.design import WHOLE
 from lib.models.layers import init_he
 from lib.plan import Plan
 
@@ -441,7 +435,7 @@ def test_plans_that_cannot_be_made_are_refused():
                       (6, 17, 32): "width", (6, 16, 0): "side"}.items():  # fmt: skip
         with pytest.raises(ValueError, match=f"{word} must lie between"):
             ask(model, *bad)
-    with pytest.raises(ValueError, match="no scores for 'conv1', which must be"):
+    with pytest.raises(ValueError, match="rate: 'conv1' has no scores"):
         ask(model, 6, 8, 32, scores={n: s for n, s in scores.items() if n != "conv1"})
     with pytest.raises(ValueError, match="4 blocks cannot be reached: 6 are there, 1"):
         ask(model, 4, 16, 32, order=order[:1])
@@ -612,7 +606,7 @@ def test_each_floor_alone_meets_the_budget():
 
 @pytest.mark.parametrize("keep", [0, -0.1, 1.01, math.nan])
 def test_budgets_outside_0_to_1_are_refused(keep):
-    with pytest.raises(ValueError, match=r"keep is the share of cost .* \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"keep: expected .* \(0, 1\]"):
         map3d.find_floors(keep)
 
 
@@ -623,7 +617,8 @@ def test_exponents_that_are_no_cost_are_refused(exponents):
 
 
 def test_the_axes_go_down_in_equal_steps_one_dimension_at_a_time():
-    chains = design_axes(HALF)
+    first, *chains = map3d.make_design("axis", HALF)
+    assert first == [WHOLE] and sum(map(len, chains)) == 12
     assert [[p[0] for p in chains[0]], [p[1] for p in chains[1]]] == [
         pytest.approx([0.875, 0.75, 0.625, 0.5]),
         pytest.approx([0.927, 0.854, 0.780, 0.707], abs=5e-4),
@@ -631,19 +626,18 @@ def test_the_axes_go_down_in_equal_steps_one_dimension_at_a_time():
     for m, chain in enumerate(chains):
         assert [p[:m] + p[m + 1 :] for p in chain] == [(1.0, 1.0)] * 4
         assert chain[-1][m] == pytest.approx(HALF[m], abs=1e-15)
-    made = map3d.make_design("axis", HALF)
-    assert made == [[WHOLE], *chains] and sum(map(len, made)) == 12 + 1
 
 
 def test_the_interleaved_chain_is_one_staircase():
-    (stairs,) = design_interleaved(HALF)
-    assert len(stairs) == 12 and stairs[-1] == pytest.approx(HALF)
+    first, stairs = map3d.make_design("interleaved", HALF)
+    assert first == [WHOLE] and len(stairs) == 12
+    assert stairs[-1] == pytest.approx(HALF)
     for i, (here, there) in enumerate(itertools.pairwise([WHOLE, *stairs])):
         moved = [m for m in range(3) if here[m] != there[m]]
         assert moved == [i % 3] and there[i % 3] < here[i % 3]
-    levels = [design_axes(HALF)[m][k][m] for k in range(4) for m in range(3)]
+    axes = map3d.make_design("axis", HALF)[1:]
+    levels = [axes[m][k][m] for k in range(4) for m in range(3)]
     assert [p[i % 3] for i, p in enumerate(stairs)] == levels
-    assert map3d.make_design("interleaved", HALF) == [[WHOLE], stairs]
 
 
 def test_the_grid_holds_27_networks_each_pruned_at_once():
@@ -655,26 +649,24 @@ def test_the_grid_holds_27_networks_each_pruned_at_once():
         tuple(round(x, 12) for x in point) for point in itertools.product(*steps)
     }
     assert len(map3d.make_design("grid", HALF, levels=2)) == 8
-    assert design_grid([1, 0.5], [1], [0.25]) == [[(1, 1, 0.25)], [(0.5, 1, 0.25)]]
 
 
 @pytest.mark.parametrize("exponents", [(1, 2, 2), (1, 1, 2)])
-@pytest.mark.parametrize("keep", [0.5, 0.3])
-def test_interior_points_lie_on_the_budget_surface(keep, exponents):
-    points = [p for (p,) in design_interior(map3d.find_floors(keep, exponents))]
+def test_interior_points_lie_on_the_budget_surface(exponents):
+    floors = map3d.find_floors(0.3, exponents)
+    points = [p for (p,) in map3d.make_design("axis", floors, interior=True)[4:]]
     for point in points:
         cost_of = math.prod(x**e for x, e in zip(point, exponents, strict=True))
-        assert cost_of == pytest.approx(keep, rel=1e-12)
+        assert cost_of == pytest.approx(0.3, rel=1e-12)
     moved = ["".join(n for n, x in zip("dwr", p, strict=True) if x < 1) for p in points]
     assert moved == ["dw", "dr", "wr", "dwr"]
     parts = [x**e for x, e in zip(points[-1], exponents, strict=True)]
-    assert parts == pytest.approx([keep ** (1 / 3)] * 3)
+    assert parts == pytest.approx([0.3 ** (1 / 3)] * 3)
 
 
 def test_designs_put_together():
     both = map3d.make_design("both", HALF, rounds=2, interior=True)
     assert [len(chain) for chain in both] == [1, 2, 2, 2, 6, 1, 1, 1, 1]
-    assert both[-4:] == design_interior(HALF)
     assert map3d.make_design("axis", HALF, rounds=1)[1:] == [
         [pytest.approx((0.5, 1, 1))],
         [pytest.approx((1, HALF[1], 1))],
@@ -686,8 +678,7 @@ def test_designs_put_together():
     ("name", "options", "message"),
     [("axes", {}, "design must be one of"), ("axis", {"rounds": 0}, "rounds must be"),
      ("both", {"rounds": -1}, "rounds must be"),
-     ("interleaved", {"rounds": 0}, "rounds must be"),
-     ("grid", {"levels": 1}, "at least 2 levels")],
+     ("grid", {"levels": 1}, "levels at least 2")],
 )  # fmt: skip
 def test_designs_that_make_no_sense_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):

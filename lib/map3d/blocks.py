@@ -20,6 +20,8 @@ from lib.data import ImageSet
 from lib.graph import Graph
 from lib.graph.watch import recorded
 
+FOLDS = 2  # of the images that probes are judged on, each on the folds it did not see
+
 
 @dataclass(frozen=True)
 class Block:
@@ -68,30 +70,25 @@ def probe_blocks(
     images: ImageSet,
     *,
     resolution: int | None = None,
-    folds: int = 2,
     seed: int = 0,
     graph: Graph | None = None,
 ) -> pd.DataFrame:
     """What a linear classifier reads off behind every block.
 
     Features are averaged over positions and frozen; multinomial logistic regression is
-    fitted on all folds but one and judged on that one, in turn, so that no probe is
-    judged on an image it saw. `images` should be validation images: a network has
+    fitted on one half and judged on the other, in turn, so that no probe is judged on
+    an image it saw. `images` should be validation images: a network has
     learnt its training images by heart, and the test set is for the end. One row a
     block, behind a first row "stem": block, stage, removable, accuracy (percent), gain
     over the row before (points; 0 for the stem). `graph`: that of the model.
     """
-    if folds < 2:
-        raise ValueError(f"folds must be at least 2, got {folds}")
     least = int(torch.bincount(images.labels.cpu()).min())
-    if least < folds:
-        raise ValueError(
-            f"{images.name}: a class has {least} image(s), too few for {folds} folds"
-        )
+    if least < FOLDS:
+        raise ValueError(f"{images.name}: a class has {least} image(s), need {FOLDS}")
     blocks = find_blocks(model, images.shape, graph=graph)
     features = collect_features(model, images, blocks, resolution=resolution)
     labels = images.labels.cpu().numpy()
-    split = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    split = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     accuracies = [_cross_validate(x, labels, split) for x in features.values()]
     return pd.DataFrame(
         {

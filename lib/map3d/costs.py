@@ -53,9 +53,12 @@ def fit_exponents(points) -> PowerLaw:
     numbers not > 0, a share other than 1 at d = w = r = 1, dimensions that do not move
     or move together, as under compound scaling; an exponent below 0.
     """
-    x, shares = np.log(read_numbers(points)), read_shares(points)
+    logs = np.log(read_numbers(points, (*NAMES, "share")))
+    x, y = logs[:, :3], logs[:, 3]
     pruned = x.any(axis=1)
-    x, shares = x[pruned], shares[pruned]
+    if np.abs(y[~pruned]).max(initial=0) > 1e-6:
+        raise ValueError("share is not 1 at d = w = r = 1; divide all by it")
+    x, y = x[pruned], y[pruned]
     still = [name for name, column in zip(NAMES, x.T, strict=True) if not column.any()]
     if still:
         raise ValueError(
@@ -69,7 +72,7 @@ def fit_exponents(points) -> PowerLaw:
             "compound scaling, so their exponents cannot be told apart; add points "
             "that move one dimension alone"
         )
-    e = np.linalg.lstsq(x, np.log(shares), rcond=None)[0]
+    e = np.linalg.lstsq(x, y, rcond=None)[0]
     return PowerLaw(np.where(np.abs(e) < ROUNDING, 0.0, e))
 
 
@@ -180,15 +183,6 @@ def read_numbers(table, columns=NAMES) -> np.ndarray:
             f"{values[bad[0]].tolist()} in row {bad[0]} ({len(bad)} such rows)"
         )
     return values
-
-
-def read_shares(table) -> np.ndarray:
-    """Column `share`, float64 [N]; ValueError unless > 0, and 1 at d = w = r = 1."""
-    shares = read_numbers(table, ["share"])[:, 0]
-    whole = shares[(np.abs(read_numbers(table) - 1) <= ROUNDING).all(axis=1)]
-    if len(whole) and np.abs(whole - 1).max() > 1e-6:
-        raise ValueError(f"share is {whole[0]:.6g} at d = w = r = 1; divide all by it")
-    return shares
 
 
 def check_keep(keep: float) -> None:

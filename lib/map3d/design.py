@@ -6,6 +6,10 @@ is pruned from the network that the point before it left, and fine-tuned.
 
 import math
 from collections.abc import Sequence
+from itertools import product
+
+from lib.map3d.costs import check_keep
+from lib.messages import check_choice
 
 Point = tuple[float, float, float]
 Chain = list[Point]
@@ -20,60 +24,11 @@ def find_floors(keep: float, exponents: Sequence[float] = (1.0, 2.0, 2.0)) -> Po
     `exponents` (a, b, c), all positive. Half of the paper's d w^2 r^2: (.5, .707,
     .707). ValueError for other values.
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep is the share of cost that stays, in (0, 1], got {keep}")
+    check_keep(keep)
     if len(exponents) != 3 or not all(0 < e < math.inf for e in exponents):
         raise ValueError(f"exponents must be three positive numbers, got {exponents}")
     d, w, r = (keep ** (1 / exponent) for exponent in exponents)
     return d, w, r
-
-
-def design_axes(floors: Point, *, rounds: int = 4) -> list[Chain]:
-    """The paper's design: one chain per dimension, in equal steps to its floor.
-
-    3 rounds points and the unpruned one. Tells the three dimensions' own curves, and
-    nothing about how they act together (Wang et al. 2021, algorithm 1, as far as
-    readers' notes tell).
-    """
-    _check_rounds(rounds)
-    chains = []
-    for m in range(3):
-        steps = [_step(floors[m], i / rounds) for i in range(1, rounds + 1)]
-        chains.append([tuple(x if n == m else 1.0 for n in range(3)) for x in steps])
-    return chains
-
-
-def design_interleaved(floors: Point, *, rounds: int = 4) -> list[Chain]:
-    """One chain that takes a step of depth, of width, of resolution, and again.
-
-    As many points as the axes need, all on one staircase.
-    """
-    _check_rounds(rounds)
-    here, chain = list(WHOLE), []
-    for i in range(1, rounds + 1):
-        for m in range(3):
-            here[m] = _step(floors[m], i / rounds)
-            chain.append(tuple(here))
-    return [chain]
-
-
-def design_interior(floors: Point) -> list[Chain]:
-    """Points off the axes, pruned in one go: the four that hold a budget together.
-
-    Two dimensions take half of the log cost each, then all three a third each.
-    """
-    parts = [(1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)]
-    return [
-        [tuple(f ** (on / sum(part)) for f, on in zip(floors, part, strict=True))]
-        for part in parts
-    ]
-
-
-def design_grid(
-    d: Sequence[float], w: Sequence[float], r: Sequence[float]
-) -> list[Chain]:
-    """All combinations of the levels, each pruned from the unpruned network at once."""
-    return [[(x, y, z)] for x in d for y in w for z in r]
 
 
 def make_design(
@@ -86,29 +41,54 @@ def make_design(
 ) -> list[Chain]:
     """A design by name, with the unpruned network as its first chain.
 
-    "axis", "interleaved", "both", or "grid" with `levels` equal steps from 1 to the
-    floors, which contains the unpruned network itself.
+    "axis", the paper's (Wang et al. 2021, algorithm 1, as far as readers' notes tell):
+    a chain per dimension, in `rounds` equal steps to its floor; tells the dimensions'
+    own curves, and nothing about how they act together. "interleaved": one chain that
+    takes a step of depth, of width, of resolution, and again. "both". "grid": all
+    combinations of `levels` equal steps from 1 to the floors, each pruned in one go.
+    `interior` adds four points off the axes, pruned in one go, that hold the budget
+    together: two dimensions take half of the log cost each, then all three a third.
     """
-    if name not in DESIGNS:
-        raise ValueError(f"design must be one of {DESIGNS}, got {name!r}")
+    check_choice("design", name, DESIGNS)
+    if rounds < 1 or levels < 2:
+        raise ValueError(
+            f"rounds must be at least 1, levels at least 2, got {rounds}, {levels}"
+        )
     if name == "grid":
-        if levels < 2:
-            raise ValueError(f"a grid needs at least 2 levels, got {levels}")
-        ladders = [[_step(f, i / (levels - 1)) for i in range(levels)] for f in floors]
-        return design_grid(*ladders)
-    chains: list[Chain] = [[WHOLE]]
-    if name in ("axis", "both"):
-        chains += design_axes(floors, rounds=rounds)
-    if name in ("interleaved", "both"):
-        chains += design_interleaved(floors, rounds=rounds)
-    return chains + (design_interior(floors) if interior else [])
+        parts = [i / (levels - 1) for i in range(levels)]
+        ladders = [[_step(floor, part) for part in parts] for floor in floors]
+        chains = [[point] for point in product(*ladders)]
+    else:
+        chains = [[WHOLE]]
+        chains += _walk_axes(floors, rounds) if name != "interleaved" else []
+        chains += [_walk_stairs(floors, rounds)] if name != "axis" else []
+    return chains + (_list_interior(floors) if interior else [])
+
+
+def _walk_axes(floors: Point, rounds: int) -> list[Chain]:
+    chains = []
+    for m in range(3):
+        steps = [_step(floors[m], i / rounds) for i in range(1, rounds + 1)]
+        chains.append([tuple(x if n == m else 1.0 for n in range(3)) for x in steps])
+    return chains
+
+
+def _walk_stairs(floors: Point, rounds: int) -> Chain:
+    here, chain = list(WHOLE), []
+    for i, m in product(range(1, rounds + 1), range(3)):
+        here[m] = _step(floors[m], i / rounds)
+        chain.append(tuple(here))
+    return chain
+
+
+def _list_interior(floors: Point) -> list[Chain]:
+    pruned = [(1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)]
+    return [
+        [tuple(f ** (on / sum(row)) for f, on in zip(floors, row, strict=True))]
+        for row in pruned
+    ]
 
 
 def _step(floor: float, part: float) -> float:
     """`part` of the way from 1 down to the floor."""
     return 1 - (1 - floor) * part
-
-
-def _check_rounds(rounds: int) -> None:
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")

@@ -24,8 +24,9 @@ from numpy.typing import ArrayLike
 
 from lib.map3d import solvers
 from lib.map3d.costs import NAMES
-from lib.map3d.predictor import Map
+from lib.map3d.predictor import SLACK, Map
 from lib.messages import check_choice
+from lib.settings import Rule, check_rule
 
 COLUMNS = (*NAMES, "accuracy")
 RIDGE = 1e-8  # picks a small one among sums of products that fit alike
@@ -121,13 +122,12 @@ def count_parameters(rank: int | None, degree: int) -> int:
     another. ValueError: rank or degree that is no integer of 1 or more, or a rank with
     as many parameters as the full tensor.
     """
-    for name, value in (("degree", degree), ("rank", 1 if rank is None else rank)):
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not whole or value < 1:
-            raise ValueError(f"{name}: expected an integer of 1 or more, got {value!r}")
+    check_rule("degree", degree, Rule(int, 1))
     full = (degree + 1) ** 3
-    count = full if rank is None else rank * (1 + 3 * degree)
-    if rank is not None and count >= full:
+    if rank is None:
+        return full
+    count = check_rule("rank", rank, Rule(int, 1)) * (1 + 3 * degree)
+    if count >= full:
         raise ValueError(
             f"rank: {rank} has {count} parameters at degree {degree}, the full tensor "
             f"{full}; use rank None"
@@ -184,13 +184,8 @@ def _measure_rank(bases: solvers.Matrices, rank: int | None) -> int:
 
 
 def _find_degrees(table: np.ndarray, degree: int) -> tuple[int, ...]:
-    """The degree in each dimension: 0 where it does not vary."""
-    return tuple(degree if len(x) > 1 else 0 for x in _find_levels(table))
-
-
-def _find_levels(table: np.ndarray) -> list[np.ndarray]:
-    """The different shares in each dimension; nearer than 1e-9 they are one."""
-    return [np.unique(x) for x in table[:, :3].round(9).T]
+    """The degree in each dimension: 0 where shares are the same to 1e-9."""
+    return tuple(degree if np.ptp(x) > SLACK else 0 for x in table[:, :3].T)
 
 
 def _warn_unidentified(rank, degree, count: int, determined: int, wanted: int) -> None:
@@ -259,17 +254,18 @@ def _check_shares(shares: np.ndarray) -> np.ndarray:
 
 def _check_levels(table: np.ndarray, degree: int) -> tuple[int, ...]:
     """The degree in each dimension; ValueError where the points are too few."""
-    degrees = _find_degrees(table, degree)
+    degrees, shares = _find_degrees(table, degree), table[:, :3].round(9)
     if not any(degrees):
-        place = ", ".join(f"{x:g}" for x in table[0, :3])
-        raise ValueError(f"points: all {len(table)} lie at ({place}); vary d, w or r")
-    for name, values in zip(NAMES, _find_levels(table), strict=True):
-        if 1 < len(values) <= degree:
+        place = tuple(shares[0].tolist())
+        raise ValueError(f"points: all {len(table)} lie at {place}; vary d, w or r")
+    for name, column in zip(NAMES, shares.T, strict=True):
+        levels = len(np.unique(column))
+        if 1 < levels <= degree:
             raise ValueError(
                 f"{name}: degree {degree} needs {degree + 1} levels, the points have "
-                f"{len(values)}; measure more of them or lower the degree"
+                f"{levels}; measure more of them or lower the degree"
             )
-    distinct = len(np.unique(table[:, :3].round(9), axis=0))
+    distinct = len(np.unique(shares, axis=0))
     if distinct < 1 + sum(degrees):
         raise ValueError(
             f"points: {distinct} different ones, but a product of degree {degree} has "

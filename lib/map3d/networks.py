@@ -19,7 +19,6 @@ from lib.map3d.costs import (
     fit_exponents,
     inverse_compound,
     read_numbers,
-    read_shares,
 )
 from lib.map3d.predictor import Map
 
@@ -83,7 +82,7 @@ def _take_affordable(table, keep: float, tolerance: float) -> pd.DataFrame:
     check_keep(keep)
     if not tolerance >= 0:
         raise ValueError(f"tolerance: expected a share >= 0, got {tolerance}")
-    shares = read_shares(table)
+    shares = read_numbers(table, ["share"])[:, 0]
     within = shares <= keep * (1 + ROUNDING)
     fitting = within & (shares >= keep - tolerance - ROUNDING)
     if not fitting.any():

@@ -55,11 +55,11 @@ class Map:
             raise ValueError(
                 f"coefficients: expected a finite cube, got {values.shape}"
             )
-        box = np.array([self.low, self.high])
-        if box.shape != (2, 3) or not (0 < box[0].min() and box.max() <= 1):
-            raise ValueError(f"box: expected three shares in (0, 1] twice, got {box}")
-        if (box[0] > box[1]).any():
-            raise ValueError(f"box: expected low <= high, got {self.low}, {self.high}")
+        pairs = list(zip(self.low, self.high, strict=True))
+        if len(pairs) != 3 or not all(0 < low <= high <= 1 for low, high in pairs):
+            raise ValueError(
+                f"box: expected 0 < low <= high <= 1 three times, got {pairs}"
+            )
 
     @property
     def degree(self) -> int:
@@ -100,21 +100,21 @@ class Map:
         F_m is dF/dx_m; the cost is d^e1 w^e2 r^e3, by default the paper's d w^2 r^2.
         Where nothing bounds it, the best network of a cost has the three E_m equal.
         """
-        shares = np.stack(_spread(d, w, r))
+        shares = np.stack(np.broadcast_arrays(d, w, r))
         powers = np.reshape(exponents, (3, *[1] * (shares.ndim - 1)))
         return shares * self.gradient(d, w, r) / (powers * self.predict(d, w, r))
 
     def covers(self, d: ArrayLike, w: ArrayLike, r: ArrayLike) -> bool | np.ndarray:
         """Whether points lie in the box of the data; elsewhere F is extrapolated."""
-        shares = np.stack(_spread(d, w, r), -1)
+        shares = np.stack(np.broadcast_arrays(d, w, r), -1)
         low, high = np.array(self.low) - SLACK, np.array(self.high) + SLACK
         found = ((shares >= low) & (shares <= high)).all(-1)
         return bool(found) if found.ndim == 0 else found
 
     def _centre(self, d: ArrayLike, w: ArrayLike, r: ArrayLike) -> list[np.ndarray]:
         """The three u of points: 0 unpruned, 1 the lowest share seen."""
-        pairs = zip(_spread(d, w, r), self.span, strict=True)
-        return [(1 - x) / span for x, span in pairs]
+        shares = np.broadcast_arrays(d, w, r)
+        return [(1 - x) / span for x, span in zip(shares, self.span, strict=True)]
 
     # -- files -------------------------------------------------------------------------
 
@@ -139,15 +139,3 @@ class Map:
             raise ValueError(
                 f"{path}: a damaged map ({error}); fit and save it again"
             ) from None
-
-
-def _spread(d: ArrayLike, w: ArrayLike, r: ArrayLike) -> list[np.ndarray]:
-    """Three float64 arrays of one shape; ValueError for shapes that do not go."""
-    shares = [np.asarray(x, dtype=np.float64) for x in (d, w, r)]
-    try:
-        return list(np.broadcast_arrays(*shares))
-    except ValueError:
-        raise ValueError(
-            "d, w, r: expected shapes that broadcast, got "
-            f"{', '.join(str(x.shape) for x in shares)}; see np.meshgrid"
-        ) from None

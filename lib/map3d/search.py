@@ -52,8 +52,8 @@ class Optimum:
     accuracy per percent of cost. At a corner both are an interval; given is its lower
     end, what a little more budget buys (its upper end where no dimension can grow).
     elasticities: G_m / e_m of d, w, r, equal to mu where free (inf where e_m = 0).
-    bounds: "low", "high" or None. bound_multipliers: F_m - lambda C_m, percent per unit
-    of share, what raising that bound gains: >= 0 at high, <= 0 at low, 0 where free.
+    bounds: "low", "high" or None; an unpruned dimension (high) is worth at least mu,
+    one at its floor (low) at most.
     kkt_residual: the largest violation of the conditions, in units of G_m; not small
     where C has a kink or a step, at which no slope is right.
     others: inferior points that meet the conditions too, best first; those found, not
@@ -70,7 +70,6 @@ class Optimum:
     elasticity: float
     elasticities: tuple[float, float, float]
     bounds: tuple[str | None, str | None, str | None]
-    bound_multipliers: tuple[float, float, float]
     kkt_residual: float
     others: tuple[Point, ...]
 
@@ -181,13 +180,11 @@ def check_conditions(problem: Problem, point: Point) -> dict:
     ]
     with np.errstate(divide="ignore", invalid="ignore"):
         elasticities = gains / e
-    held = np.where(rises & falls, 0.0, pull) * scale / x + 0.0  # no -0.0
     return {
         "multiplier": mu * scale / float(problem.cost(*x)),
         "elasticity": mu,
         "elasticities": tuple(elasticities.tolist()),
         "bounds": tuple(bounds),
-        "bound_multipliers": tuple(held.tolist()),
         "kkt_residual": max(0.0, *map(float, violations)),
     }
 

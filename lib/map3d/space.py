@@ -232,15 +232,9 @@ class Space:
                 rates[name] = (now - wanted + 0.25) / now
         if not rates:
             return {}
-        missing = [name for name in rates if name not in scores]
-        if missing:
-            raise ValueError(
-                f"no scores for '{missing[0]}', which must be narrowed; "
-                "`score_channels(model, shape)` has all layers"
-            )
         # Scores only of layers that stay: a tied sum must not count a dropped block's.
         narrowed = plans.from_scores(
-            model, {name: scores[name] for name in rates}, self.input_shape,
+            model, {n: scores[n] for n in rates if n in scores}, self.input_shape,
             rate=rates, residual=RESIDUAL[self.width], graph=graph,
         )  # fmt: skip
         keep = narrowed.keep.items()
