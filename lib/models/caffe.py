@@ -4,7 +4,8 @@
 `models/bvlc_reference_caffenet` and `models/bvlc_googlenet` of github.com/BVLC/caffe.
 Caffe's pools round sizes up (`ceil_mode`), and its response normalisation has torch's
 formula with k = 1. Weights start as in He et al. 2015, not from Caffe's fillers, some
-of which (standard deviation 0.0001) only learn under Caffe's schedules.
+of which (standard deviation 0.0001) only learn under Caffe's schedules. A net made for
+one `image_size` S raises ValueError where S is too small.
 """
 
 import torch
@@ -30,8 +31,8 @@ INCEPTIONS: dict[str, tuple[int, int, int, int, int, int]] = {
 class LeNet(nn.Module):
     """Caffe's LeNet, `[N, in_channels, S, S]` to `[N, num_classes]`, S = `image_size`.
 
-    20-50 filters, 500 units, no ReLU after the convolutions. Raises ValueError where
-    S is too small. Source: BVLC `lenet_train_test.prototxt`, after LeCun et al. 1998.
+    20-50 filters, 500 units, no ReLU after the convolutions. Source: BVLC
+    `lenet_train_test.prototxt`, after LeCun et al. 1998.
     """
 
     def __init__(
@@ -59,8 +60,8 @@ class CifarNet(nn.Module):
 
     32-32-64 filters, 64 units and no ReLU after them. `extra_convs` puts that many
     further 5x5 convolutions of 32 filters, with ReLU, before the third: nets of growing
-    depth, as Yu et al. 2018 compare them. Raises ValueError where S is too small.
-    Source: BVLC `cifar10_quick_train_test.prototxt`, after cuda-convnet.
+    depth, as Yu et al. 2018 compare them. Source: BVLC
+    `cifar10_quick_train_test.prototxt`, after cuda-convnet.
     """
 
     def __init__(
@@ -98,9 +99,8 @@ class CifarNet(nn.Module):
 class CaffeNet(nn.Module):
     """AlexNet with two groups, `[N, in_channels, S, S]` to `[N, num_classes]`.
 
-    S = `image_size`; pools stand before the response normalisation. Raises ValueError
-    where S is too small. Source: BVLC `bvlc_reference_caffenet`, after Krizhevsky et
-    al. 2012.
+    S = `image_size`; pools stand before the response normalisation. Source: BVLC
+    `bvlc_reference_caffenet`, after Krizhevsky et al. 2012.
     """
 
     def __init__(

@@ -28,8 +28,8 @@ def draw_weights(net: nn.Module, seed: int) -> None:
     with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(seed)
         for module in net.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            if reset := getattr(module, "reset_parameters", None):
+                reset()
         init_he(net)
 
 

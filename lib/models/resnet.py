@@ -4,6 +4,8 @@ Module names are those of github.com/akamaster/pytorch_resnet_cifar10, whose pub
 weights therefore load unchanged.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -101,10 +103,10 @@ class CifarResNet(nn.Module):
         narrow, middle, wide = WIDTHS
         self.conv1 = make_conv3x3(in_channels, narrow)
         self.bn1 = nn.BatchNorm2d(narrow)
-        same = {"blocks": blocks, "projection": projection}
-        self.layer1 = make_stage(narrow, narrow, stride=1, **same)
-        self.layer2 = make_stage(narrow, middle, stride=2, **same)
-        self.layer3 = make_stage(middle, wide, stride=2, **same)
+        make = partial(make_stage, blocks=blocks, projection=projection)
+        self.layer1 = make(narrow, narrow, stride=1)
+        self.layer2 = make(narrow, middle, stride=2)
+        self.layer3 = make(middle, wide, stride=2)
         self.linear = nn.Linear(wide, num_classes)
         init_he(self)
 
