@@ -66,18 +66,15 @@ def make_baseline(
     seed) are the same. Throughput and the rows of its epochs go into a JSON file beside
     it. `options` go on to `models.build`.
     """
-    channels, classes = sets.train.shape[0], len(sets.train.classes)
-    if pretrained:
-        print(f"baseline: {net} with published weights")
-        model = models.build(
-            net, num_classes=classes, in_channels=channels, pretrained=True, **options
-        )
-        return model.to(pick_device(None))
     settings.seed_everything(recipe.seed)
     model = models.build(
-        net, num_classes=classes, in_channels=channels,
-        image_size=recipe.resolution or sets.train.shape[1], **options,
+        net, num_classes=len(sets.train.classes), in_channels=sets.train.shape[0],
+        image_size=recipe.resolution or sets.train.shape[1], pretrained=pretrained,
+        **options,
     )  # fmt: skip
+    if pretrained:
+        print(f"baseline: {net} with published weights")
+        return model.to(pick_device(None))
     data_tag = f"{sets.train.name}-{len(sets.train)}images"
     net_tag = "-".join([net, *(f"{key}{value}" for key, value in options.items())])
     name = f"{data_tag}-{net_tag}-{recipe.tag}.pt"

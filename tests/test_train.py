@@ -245,13 +245,6 @@ def test_it_learns(precision):
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-def test_resnet8_learns_digits():
-    images = data.load("mnist5k", "train").take(256)
-    torch.manual_seed(0)
-    history = fit(models.build("resnet8", in_channels=1), images, batch_size=32)
-    assert history.rows[-1]["loss"] < 0.9 * history.rows[0]["loss"]
-
-
 def test_validation_decides_nothing():
     plain, watched = make_net(), make_net()
     fit(plain)
@@ -657,13 +650,26 @@ def test_a_pickle_is_not_run(tmp_path):
         train.load_checkpoint(tmp_path / "none.pt")
 
 
-OTHERS = {
+def make_frozen():
+    model = make_net()
+    model[0].requires_grad_(False)
+    return model
+
+
+OTHERS = {  # the first word is what differs
     "lr": lambda: (make_net(), make_set(), {"lr": 0.01}),
     "epochs": lambda: (make_net(), make_set(), {"epochs": 2}),
     "seed": lambda: (make_net(), make_set(), {"seed": 1}),
-    "data": lambda: (make_net(), make_set(n=64), {}),
     "start": lambda: (make_net(seed=1), make_set(), {}),
-}
+    "trained": lambda: (make_frozen(), make_set(), {}),
+    "data: more": lambda: (make_net(), make_set(n=64), {}),
+    "data: pixels": lambda: (make_net(), make_set(seed=1), {}),
+    "data: labels": lambda: (
+        make_net(), replace(make_set(), labels=(make_set().labels + 1) % 4), {}
+    ),
+    "data: means": lambda: (make_net(), replace(make_set(), mean=(0.5,) * 3), {}),
+    "data: crops": lambda: (make_net(), make_set(pad=2), {}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -676,7 +682,7 @@ def test_another_run_is_put_aside_and_said(tmp_path, capsys, name):
     capsys.readouterr()
     history = fit(model, images, checkpoint=file, **options)
     printed = capsys.readouterr().out
-    assert history.resumed == 0 and f"another {name}" in printed
+    assert history.resumed == 0 and f"another {name.split(':')[0]}" in printed
     assert (tmp_path / "run.pt.old1").read_bytes() == old
     fit(fresh, images, **options)
     assert_same(state_of(fresh), state_of(model))
@@ -705,27 +711,6 @@ def test_the_digest_of_an_identity_is_that_of_its_values():
     assert one != checkpoints.digest_identity({"a": 1, "b": (3, 2)})
     assert one != checkpoints.digest_identity({"a": 1, "c": (2, 3)})
     assert re.fullmatch("[0-9a-f]{10}", one)
-
-
-CHANGES = {
-    "pixels": lambda s: replace(s, images=255 - s.images),
-    "labels": lambda s: replace(s, labels=(s.labels + 1) % 4),
-    "normalisation": lambda s: replace(s, mean=(0.5,) * 3),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_other_data_of_the_same_size_are_not_taken_for_the_same(tmp_path, change):
-    fit(make_net(), checkpoint=tmp_path / "run.pt")
-    images = CHANGES[change](make_set())
-    assert fit(make_net(), images, checkpoint=tmp_path / "run.pt").resumed == 0
-
-
-def test_other_frozen_layers_are_another_run(tmp_path):
-    fit(make_net(), checkpoint=tmp_path / "run.pt")
-    model = make_net()
-    model[0].requires_grad_(False)
-    assert fit(model, checkpoint=tmp_path / "run.pt").resumed == 0
 
 
 @needs_bf16
@@ -806,18 +791,20 @@ class FakeCuda:
             raise self.fail
 
     def run(self, model, must=False, replaced=True):
-        """Two epochs of 6 full batches and a smaller one: the end and its totals."""
+        """Two epochs of 6 full batches and a smaller one: the end and the totals."""
         recipe = Recipe(1, lr=0.05)
         optimizer = make_optimizer(model.train(), recipe, torch.device("cpu"))
         arguments = model, optimizer, recipe, "float32"
         made = update.GraphUpdate(*arguments, must=must)
         self.made = FakeGraph.update = made if replaced else update.Update(*arguments)
+        totals = []
         for _ in range(2):
             self.made.start_epoch()
             for x, y in data.batches(make_set(n=100), 16, train=True, drop_last=False):
                 self.made.set_rate(0.02)
                 self.made(x, y)
-        return state_of(model), self.made.totals()
+            totals.append(self.made.totals())
+        return state_of(model), totals
 
 
 class Waiting(nn.Module):
@@ -835,7 +822,7 @@ def test_captured_updates_equal_eager_ones(monkeypatch, capsys):
     eager = cuda.run(make_net(dropout=0.0), replaced=False)
     captured = cuda.run(make_net(dropout=0.0), must=True)
     assert_same(eager, captured)
-    assert captured[1][2] == 100
+    assert [seen for _, _, seen in captured[1]] == [100, 100]
     assert cuda.counts == {"eager": 3 + 2, "captured": 1}, "two batches were smaller"
     assert cuda.sync == "default" and capsys.readouterr().out == ""
 
