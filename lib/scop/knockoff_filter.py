@@ -5,38 +5,36 @@ uses the threshold; the filter is what that difference was made for, and its err
 tells what a control that is no knockoff costs.
 """
 
-import functools
 import warnings
+from collections.abc import Callable
 
 import torch
+from scipy.linalg import toeplitz
 from torch import Tensor
 
-from lib.scop.controls.gaussian import (
-    GaussianKnockoffs,
-    ar1_covariance,
-    draw_normal,
-    sample_ar1,
-    solve_s,
-)
+from lib.messages import check_choice
+from lib.scop.controls.gaussian import GaussianKnockoffs, draw_normal, solve_s
 
 CONTROLS = ("exact", "independent", "shuffled", "noise")
 
 
-def knockoff_threshold(w: Tensor, q: float, *, plus: bool = True) -> float:
+def knockoff_threshold(w: Tensor, q: float) -> float:
     """The least t among |w_j| > 0 with an estimated false discovery rate of at most q.
 
     w: [p], large and positive where a feature beats its control; the features w >= t
-    are reported. The estimate is (a + #{w <= -t}) / max(1, #{w >= t}); a = 1 (`plus`)
-    controls the rate, a = 0 a slightly weaker one (Barber & Candes 2015, sec. 1.2).
-    inf where no t will do. ValueError: w not [p] and finite, q outside (0, 1).
+    are reported. The estimate is (1 + #{w <= -t}) / max(1, #{w >= t}) (knockoff+,
+    Barber & Candes 2015, sec. 1.2). inf where no t will do.
+    ValueError: w not [p] and finite, q outside (0, 1).
     """
+    # A feature that does not matter wins or loses against its knockoff by a fair coin,
+    # so that the losses beyond -t stand for the wins beyond t that are only luck.
     if w.dim() != 1 or not bool(w.isfinite().all()) or not 0 < q < 1:
         raise ValueError(
             f"expected finite w [p] and 0 < q < 1, got {list(w.shape)} and q={q}"
         )
     w = w.detach().double()
     levels = w[w != 0].abs().unique()
-    wrong = (w <= -levels[:, None]).sum(1) + int(plus)
+    wrong = (w <= -levels[:, None]).sum(1) + 1
     right = (w >= levels[:, None]).sum(1).clamp(min=1)
     fitting = levels[wrong <= q * right]
     return float(fitting[0]) if len(fitting) else float("inf")
@@ -52,21 +50,18 @@ def lasso_difference(x: Tensor, knock: Tensor, y: Tensor) -> Tensor:
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LassoCV
+    from sklearn.preprocessing import scale
 
     if x.dim() != 2 or x.shape != knock.shape or y.shape != x.shape[:1]:
         raise ValueError(
             "expected x, knock [n, p] and y [n], got "
             f"{list(x.shape)}, {list(knock.shape)} and {list(y.shape)}"
         )
-    design = torch.cat([x, knock], 1).detach().double().cpu()
-    design = design - design.mean(0)
-    spread = design.square().mean(0).sqrt()
-    design = design / torch.where(spread > 0, spread, 1.0)
-    response = (y - y.mean()).detach().double().cpu()
+    design, response = torch.cat([x, knock], 1).detach().double(), (y - y.mean())
     lasso = LassoCV(cv=5, alphas=30, eps=0.02, tol=1e-6, max_iter=10_000)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        lasso.fit(design.numpy(), response.numpy())
+        lasso.fit(scale(design.cpu().numpy()), response.detach().double().cpu().numpy())
     own, control = torch.from_numpy(lasso.coef_).abs().chunk(2)
     return own - control
 
@@ -92,24 +87,24 @@ def simulate_filter(
     Returned, as shares: `fdr`, `power` and their standard errors `fdr_se`, `power_se`
     (nan for one repetition). ValueError: unknown control, more signals than features.
     """
-    if control not in CONTROLS:
-        raise ValueError(f"unknown control {control!r}, expected one of {CONTROLS}")
+    check_choice("control", control, CONTROLS)
     if not 1 <= signals <= p or repetitions < 1:
         raise ValueError(
             f"expected 1 <= signals <= p and repetitions >= 1, got signals={signals}, "
             f"p={p}, repetitions={repetitions}"
         )
-    rates = []
+    draw, rates = _find_control(control, p, rho), []
     for repetition in range(repetitions):
         generator = torch.Generator().manual_seed(1_000_003 * seed + repetition)
-        x, y, true = _draw_problem(n, p, rho, signals, amplitude, generator)
-        w = lasso_difference(x, _draw_control(control, x, rho, generator), y)
-        rates.append(score_selection(w >= knockoff_threshold(w, q), true))
+        x = sample_ar1(n, p, rho, generator)
+        weight = _draw_weights(p, signals, amplitude / n**0.5, generator)
+        y = x @ weight + draw_normal(n, 1, generator)[:, 0]
+        w = lasso_difference(x, draw(x, generator), y)
+        rates.append(score_selection(w >= knockoff_threshold(w, q), weight != 0))
     shares = torch.tensor(rates, dtype=torch.float64)
-    mean, error = shares.mean(0), shares.std(0) / len(shares) ** 0.5
-    names = ("fdr", "power")
-    errors = {f"{name}_se": float(e) for name, e in zip(names, error, strict=True)}
-    return dict(zip(names, mean.tolist(), strict=True)) | errors
+    fdr, power = shares.mean(0).tolist()
+    fdr_se, power_se = (shares.std(0) / len(shares) ** 0.5).tolist()
+    return {"fdr": fdr, "power": power, "fdr_se": fdr_se, "power_se": power_se}
 
 
 def score_selection(chosen: Tensor, true: Tensor) -> tuple[float, float]:
@@ -119,38 +114,31 @@ def score_selection(chosen: Tensor, true: Tensor) -> tuple[float, float]:
     return wrong / max(1, int(chosen.sum())), found / max(1, int(true.sum()))
 
 
-def _draw_problem(
-    n: int,
-    p: int,
-    rho: float,
-    signals: int,
-    amplitude: float,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """X [n, p], y [n] and the bool mask [p] of the features that matter."""
-    x = sample_ar1(n, p, rho, generator)
+def ar1_covariance(p: int, rho: float) -> Tensor:
+    """rho^|i - j|, float64 [p, p]: a first-order autoregression of unit variance."""
+    return torch.from_numpy(toeplitz(float(rho) ** torch.arange(p).double().numpy()))
+
+
+def sample_ar1(n: int, p: int, rho: float, generator: torch.Generator) -> Tensor:
+    """n draws from N(0, `ar1_covariance(p, rho)`), float64 [n, p]."""
+    factor = torch.linalg.cholesky(ar1_covariance(p, rho))
+    return draw_normal(n, p, generator) @ factor.T
+
+
+def _draw_weights(p: int, signals: int, size: float, generator) -> Tensor:
+    """[p]: `signals` random entries of +-size, the others 0."""
     chosen = torch.randperm(p, generator=generator)[:signals]
-    signs = torch.randint(0, 2, (signals,), generator=generator) * 2.0 - 1
-    weight = torch.zeros(p, dtype=torch.float64)
-    weight[chosen] = signs.double() * amplitude / n**0.5
-    return x, x @ weight + draw_normal(n, 1, generator)[:, 0], weight != 0
+    signs = torch.randint(0, 2, (signals,), generator=generator).double() * 2 - 1
+    return torch.zeros(p).double().index_copy(0, chosen, signs * size)
 
 
-def _draw_control(
-    control: str, x: Tensor, rho: float, generator: torch.Generator
-) -> Tensor:
-    n, p = x.shape
-    if control == "exact":
-        return _make_sampler(p, rho).sample(x, generator)
-    if control == "independent":
-        return sample_ar1(n, p, rho, generator)
-    if control == "shuffled":
-        return x[torch.randperm(n, generator=generator)]
-    return draw_normal(n, p, generator)
-
-
-@functools.lru_cache(maxsize=8)
-def _make_sampler(p: int, rho: float) -> GaussianKnockoffs:
-    covariance = ar1_covariance(p, rho)
-    mean = torch.zeros(p, dtype=torch.float64)
-    return GaussianKnockoffs(mean, covariance, solve_s(covariance))
+def _find_control(name: str, p: int, rho: float) -> Callable:
+    """The function of X and a generator that draws the control."""
+    if name == "exact":
+        covariance = ar1_covariance(p, rho)
+        return GaussianKnockoffs(torch.zeros(p), covariance, solve_s(covariance)).sample
+    return {
+        "independent": lambda x, g: sample_ar1(*x.shape, rho, g),
+        "shuffled": lambda x, g: x[torch.randperm(len(x), generator=g)],
+        "noise": lambda x, g: draw_normal(*x.shape, g),
+    }[name]

@@ -17,6 +17,21 @@ from torch import Tensor, nn
 from lib.train.checkpoint import digest_tensors
 
 
+def exchange(x: Tensor, control: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, of one shape, with the entries marked in `mask` (bool) changed over."""
+    return torch.where(mask, control, x), torch.where(mask, x, control)
+
+
+def correlate(x: Tensor, control: Tensor, *, eps: float = 0.0) -> Tensor:
+    """Correlation over the rows of each column with its control's, [p] for two [n, p].
+
+    eps is added to both variances, for losses; without it a constant gives nan.
+    """
+    a, b = x - x.mean(0), control - control.mean(0)
+    spread = (a.square().mean(0) + eps).sqrt() * (b.square().mean(0) + eps).sqrt()
+    return (a * b).mean(0) / spread
+
+
 class Control(nn.Module):
     """Makes a control batch for a batch of images; `sample` is the one way in.
 

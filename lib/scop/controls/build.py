@@ -1,12 +1,12 @@
 """Controls by name."""
 
-import difflib
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from lib.data import ImageSet
+from lib.messages import check_known
 from lib.scop.controls.base import Control, NoControl, Noise, Shuffle
 from lib.scop.controls.gan import Generator
 from lib.scop.controls.reduced import Deep, Gaussian
@@ -43,11 +43,12 @@ def build_control(
     ValueError: unknown names, values out of range, a damaged checkpoint, a loss that
     stops being finite.
     """
-    arm_type = ARMS.get(name)
-    if arm_type is None:
-        raise ValueError(f"unknown control {name!r}{suggest(name, ARMS)}")
-    device = pick_device(device)
-    chosen = read_options(arm_type, options)
+    check_known("control", [name], ARMS)
+    arm_type, device = ARMS[name], pick_device(device)
+    kind = getattr(arm_type, "Options", Options)
+    known = [option.name for option in fields(kind)]
+    check_known(f"control '{name}': option", options, known)
+    chosen = kind(**options)
     if issubclass(arm_type, Trained):
         control = train_control(
             arm_type, images, chosen, epochs=epochs, seed=seed, folder=folder,
@@ -56,21 +57,3 @@ def build_control(
     else:
         control = arm_type(images.shape)
     return control.to(device).eval().requires_grad_(False)
-
-
-def read_options(arm_type: type[Control], options: dict) -> Options:
-    """The arm's options with `options` changed. ValueError: no such option."""
-    kind = getattr(arm_type, "Options", Options)
-    known = [option.name for option in fields(kind)]
-    for option in options:
-        if option not in known:
-            rest = f"has no option {option!r}{suggest(option, known)}"
-            raise ValueError(f"control '{arm_type.name}' {rest}")
-    return kind(**options)
-
-
-def suggest(word: str, known) -> str:
-    """The nearest known name, and all of them."""
-    nearest = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    hint = f", did you mean {nearest[0]!r}?" if nearest else "."
-    return f"{hint} Known: {', '.join(known) or 'none'}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.data import ImageSet
-from lib.scop.controls.training import Game, Options, Trained, number
+from lib.scop.controls.training import ABOVE_0, UP_TO_1, Game, Options, Trained, option
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class GanOptions(Options):
     generator and the schedule of its source.
     """
 
-    width: int = number(16, 1)
-    rescale: bool = True
-    critic_steps: int = number(1, 1)
-    penalty: float = number(10.0, 0)
-    penalty_every: int = number(4, 1)
-    average: float = number(0.95, 0, 1)
-    lr: float = number(2e-3, 0, above=True)
-    batch_size: int = number(32, 2)
+    width: int = option(16, 1)
+    rescale: bool = option(True)
+    critic_steps: int = option(1, 1)
+    penalty: float = option(10.0, 0)
+    penalty_every: int = option(4, 1)
+    average: float = option(0.95, 0, UP_TO_1)
+    lr: float = option(2e-3, ABOVE_0)
+    batch_size: int = option(32, 2)
 
 
 OFFICIAL = {
@@ -51,11 +51,11 @@ class GanGame(Game):
         self.player = copy.deepcopy(arm.net)
         self.critic = make_critic(arm.shape, arm.options.width)
 
-    def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+    def make_optimizer(self) -> torch.optim.Optimizer:
         """Adam without much memory of the mean, for both players."""
-        players = {"player": self.player, "critic": self.critic}
-        rate = {"lr": self.arm.options.lr, "betas": (0.5, 0.9), "fused": True}
-        return {k: torch.optim.Adam(p.parameters(), **rate) for k, p in players.items()}
+        players = [*self.player.parameters(), *self.critic.parameters()]
+        lr = self.arm.options.lr
+        return torch.optim.Adam(players, lr=lr, betas=(0.5, 0.9), fused=True)
 
     def step(self, x: Tensor, turn: int) -> dict[str, Tensor]:
         """The critic's turn, and every `critic_steps` turns the generator's."""
@@ -63,9 +63,7 @@ class GanGame(Game):
         seen = self.teach_critic(real, turn)
         if (turn + 1) % self.arm.options.critic_steps == 0:
             loss = -self.critic(self.arm.draw(len(x), self.player)).mean()
-            self.optimizers["player"].zero_grad()
-            loss.backward()
-            self.optimizers["player"].step()
+            self.descend(loss, self.player)
             self.follow(len(x))
         return seen
 
@@ -88,9 +86,7 @@ class GanGame(Game):
         if turn % options.penalty_every == 0:
             seen["penalty"] = self.penalise(real, fake)
             loss = loss + options.penalty_every * options.penalty * seen["penalty"]
-        self.optimizers["critic"].zero_grad()
-        loss.backward()
-        self.optimizers["critic"].step()
+        self.descend(loss, self.critic)
         return seen
 
     def penalise(self, real: Tensor, fake: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lib.data import ImageSet, batches
 from lib.kernels import mmd2
-from lib.scop.controls.training import Game, Options, Trained, number
+from lib.scop.controls.base import correlate, exchange
+from lib.scop.controls.training import ABOVE_0, UP_TO_1, Game, Options, Trained, option
 
 WIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 LARGEST = 8192  # pixels times channels: the covariance then takes 512 MiB
@@ -23,8 +24,8 @@ class GaussianOptions(Options):
     """components: how many leading coordinates are redrawn. share: s_j / variance_j in
     (0, 1], 1 for controls that are uncorrelated with the image."""
 
-    components: int = number(64, 1)
-    share: float = number(1.0, 0, 1, above=True)
+    components: int = option(64, 1)
+    share: float = option(1.0, ABOVE_0, UP_TO_1)
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,13 @@ class DeepOptions(Options):
     moments, decorrelation: weights of the losses (gamma, lambda, delta in the paper).
     lr: divided by the largest weight above 1."""
 
-    components: int = number(64, 1)
-    width: int = number(320, 1)
-    exchange: float = number(1.0, 0)
-    moments: float = number(1.0, 0)
-    decorrelation: float = number(1.0, 0)
-    lr: float = number(0.01, 0, above=True)
-    batch_size: int = number(400, 4)
+    components: int = option(64, 1)
+    width: int = option(320, 1)
+    exchange: float = option(1.0, 0)
+    moments: float = option(1.0, 0)
+    decorrelation: float = option(1.0, 0)
+    lr: float = option(0.01, ABOVE_0)
+    batch_size: int = option(400, 4)
 
 
 class Reduced(Trained):
@@ -117,12 +118,12 @@ class Gaussian(Reduced):
 class DeepGame(Game):
     """Deep Knockoffs' losses (Romano, Sesia, Candes 2020) on whitened coordinates."""
 
-    def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+    def make_optimizer(self) -> torch.optim.Optimizer:
         """SGD with momentum."""
         o = self.arm.options
         rate = o.lr / max(o.exchange, o.moments, o.decorrelation, 1.0)
         machine = self.arm.machine.parameters()
-        return {"machine": torch.optim.SGD(machine, lr=rate, momentum=0.9)}
+        return torch.optim.SGD(machine, lr=rate, momentum=0.9)
 
     def step(self, x: Tensor, turn: int) -> dict[str, Tensor]:
         """One update of the machine on one batch."""
@@ -131,11 +132,10 @@ class DeepGame(Game):
         losses = {
             "exchange": measure_swaps(u, made),
             "moments": compare_moments(u, made),
-            "decorrelation": correlate_columns(u, made).square().mean(),
+            "decorrelation": correlate(u, made, eps=1e-6).square().mean(),
         }
-        self.optimizers["machine"].zero_grad()
-        sum(getattr(o, name) * loss for name, loss in losses.items()).backward()
-        self.optimizers["machine"].step()
+        total = sum(getattr(o, name) * loss for name, loss in losses.items())
+        self.descend(total, self.arm.machine)
         return losses
 
 
@@ -204,9 +204,8 @@ def measure_swaps(u: Tensor, made: Tensor) -> Tensor:
     half = len(u) // 2
     pairs = torch.cat([u[:half], made[:half]], 1)
     a, b = u[half : 2 * half], made[half : 2 * half]
-    swap = torch.rand(u.shape[1], device=u.device) < 0.5
-    partly = torch.cat([torch.where(swap, b, a), torch.where(swap, a, b)], 1)
-    others = torch.cat([b, a], 1), partly
+    coins = torch.rand(u.shape[1], device=u.device) < 0.5
+    others = torch.cat([b, a], 1), torch.cat(exchange(a, b, coins), 1)
     squares = [mmd2(pairs, other, WIDTHS, unbiased=False) for other in others]
     return sum(square.clamp(min=1e-12).sqrt() for square in squares)
 
@@ -223,10 +222,3 @@ def compare_moments(u: Tensor, made: Tensor) -> Tensor:
     own, cross = b.T @ b / count - one, a.T @ b / count * (1 - one)
     gap = (u.mean(0) - made.mean(0)).square().sum()
     return gap + (own.square().sum() + cross.square().sum()) / size
-
-
-def correlate_columns(u: Tensor, made: Tensor) -> Tensor:
-    """Correlation of each coordinate with its own control, [k]."""
-    a, b = u - u.mean(0), made - made.mean(0)
-    spread = (a.square().mean(0) + 1e-6).sqrt() * (b.square().mean(0) + 1e-6).sqrt()
-    return (a * b).mean(0) / spread

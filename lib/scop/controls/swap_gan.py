@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.data import ImageSet
-from lib.scop.controls.training import Game, Options, Trained, number
+from lib.scop.controls.base import correlate, exchange
+from lib.scop.controls.training import ABOVE_0, UP_TO_1, Game, Options, Trained, option
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,12 @@ class SwapOptions(Options):
     the discriminator is told while it learns. width, lr, batch_size: of both networks.
     """
 
-    block: int = number(4, 1)
-    decorrelation: float = number(1.0, 0)
-    hint: float = number(0.9, 0, 1)
-    width: int = number(32, 1)
-    lr: float = number(1e-3, 0, above=True)
-    batch_size: int = number(64, 2)
+    block: int = option(4, 1)
+    decorrelation: float = option(1.0, 0)
+    hint: float = option(0.9, 0, UP_TO_1)
+    width: int = option(32, 1)
+    lr: float = option(1e-3, ABOVE_0)
+    batch_size: int = option(64, 2)
 
 
 class SwapGame(Game):
@@ -37,38 +38,37 @@ class SwapGame(Game):
         super().__init__(arm)
         self.judge = Judge(arm.shape, arm.options.block, arm.options.width)
 
-    def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+    def make_optimizer(self) -> torch.optim.Optimizer:
         """Adam for both players."""
-        players = {"generator": self.arm.net, "judge": self.judge}
-        rate = {"lr": self.arm.options.lr, "betas": (0.5, 0.9), "fused": True}
-        return {k: torch.optim.Adam(p.parameters(), **rate) for k, p in players.items()}
+        players = [*self.arm.net.parameters(), *self.judge.parameters()]
+        lr = self.arm.options.lr
+        return torch.optim.Adam(players, lr=lr, betas=(0.5, 0.9), fused=True)
 
     def step(self, x: Tensor, turn: int) -> dict[str, Tensor]:
         """One update of the discriminator, one of the generator."""
         guess = self.teach_judge(x)
         made = self.arm.make(x)
-        swap = self.judge.draw_swap(x)
-        logits = self.judge(*swap_blocks(x, made, swap), torch.zeros_like(swap), swap)
+        coins = self.judge.draw_swap(x)
+        told = torch.zeros_like(coins)
+        logits = self.judge(*swap_blocks(x, made, coins), told, coins)
         half = torch.full_like(logits, 0.5)
         confusion = F.binary_cross_entropy_with_logits(logits, half)
-        alike = correlate(x, made, self.arm.options.block).square().mean()
-        self.optimizers["generator"].zero_grad()
-        (confusion + self.arm.options.decorrelation * alike).backward()
-        self.optimizers["generator"].step()
+        means = (average_blocks(v, self.arm.options.block) for v in (x, made))
+        alike = correlate(*means, eps=1e-6).square().mean()
+        self.descend(confusion + self.arm.options.decorrelation * alike, self.arm.net)
         return {"guess": guess, "confusion": confusion, "alike": alike}
 
     def teach_judge(self, x: Tensor) -> Tensor:
         """The mean loss of its guesses where it had no hint."""
         with torch.no_grad():
             made = self.arm.make(x)
-        swap = self.judge.draw_swap(x)
-        told = (torch.rand_like(swap) < self.arm.options.hint).float()
-        logits = self.judge(*swap_blocks(x, made, swap), told, swap)
-        losses = F.binary_cross_entropy_with_logits(logits, swap, reduction="none")
+        coins = self.judge.draw_swap(x)
+        told = (torch.rand_like(coins) < self.arm.options.hint).float()
+        logits = self.judge(*swap_blocks(x, made, coins), told, coins)
+        losses = F.binary_cross_entropy_with_logits(logits, coins, reduction="none")
+        # a hint gives the answer away: only where there was none is it a guess
         loss = (losses * (1 - told)).sum() / (1 - told).sum().clamp(min=1)
-        self.optimizers["judge"].zero_grad()
-        loss.backward()
-        self.optimizers["judge"].step()
+        self.descend(loss, self.judge)
         return loss
 
 
@@ -143,9 +143,9 @@ class Judge(nn.Module):
         """A fair coin per image and block, 0.0 or 1.0, [B, 1, H/b, W/b]."""
         return (torch.rand(len(x), 1, *self.grid, device=x.device) < 0.5).float()
 
-    def forward(self, first: Tensor, second: Tensor, told: Tensor, swap: Tensor):
-        """`told` marks the blocks whose `swap` it is shown, both [B, 1, H/b, W/b]."""
-        hint = torch.cat([told, told * (2 * swap - 1)], 1)
+    def forward(self, first: Tensor, second: Tensor, told: Tensor, coins: Tensor):
+        """`told` marks the blocks whose coin it is shown, both [B, 1, H/b, W/b]."""
+        hint = torch.cat([told, told * (2 * coins - 1)], 1)
         hint = F.interpolate(hint, size=first.shape[2:], mode="nearest")
         return self.look(halve(torch.cat([first, second, hint], 1)))
 
@@ -155,15 +155,12 @@ def halve(x: Tensor) -> Tensor:
     return F.pixel_unshuffle(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)), 2)
 
 
-def swap_blocks(x: Tensor, made: Tensor, swap: Tensor) -> tuple[Tensor, Tensor]:
-    """Both images [B, C, H, W] with the blocks marked in `swap` changed over."""
-    mask = F.interpolate(swap, size=x.shape[2:], mode="nearest").bool()
-    return torch.where(mask, made, x), torch.where(mask, x, made)
+def swap_blocks(x: Tensor, made: Tensor, coins: Tensor) -> tuple[Tensor, Tensor]:
+    """Both images [B, C, H, W] with the blocks whose coin is 1 changed over."""
+    mask = F.interpolate(coins, size=x.shape[2:], mode="nearest").bool()
+    return exchange(x, made, mask)
 
 
-def correlate(x: Tensor, made: Tensor, block: int) -> Tensor:
-    """Correlation over the batch of block means of image and control, [C H/b W/b]."""
-    a, b = (F.avg_pool2d(images, block).flatten(1) for images in (x, made))
-    a, b = a - a.mean(0), b - b.mean(0)
-    spread = (a.square().mean(0).sqrt() + 1e-3) * (b.square().mean(0) + 1e-6).sqrt()
-    return (a * b).mean(0) / spread
+def average_blocks(images: Tensor, block: int) -> Tensor:
+    """Means of the blocks of images [B, C, H, W], [B, C H/b W/b]."""
+    return F.avg_pool2d(images, block).flatten(1)

@@ -1,11 +1,9 @@
-"""How a control learns: options, one training loop, checkpoints.
+"""How a control learns: options, one training loop, a checkpoint after every epoch.
 
-A checkpoint is written after every epoch. A training that was killed takes up there
-and, on a CPU, ends with bit-identical weights: randomness comes from (seed, epoch).
+A training that was killed takes up after its last whole epoch and, on a CPU, ends with
+bit-identical weights: randomness comes from (seed, epoch).
 """
 
-import hashlib
-import json
 import math
 import time
 from collections import defaultdict
@@ -20,15 +18,18 @@ from torch import Tensor, nn
 from lib import paths
 from lib.data import ImageSet, batches, count_batches
 from lib.scop.controls.base import Control
+from lib.settings import Rule, check_rule
+from lib.train import checkpoint
 from lib.train.progress import Report
 from lib.train.recipe import Recipe
 
-FACTS = {"epoch", "seconds", "images_per_s"}  # what a row has beside losses
+ABOVE_0, UP_TO_1 = 1e-12, math.nextafter(1.0, 2.0)  # bounds of an `option`
+PARTS = ("modules", "optimizer", "rows")  # of a checkpoint
 
 
-def number(default, low, high=math.inf, *, above=False):
-    """An option of the default's type in [low, high], or in (low, high] if `above`."""
-    return field(default=default, metadata={"range": (low, high, above)})
+def option(default, low: float = -math.inf, high: float = math.inf):
+    """A field of `Options`: of the default's type, in [low, high)."""
+    return field(default=default, metadata={"rule": Rule(type(default), low, high)})
 
 
 @dataclass(frozen=True)
@@ -36,22 +37,15 @@ class Options:
     """What can be chosen about an arm; `ValueError` for a wrong type or range."""
 
     def __post_init__(self):
-        for option in fields(self):
-            value = getattr(self, option.name)
+        for chosen in fields(self):
+            value = getattr(self, chosen.name)
             value = value.item() if hasattr(value, "item") else value
-            kind = type(option.default)
-            value = float(value) if kind is float and type(value) is int else value
-            object.__setattr__(self, option.name, value)
-            low, high, above = option.metadata.get("range", (0, 1, False))
-            fine = type(value) is kind and low <= value <= high
-            if not fine or (above and value == low) or value == math.inf:
-                bounds = f"{'(' if above else '['}{low}, {high}{')]'[high < math.inf]}"
-                wanted = kind.__name__ + ("" if kind is bool else f" in {bounds}")
-                raise ValueError(f"{option.name} must be {wanted}, got {value!r}")
+            value = check_rule(chosen.name, value, chosen.metadata["rule"])
+            object.__setattr__(self, chosen.name, value)
 
 
 class Game(nn.Module):
-    """What is trained, by which optimizers, and one step of it.
+    """What is trained, by which optimizer, and one step of it.
 
     Parts that only the training needs are registered here beside the arm, so they stay
     out of the arm's own state.
@@ -60,11 +54,11 @@ class Game(nn.Module):
     def __init__(self, arm: "Trained"):
         super().__init__()
         self.arm = arm
-        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.optimizer: torch.optim.Optimizer | None = None
 
-    def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """The optimizers by name, once the parameters lie on their device."""
-        return {}
+    def make_optimizer(self) -> torch.optim.Optimizer | None:
+        """For all players together, once the parameters lie on their device."""
+        return None
 
     def step(self, x: Tensor, turn: int) -> dict[str, Tensor]:
         """Learn from images x [B, C, H, W], the `turn`-th batch of the whole training.
@@ -72,6 +66,12 @@ class Game(nn.Module):
         Returns what to report, by name: scalars.
         """
         raise NotImplementedError
+
+    def descend(self, loss: Tensor, player: nn.Module) -> None:
+        """One step of `player` down `loss`; the optimizer skips who has no gradient."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward(inputs=list(player.parameters()))
+        self.optimizer.step()
 
 
 class Trained(Control):
@@ -113,117 +113,106 @@ def train_control(
 ) -> Trained:
     """An arm of `arm_type`, trained or read from `folder`; see `build_control`."""
     epochs = arm_type.epochs if epochs is None or not arm_type.epochs else epochs
-    check_run(arm_type, images, epochs, seed)
-    identity = identify(arm_type, images, options, epochs, seed)
-    path = locate(folder, identity)
-    images = images.to(device)
-    with seeded(seed, 0, device):
-        arm = arm_type(images, options)
-        game = arm_type.Game(arm).to(device)
-        game.optimizers = game.make_optimizers()
-        rows = take_up(path, identity, game)
-        if rows is None:
-            arm.prepare(images)
-    arm.rows = rows or []
-    if rows is None:
-        save(path, identity, game)
-    with torch.enable_grad():
-        play(game, images, identity, path, label)
-    return arm
-
-
-def play(game: Game, images: ImageSet, identity: dict, path, label: str) -> None:
-    """Run the epochs that are missing; each ends in a row and a checkpoint."""
-    epochs, seed, rows = identity["epochs"], identity["seed"], game.arm.rows
-    if len(rows) >= epochs:
-        return
-    steps = count_batches(images, game.arm.options.batch_size, train=True)
-    game.train()
-    with Report(Recipe(epochs=epochs), steps, label, done=len(rows)) as report:
-        for epoch in range(len(rows), epochs):
-            with seeded(seed, epoch + 1, images.images.device):
-                row = run_epoch(game, images, seed, epoch, report)
-            rows.append(row)
-            save(path, identity, game)
-            losses = {k: row[k] for k in row.keys() - FACTS}
-            line = "  ".join(f"{k} {v:.3f}" for k, v in sorted(losses.items()))
-            report.tell(line, row["images_per_s"])
-
-
-def run_epoch(
-    game: Game, images: ImageSet, seed: int, epoch: int, report: Report
-) -> dict:
-    """One pass over the images: the mean of every loss. ValueError: not finite."""
-    size = game.arm.options.batch_size
-    steps = count_batches(images, size, train=True)
-    seen: dict[str, list[Tensor]] = defaultdict(list)
-    start = time.perf_counter()
-    stream = batches(
-        images, size, train=True, augment=False, seed=seed, epoch=epoch,
-        device=images.images.device,
-    )  # fmt: skip
-    for i, (x, _) in enumerate(stream):
-        for name, value in game.step(x, epoch * steps + i).items():
-            seen[name].append(value.detach())
-        report.bar.update()
-    losses = {name: torch.stack(values).mean().item() for name, values in seen.items()}
-    bad = [name for name, value in losses.items() if not math.isfinite(value)]
-    if bad:
-        raise ValueError(
-            f"control '{game.arm.name}' diverged in epoch {epoch + 1}: {bad[0]} is "
-            f"{losses[bad[0]]}. Lower lr ({game.arm.options.lr:g})"
-        )
-    seconds = time.perf_counter() - start
-    rate = min(steps * size, len(images)) / seconds
-    return {"epoch": epoch + 1, **losses, "seconds": seconds, "images_per_s": rate}
-
-
-@contextmanager
-def seeded(seed: int, stream: int, device: torch.device) -> Iterator[None]:
-    """The global generators, set from (seed, stream) inside and put back after."""
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device.index or 0] if cuda else []):
-        torch.default_generator.manual_seed(seed * 1_000_003 + stream)
-        if cuda:
-            torch.cuda.manual_seed(seed * 1_000_003 + stream)
-        yield
-
-
-def check_run(arm_type: type[Trained], images: ImageSet, epochs: int, seed: int):
-    """ValueError for what no arm can be trained with."""
-    for name, value in {"epochs": epochs, "seed": seed}.items():
-        if type(value) is not int or not 0 <= value < 2**31:
-            raise ValueError(f"{name} must be an int of 0 or more, got {value!r}")
+    recipe = Recipe(epochs, batch_size=getattr(options, "batch_size", 1), seed=seed)
     if len(images) < arm_type.least:
         raise ValueError(
             f"control '{arm_type.name}' learns from {arm_type.least} images or more, "
             f"{images.name} has {len(images)}"
         )
+    identity = identify(arm_type, images, options, epochs=epochs, seed=seed)
+    path = locate(folder, identity)
+    images = images.to(device)
+    with seeded(seed, 0, device):
+        arm = arm_type(images, options)
+        game = arm_type.Game(arm).to(device)
+        game.optimizer = game.make_optimizer()
+        if not take_up(path, identity, game):
+            arm.prepare(images)
+            save(path, identity, game)
+    with torch.enable_grad():
+        if len(arm.rows) < epochs:
+            play(game, images, recipe, identity, path, label)
+    return arm
 
 
-# -- checkpoints --------------------------------------------------------------------
+def play(
+    game: Game, images: ImageSet, recipe: Recipe, identity: dict, path, label: str
+) -> None:
+    """Run the epochs that are missing; each ends in a row and a checkpoint."""
+    steps = count_batches(images, recipe.batch_size, train=True)
+    rows = game.arm.rows
+    game.train()
+    with Report(recipe, steps, label, done=len(rows)) as report:
+        for epoch in range(len(rows), recipe.epochs):
+            start = time.perf_counter()
+            with seeded(recipe.seed, epoch + 1, images.images.device):
+                losses = run_epoch(game, images, recipe, epoch, report)
+            seconds = time.perf_counter() - start
+            speed = min(steps * recipe.batch_size, len(images)) / seconds
+            clock = {"seconds": seconds, "images_per_s": speed}
+            rows.append({"epoch": epoch + 1, **losses, **clock})
+            save(path, identity, game)
+            line = "  ".join(f"{k} {v:.3f}" for k, v in sorted(losses.items()))
+            report.tell(line, speed)
+
+
+def run_epoch(
+    game: Game, images: ImageSet, recipe: Recipe, epoch: int, report: Report
+) -> dict[str, float]:
+    """One pass over the images: the mean of every loss. ValueError: not finite."""
+    steps = count_batches(images, recipe.batch_size, train=True)
+    seen: dict[str, list[Tensor]] = defaultdict(list)
+    stream = batches(
+        images, recipe.batch_size, train=True, augment=False, seed=recipe.seed,
+        epoch=epoch, device=images.images.device,
+    )  # fmt: skip
+    for i, (x, _) in enumerate(stream):
+        for name, value in game.step(x, epoch * steps + i).items():
+            seen[name].append(value.detach())  # read at the end: a GPU need not wait
+        report.bar.update()
+    losses = {name: torch.stack(values).mean().item() for name, values in seen.items()}
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"control '{game.arm.name}' diverged in epoch {epoch + 1}: {name} is "
+                f"{value}. Lower lr ({game.arm.options.lr:g})"
+            )
+    return losses
+
+
+@contextmanager
+def seeded(seed: int, stream: int, device: torch.device) -> Iterator[None]:
+    """The global generators, set from (seed, stream) inside and put back after.
+
+    Those of all GPUs, whichever of them is the current one; none is woken for a CPU.
+    """
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else []):
+        torch.default_generator.manual_seed(seed * 1_000_003 + stream)
+        if cuda:
+            torch.cuda.manual_seed_all(seed * 1_000_003 + stream)
+        yield
+
+
+# -- checkpoints ---------------------------------------------------------------------
 
 
 def identify(
-    arm_type: type[Trained], images: ImageSet, options: Options, epochs: int, seed: int
+    arm_type: type[Trained], images: ImageSet, options: Options, *, epochs, seed
 ) -> dict:
-    """What a checkpoint must agree on to be taken up."""
+    """What a checkpoint must agree on to be taken up; labels do not matter."""
     chosen = {k: v for k, v in asdict(options).items() if k not in arm_type.sampling}
-    facts = f"{images.mean} {images.std} {tuple(images.images.shape)}"
-    digest = hashlib.sha256(facts.encode())
-    digest.update(images.images.cpu().contiguous().numpy())
-    return {
-        "arm": arm_type.name, **chosen, "epochs": epochs, "seed": seed,
-        "data": digest.hexdigest()[:16],
-    }  # fmt: skip
+    data = checkpoint.digest_tensors(f"{images.mean} {images.std}", images.images)
+    return {"arm": arm_type.name, **chosen, "epochs": epochs, "seed": seed,
+            "data": data}  # fmt: skip
 
 
 def locate(folder: str | Path | None, identity: dict) -> Path | None:
     """The checkpoint's path in `folder`; says whether it is there."""
     if folder is None:
         return None
-    code = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    path = Path(folder) / f"{identity['arm']}-{code[:12]}.pt"
+    name = f"{identity['arm']}-{checkpoint.digest_identity(identity)}.pt"
+    path = Path(folder) / name
     what = "reading" if path.is_file() else "training, into"
     print(f"control: {what} {paths.shown(path)}")
     return path
@@ -231,40 +220,27 @@ def locate(folder: str | Path | None, identity: dict) -> Path | None:
 
 def save(path: Path | None, identity: dict, game: Game) -> None:
     """Write the state after an epoch, whole or not at all."""
-    if path is None:
-        return
-    state = {
-        "identity": identity,
-        "modules": game.state_dict(),
-        "optimizers": {k: o.state_dict() for k, o in game.optimizers.items()},
-        "rows": game.arm.rows,
-    }
-    paths.write_atomic(path, lambda tmp: torch.save(state, tmp))
+    optimizer = game.optimizer.state_dict() if game.optimizer else {}
+    state = {"modules": game.state_dict(), "optimizer": optimizer}
+    checkpoint.save(path, identity, **state, rows=game.arm.rows)
 
 
-def take_up(path: Path | None, identity: dict, game: Game) -> list[dict] | None:
-    """Put the last finished epoch into `game`; its rows, None where there is no file.
+def take_up(path: Path | None, identity: dict, game: Game) -> bool:
+    """Put the last finished epoch into `game`; whether there was one.
 
-    ValueError names a file that is damaged or belongs to something else.
+    ValueError names a file that is damaged.
     """
-    if path is None or not path.is_file():
-        return None
+    state = checkpoint.take_up(path, identity, PARTS)
+    if state is None:
+        return False
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        fits = state["identity"] == identity
-        if fits:
-            game.load_state_dict(state["modules"])
-            for name, optimizer in game.optimizers.items():
-                optimizer.load_state_dict(state["optimizers"][name])
-        rows = list(state["rows"])
-    except Exception as error:  # torch raises many kinds for a damaged file
+        game.load_state_dict(state["modules"])
+        if game.optimizer:
+            game.optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{path}: not a readable control checkpoint ({type(error).__name__}); "
-            "delete it to train afresh"
+            f"{path}: not a readable checkpoint (its weights do not fit); delete it to "
+            "start afresh"
         ) from error
-    if not fits:
-        raise ValueError(
-            f"{path}: belongs to another control than its name says; delete it to "
-            "train afresh"
-        )
-    return rows
+    game.arm.rows = list(state["rows"])
+    return True
