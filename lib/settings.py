@@ -6,9 +6,11 @@ it into runs, or refuses it before anything has run.
 
     python -m lib.settings
 
-prints the versions and the device that a report of a fault should name.
+prints the versions and the device that a report of a fault should name. torch is
+imported where it is used: Snakemake reads this module for every plan and in every job.
 """
 
+import ast
 import itertools
 import math
 import platform
@@ -20,8 +22,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import lib
 from lib import paths
@@ -190,7 +190,7 @@ def expand_runs(
     if threads is not None and "threads" in declared:
         changes = {**changes, "threads": threads}
     check_known(f"{profile}: in {notebook} parameter", changes, declared)
-    default = int(declared.get("threads", 1))
+    default = declared.get("threads", 1)
     grid = _find_varied(profile, notebook, changes)
     runs = []
     for chosen in itertools.product(*grid.values()):
@@ -218,13 +218,16 @@ def _find_varied(profile: str, notebook: str, changes: dict) -> dict[str, list]:
     return grid
 
 
-def declared_parameters(notebook: str) -> dict[str, str]:
-    """Names and defaults (as written) in the cell tagged `parameters` of a notebook."""
-    import papermill
-
-    path = paths.NOTEBOOKS / f"{notebook}.ipynb"
-    declared = papermill.inspect_notebook(str(path))
-    return {name: entry["default"] for name, entry in declared.items()}
+def declared_parameters(notebook: str) -> dict[str, Any]:
+    """Names and defaults in the cell tagged `parameters` of a notebook."""
+    book = paths.read_json(paths.NOTEBOOKS / f"{notebook}.ipynb")
+    tagged = [c for c in book["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    declared = {}
+    for node in ast.parse("".join(line for c in tagged for line in c["source"])).body:
+        target = getattr(node, "targets", [getattr(node, "target", None)])[0]
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            declared[ast.unparse(target)] = ast.literal_eval(node.value)
+    return declared
 
 
 # -- what a number was measured with -----------------------------------------------
@@ -232,6 +235,8 @@ def declared_parameters(notebook: str) -> dict[str, str]:
 
 def seed_everything(seed: int) -> None:
     """Seed torch's generators; numpy's global one is used nowhere."""
+    import torch
+
     torch.manual_seed(seed)
 
 
@@ -242,6 +247,7 @@ def use_threads(threads: int) -> None:
     thread a run repeats to the bit.
     """
     import threadpoolctl
+    import torch
 
     torch.set_num_threads(threads)
     threadpoolctl.threadpool_limits(threads)
@@ -267,6 +273,8 @@ def made_with() -> dict[str, str]:
 
 def device_name() -> str:
     """The GPU's name, or the CPU with its number of threads."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     capability = torch.backends.cpu.get_cpu_capability()

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 
+import conftest
 import pytest
 
 from lib import paths, settings
@@ -105,3 +106,29 @@ def test_the_readme_lists_every_notebook_and_profile():
         assert f"notebooks/{path.name}" in readme
     for profile in PROFILES:
         assert f"`{profile}`" in readme
+
+
+DOCUMENTS = ["README.md", "tests/README.md", *(
+    f".github/{name}" for name in ("CONTRIBUTING.md", "ISSUE_TEMPLATE/fault.yml")
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_documents_name_files_and_commands_that_exist(name):
+    text = (paths.ROOT / name).read_text(encoding="utf-8")
+    makefile = (paths.ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
+    assert set(re.findall(r"[`\n]make ([a-z]+)", text)) <= targets
+    rooms = r"lib|tests|notebooks|figures|\.ci|\.github"
+    for path in re.findall(rf"[`(]((?:{rooms})/[\w./-]*)", text):
+        placeholder = re.search("[A-Z]{2}", path)
+        assert placeholder or (paths.ROOT / path).exists(), path
+
+
+def test_slow_files_are_files_and_notebooks_that_share_points_stay_together():
+    found = {path.stem for path in [*NOTEBOOKS, *(paths.ROOT / "tests").glob("*.py")]}
+    assert {name for line in conftest.SLOW for name in line.split()} <= found
+    groups = {conftest.find_group(path) for path in NOTEBOOKS if path.stem[0] == "3"}
+    assert len(groups) == 1
+    assert conftest.find_group(paths.NOTEBOOKS / "01_baseline.ipynb") not in groups
+    assert conftest.find_group(paths.ROOT / "tests" / "test_plan.py") == "test_plan"

@@ -293,11 +293,12 @@ def test_seeding_repeats_draws():
 
 DECLARED = "run: str = 'toy/x'\nseed: int = 0\nlr: float = 0.1\n"
 WORK = """
-from lib import settings, stages
+from lib import paths, settings
 cfg = settings.check(run=run, seed=seed, lr=lr)
 if cfg.seed == 13:
     raise RuntimeError("unlucky")
-stages.write_metrics(cfg.run, cfg, rows=[])
+metrics = {"run": cfg.run, "settings": cfg.as_dict()}
+paths.write_json(paths.runs_root() / cfg.run / "metrics.json", metrics)
 """
 BOOKS = ("00_start_here", "01_baseline", "02_surgery")
 FIRST = """
@@ -362,7 +363,7 @@ def workflow(tmp_path_factory):
     done = {"first": wait(copy.start("toy")), "refused": wait(refused)}
     copy.write("toy", SECOND)
     # a docstring, the form of a notebook's file, code that nobody imports
-    copy.edit("lib/stages.py", '"""', '"""Said differently. ')
+    copy.edit("lib/paths.py", '"""', '"""Said differently. ')
     copy.edit("notebooks/01_baseline.ipynb", '"cells": [', '"cells": [ ')
     copy.edit("lib/nisp/__init__.py", "", "ADDED = 1\n")
     done["again"] = wait(copy.start("toy"))
@@ -372,8 +373,9 @@ def workflow(tmp_path_factory):
     copy.edit(".ci/staleness.py", "return {", "raise SystemExit('hashed') or {")
     job = ["--mode", "remote", "--target-jobs", "toy_00_start_here:", "--dry-run"]
     told = json.dumps(dict.fromkeys(BOOKS, "told"))
-    done["job"] = wait(copy.start("toy", *job, PRUNING_CODE=told))
+    started = copy.start("toy", *job, PRUNING_CODE=told)
     done["plan"] = wait(copy.start("toy", "--dry-run", PRUNING_CODE=told))
+    done["job"] = wait(started)
     return copy, done
 
 
