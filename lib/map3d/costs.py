@@ -73,7 +73,7 @@ def fit_exponents(points) -> PowerLaw:
             "that move one dimension alone"
         )
     e = np.linalg.lstsq(x, y, rcond=None)[0]
-    return PowerLaw(np.where(np.abs(e) < ROUNDING, 0.0, e))
+    return PowerLaw(tuple(np.where(np.abs(e) < ROUNDING, 0.0, e)))
 
 
 def equal_split(keep: float, cost: PowerLaw = FORMULA) -> tuple[float, float, float]:
@@ -134,7 +134,9 @@ def make_relative(cost: Callable, box: np.ndarray) -> Callable:
 def _vectorise(cost: Callable, box: np.ndarray) -> Callable:
     """`cost` itself where it answers arrays as it answers numbers, else a loop."""
     loop = np.vectorize(cost, otypes=[float])
-    probes = np.linspace(*box, 3).T  # the low corner, the middle, the high corner
+    probes = np.linspace(
+        box[0], box[1], 3
+    ).T  # the low corner, the middle, the high corner
     try:
         together = np.asarray(cost(*probes), dtype=float)
     except (TypeError, ValueError):  # float(), math.sqrt or `if` of an array
@@ -151,7 +153,7 @@ def _check_values(found: np.ndarray) -> np.ndarray:
 
 
 def _check_growth(relative: Callable, box: np.ndarray) -> None:
-    grid = np.meshgrid(*np.linspace(*box, 5).T, indexing="ij")
+    grid = np.meshgrid(*np.linspace(box[0], box[1], 5).T, indexing="ij")
     logs = np.log(relative(*grid))
     for m, name in enumerate(NAMES):
         steps = np.diff(logs, axis=m)

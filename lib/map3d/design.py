@@ -11,7 +11,7 @@ from itertools import product
 from lib.map3d.costs import check_keep
 from lib.messages import check_choice
 
-Point = tuple[float, float, float]
+Point = tuple[float, ...]  # (d, w, r)
 Chain = list[Point]
 DESIGNS = ("axis", "interleaved", "both", "grid")
 WHOLE: Point = (1.0, 1.0, 1.0)
@@ -54,14 +54,15 @@ def make_design(
         raise ValueError(
             f"rounds must be at least 1, levels at least 2, got {rounds}, {levels}"
         )
+    chains: list[Chain] = [[WHOLE]]
     if name == "grid":
         parts = [i / (levels - 1) for i in range(levels)]
         ladders = [[_step(floor, part) for part in parts] for floor in floors]
         chains = [[point] for point in product(*ladders)]
-    else:
-        chains = [[WHOLE]]
-        chains += _walk_axes(floors, rounds) if name != "interleaved" else []
-        chains += [_walk_stairs(floors, rounds)] if name != "axis" else []
+    if name in ("axis", "both"):
+        chains += _walk_axes(floors, rounds)
+    if name in ("interleaved", "both"):
+        chains.append(_walk_stairs(floors, rounds))
     return chains + (_list_interior(floors) if interior else [])
 
 
@@ -74,7 +75,7 @@ def _walk_axes(floors: Point, rounds: int) -> list[Chain]:
 
 
 def _walk_stairs(floors: Point, rounds: int) -> Chain:
-    here, chain = list(WHOLE), []
+    here, chain = list(WHOLE), list[Point]()
     for i, m in product(range(1, rounds + 1), range(3)):
         here[m] = _step(floors[m], i / rounds)
         chain.append(tuple(here))

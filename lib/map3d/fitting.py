@@ -83,7 +83,7 @@ def fit_table(
         tensor = flat.reshape([k + 1 for k in degrees])
     elif monotone or solver == "als":
         factors = solvers.alternate(bases, target, monotone=monotone)
-        held = sum(np.count_nonzero(f == 0) for f in factors) if monotone else 0
+        held = sum(int((f == 0).sum()) for f in factors) if monotone else 0
         tensor = solvers.combine(factors)
     else:
         ridge = RIDGE if determined < wanted else 0.0

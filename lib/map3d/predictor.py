@@ -80,14 +80,15 @@ class Map:
         A float for three numbers, else float64 of that shape. Nothing is clipped:
         points outside the box of the data are extrapolated, see `covers`.
         """
-        found = polyval3d(*self._centre(d, w, r), self.coefficients)
+        u, v, t = self._centre(d, w, r)
+        found = polyval3d(u, v, t, self.coefficients)
         return float(found) if found.ndim == 0 else found
 
     def gradient(self, d: ArrayLike, w: ArrayLike, r: ArrayLike) -> np.ndarray:
         """dF/dd, dF/dw and dF/dr, percent per unit of share: float64 [3, *shape]."""
-        unit = self._centre(d, w, r)
+        u, v, t = self._centre(d, w, r)
         slopes = [
-            polyval3d(*unit, polyder(self.coefficients, axis=m)) / -span
+            polyval3d(u, v, t, polyder(self.coefficients, axis=m)) / -span
             for m, span in enumerate(self.span)
         ]
         return np.stack(slopes)

@@ -221,13 +221,15 @@ def _trace_surface(problem: Problem, num: int):
     low, high = np.log(problem.box)
     shorter = np.where(np.eye(3, dtype=bool), low, high)  # one dimension at its low
     costly = problem.excess(shorter.T) < problem.excess(high) - ROUNDING
-    last = max(np.flatnonzero(costly), default=2)
+    last = int(max(np.flatnonzero(costly), default=2))
     axes = [m for m in range(3) if m != last]
     spans = []  # the ends of the surface: where the other two are at their bounds
     for m in axes:
         ends = [float(_solve(problem, m, place)) for place in (high, low)]
         spans.append(np.where(np.isnan(ends), (low[m], high[m]), ends))
-    grids = np.meshgrid(*(np.linspace(*span, num) for span in spans), indexing="ij")
+    grids = np.meshgrid(
+        *(np.linspace(least, most, num) for least, most in spans), indexing="ij"
+    )
     y = np.empty((3, num, num))
     y[axes] = grids
     y[last] = _solve(problem, last, y)
@@ -255,11 +257,11 @@ def _solve(problem: Problem, m: int, y: np.ndarray) -> np.ndarray:
 def _list_starts(problem: Problem, num: int) -> list[Point]:
     """Peaks of F on the budget surface and on a grid inside it, apart, best first."""
     surface = _trace_surface(problem, num)
-    axes = [np.geomspace(*problem.box[:, m], SPACING) for m in range(3)]
+    axes = [np.geomspace(low, high, SPACING) for low, high in problem.box.T]
     inner = np.array(np.meshgrid(*axes, indexing="ij"))
     feasible = problem.cost(*inner) <= problem.keep * (1 + ROUNDING)
-    inner = [*inner, np.where(feasible, problem.predictor.predict(*inner), np.nan)]
-    peaks = [*_find_peaks(surface, num // 10), *_find_peaks(inner, 3)]
+    height = np.where(feasible, problem.predictor.predict(*inner), np.nan)
+    peaks = [*_find_peaks(surface, num // 10), *_find_peaks([*inner, height], 3)]
     width = np.log(problem.box[1] / problem.box[0])
     return _keep_apart(peaks, np.maximum(APART * width, COPY))
 

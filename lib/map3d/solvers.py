@@ -40,7 +40,7 @@ def combine(factors: Matrices) -> np.ndarray:
 def predict(bases: Matrices, factors: Matrices) -> np.ndarray:
     """F at the points, [N]."""
     curves = [basis @ f.T for basis, f in zip(bases, factors, strict=True)]
-    return math.prod(curves).sum(axis=1)
+    return np.prod(curves, axis=0).sum(axis=1)
 
 
 def derive(bases: Matrices, factors: Matrices, m: int) -> np.ndarray:
@@ -48,7 +48,8 @@ def derive(bases: Matrices, factors: Matrices, m: int) -> np.ndarray:
 
     F is linear in the factors of one dimension: it is this times factors[m], flat.
     """
-    others = math.prod(bases[n] @ factors[n].T for n in range(3) if n != m)  # [N, R]
+    a, b = (n for n in range(3) if n != m)
+    others = (bases[a] @ factors[a].T) * (bases[b] @ factors[b].T)  # [N, R]
     return (others[:, :, None] * bases[m][:, None, :]).reshape(len(others), -1)
 
 

@@ -306,22 +306,21 @@ class Space:
         difference to the work, so those of a made-up score do.
         """
         even = {n: torch.arange(count).double() for n, count in self.channels.items()}
-        kept = []
+        kept, lost, there = [], [], []
         for width in widths:
             chosen = Plan(keep=self._narrow(model, width, even, [], self.graph))
             kept.append(resolve(self.graph, chosen, check=False).units)
-        kept, lost, there = torch.stack(kept), [], []
         for count in depths:
             drop = order[: len(self.blocks) - count]
-            units = torch.zeros(kept.shape[1], dtype=torch.bool)
+            units = torch.zeros_like(kept[0])
             for block in drop:
                 units[dropped_units(self.graph, block)] = True
             gone = tuple(f"{block}." for block in drop)
             lost.append(units)
             there.append([not name.startswith(gone) for name in self.graph.layers])
-        alive = kept[None] & ~torch.stack(lost)[:, None]
-        there = torch.tensor(there).repeat_interleave(len(widths), 0)
-        return alive.flatten(0, 1), there
+        alive = torch.stack(kept)[None] & ~torch.stack(lost)[:, None]
+        layers = torch.tensor(there).repeat_interleave(len(widths), 0)
+        return alive.flatten(0, 1), layers
 
     def _count_positions(self, model: nn.Module) -> Tensor:
         """Output positions per image, int64 [layers, sides]."""
