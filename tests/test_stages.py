@@ -379,3 +379,21 @@ def test_a_warm_up_and_options_of_the_net_are_part_of_a_baseline(sets):
             ("-extra_convs2", ""),
         ]
     }
+
+
+def test_two_processes_that_train_the_same_baseline_agree(sets, monkeypatch):
+    """One overtakes the other, which then overwrites its later checkpoint."""
+    others = []
+    save = loop.checkpoints.save
+
+    def save_behind_another(*arguments, **parts):
+        if not others:
+            others.append(None)
+            others[0] = make_baseline(sets)
+        save(*arguments, **parts)
+
+    monkeypatch.setattr(loop.checkpoints, "save", save_behind_another)
+    slow = make_baseline(sets)
+    assert same(slow, others[0])
+    monkeypatch.setattr(loop, "_run_epoch", refuse_training)
+    assert same(make_baseline(sets), slow)
