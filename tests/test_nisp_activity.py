@@ -70,21 +70,6 @@ def test_what_an_activation_makes_of_zero_is_not_taken_away(images):
     torch.testing.assert_close(found["0"], expected.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_without_its_norm_a_score_is_that_behind_it():
-    model, shape = small_cnn()
-    model[1].weight.data[2] = 0  # a constant channel
-    s = draw_scores(model)
-    factors = nisp.undo_norms(model, shape)
-    behind = nisp.propagate(model, s, shape, activity=factors)
-    plain = nisp.propagate(model, s, shape)
-    for name, norm in {"0": model[1], "3.0": model[3][1], "3.3": model[3][4]}.items():
-        gain = norm.weight.abs() / (norm.running_var + norm.eps).sqrt()
-        alive = gain > 0
-        torch.testing.assert_close((behind[name] * gain)[alive], plain[name][alive])
-        assert not behind[name][~alive].any()
-    assert torch.equal(behind["6"], plain["6"]) and torch.equal(behind["9"], plain["9"])
-
-
 class Twice(nn.Module):
     """One convolution that runs twice, on maps of one size or of two."""
 
@@ -195,24 +180,12 @@ def test_joint_pruning_ranks_with_activity_and_hands_on_without(drawn, rate):
             assert gone == {*lowest(found[name], rate)}
 
 
-def test_norms_without_scale_or_statistics():
-    layers = [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3, affine=False), nn.Flatten(),
-              nn.Linear(3 * 4 * 4, 2)]  # fmt: skip
-    model, shape = nn.Sequential(*layers).double().eval(), (1, 6, 6)
-    model[1].running_var.copy_(torch.tensor([1.0, 4, 9]))
-    s = torch.ones(48).double()
-    behind = nisp.propagate(model, s, shape, activity=nisp.undo_norms(model, shape))
-    torch.testing.assert_close(behind["0"], torch.full((3,), 16.0).double())
-    model[1] = nn.BatchNorm2d(3, track_running_stats=False).double()
-    with pytest.raises(ValueError, match=r"in '1' .* keeps no running variance"):
-        nisp.undo_norms(model, shape)
-
-
 def test_a_layer_on_maps_of_two_sizes_has_no_activity():
     model = Twice(2).double().eval()
-    factors = nisp.undo_norms(model, (1, 8, 8))
-    with pytest.raises(ValueError, match="'conv' runs on inputs of different sizes"):
-        nisp.propagate(model, torch.ones(1).double(), (1, 8, 8), activity=factors)
+    with pytest.raises(ValueError, match="the output of 'conv' has the shape"):
+        nisp.propagate(
+            model, torch.ones(1), (1, 8, 8), activity={"conv": torch.ones(1, 4, 4)}
+        )
 
 
 def test_tied_layers_are_decided_by_their_weighed_sum():
@@ -232,7 +205,7 @@ def test_uniform_activity_is_the_closed_form():
     model, shape = small_cnn()
     s = draw_scores(model)
     ones = {n: torch.ones_like(a) for n, a in activity_of(model, shape).items()}
-    for options in ({}, {"joint": 0.5}, {"scale": "layer"}):
+    for options in ({}, {"joint": 0.5}):
         plain = nisp.propagate(model, s, shape, **options)
         found = nisp.propagate(model, s, shape, activity=ones, **options)
         assert all(torch.equal(plain[n], found[n]) for n in plain)
@@ -241,11 +214,12 @@ def test_uniform_activity_is_the_closed_form():
 def test_layers_that_are_never_active_score_zero():
     model, shape = small_cnn()
     none = {n: torch.zeros_like(a) for n, a in activity_of(model, shape).items()}
-    for scale in ("common", "layer"):
-        found = nisp.propagate(
-            model, draw_scores(model), shape, activity=none, scale=scale
+    found = nisp.propagate(model, draw_scores(model), shape, activity=none)
+    assert all(not values.any() for values in found.values())
+    with pytest.raises(ValueError, match="leave behind_norm out"):
+        nisp.propagate(
+            model, draw_scores(model), shape, activity=none, behind_norm=True
         )
-        assert all(not values.any() for values in found.values())
 
 
 def test_methods_are_the_propagation_with_their_factors(images):
@@ -253,23 +227,20 @@ def test_methods_are_the_propagation_with_their_factors(images):
     model = models.build("resnet8", in_channels=1, image_size=28)
     nisp_options = {"num_images": 60, "seed": 1}
     final = nisp.score_frl(model, images, **nisp_options)
-    factors = {
-        "nisp": None,
-        "nisp-norm": nisp.undo_norms(model, images.shape),
-        "nisp-sharp": nisp.measure_activity(model, images, **nisp_options),
+    options = {
+        "nisp": {},
+        "nisp-norm": {"behind_norm": True},
+        "nisp-sharp": {
+            "activity": nisp.measure_activity(model, images, **nisp_options)
+        },
     }
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         assert bool((norm.running_var == 1).all())  # measuring changes nothing
-    for method, activity in factors.items():
+    for method, changed in options.items():
         found = nisp.score_layers(method, model, images, joint=0.5, **nisp_options)
-        expected = nisp.propagate(
-            model, final, images.shape, joint=0.5, activity=activity
-        )
+        expected = nisp.propagate(model, final, images.shape, joint=0.5, **changed)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[n], expected[n]) for n in expected)
-    shallow = models.build("lenet", in_channels=1, image_size=28)
-    assert all(bool((f == 1).all())
-               for f in nisp.undo_norms(shallow, images.shape).values())  # fmt: skip
 
 
 def test_activity_that_does_not_fit_is_refused():

@@ -657,13 +657,3 @@ def test_the_factor_of_an_activation_bounds_its_slope(activation, slope):
     assert float(steep.abs().max()) <= score
     if score > 1:  # and no looser than its rounding
         assert float(steep.abs().max()) > 0.999 * score
-
-
-def test_an_activation_that_jumps_is_refused():
-    net = nn.Sequential(
-        nn.Flatten(), nn.Linear(1, 1), nn.Threshold(0.5, 20.0), nn.Linear(1, 2)
-    )
-    with pytest.raises(
-        ValueError, match=r"'threshold' in '2' .*jumps at its threshold"
-    ):
-        nisp.propagate(net, torch.ones(1), (1, 1, 1))

@@ -1,6 +1,6 @@
 """Watching a model without changing it: precision, modes put back, what layers make."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -28,19 +28,25 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def recorded(
-    model: nn.Module, names: Iterable[str], *, inputs: bool = False
+    model: nn.Module,
+    names: Iterable[str],
+    *,
+    inputs: bool = False,
+    keep: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Iterator[dict[str, list[Tensor]]]:
     """What the modules named make (or read, with `inputs`) while inside, call by call.
 
-    The lists grow with every call; empty them between batches. Only first positional
-    inputs and plain tensors are recorded. The hooks are gone afterwards.
+    `keep(name, tensor)` says what is kept of each, for what is large or written over
+    later. The lists grow with every call; empty them between batches. Only first
+    positional inputs and plain tensors are recorded. The hooks are gone afterwards.
     """
     modules = dict(model.named_modules())
     calls: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def make_hook(name: str):
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            calls[name].append(args[0] if inputs else output)
+            seen = args[0] if inputs else output
+            calls[name].append(keep(name, seen) if keep else seen)
 
         return hook
 

@@ -1,16 +1,16 @@
 """NISP: the importance of the final responses, propagated back through the network.
 
 Yu et al., "NISP: Pruning Networks using Neuron Importance Score Propagation", CVPR
-2018. frl (what the classifier reads) -> inf_fs (how much each response matters) ->
-propagation -> `lib.plan`; comparisons and errors ask whether it was worth it, activity
-what the closed form leaves out.
+2018. frl (what the classifier reads) -> infinite (how much each response matters) ->
+propagation, one backward pass through the absolute network -> `lib.plan`; comparisons
+and errors ask whether it was worth it, activity what the closed form leaves out.
 """
 
-from lib.nisp.activity import measure_activity, undo_norms
+from lib.nisp.activity import measure_activity
 from lib.nisp.comparisons import METHODS, rank_layerwise, score_layers
 from lib.nisp.errors import find_retained, measure_errors
 from lib.nisp.frl import collect_responses, score_frl
-from lib.nisp.inf_fs import inf_fs
+from lib.nisp.infinite import inf_fs
 from lib.nisp.propagation import propagate
 
 __all__ = [
@@ -24,5 +24,4 @@ __all__ = [
     "rank_layerwise",
     "score_frl",
     "score_layers",
-    "undo_norms",
 ]

@@ -1,6 +1,10 @@
-"""How large each neuron's output is: what the closed form's constant C_x leaves out."""
+"""What layers answer to images: how large each neuron is, how active each channel.
 
-from collections.abc import Mapping
+The first is what the closed form's constant C_x leaves out; the second is what a layer
+is ranked by on its own.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -8,11 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib import baselines
 from lib.data import ImageSet
-from lib.graph import Graph, build_graph
-from lib.graph.trace import Node
-from lib.nisp.chains import find_chain, replay
-from lib.nisp.frl import stream_layers
-from lib.nisp.rules import Step, norm_scale
+from lib.graph import Graph, Node, build_graph
+from lib.graph.watch import recorded
+from lib.nisp.absolute import ACTIVATIONS
+from lib.nisp.frl import take_sample
+from lib.train import forward
+
+Chain = Callable[[Tensor], Tensor]
 
 
 def measure_activity(
@@ -22,6 +28,7 @@ def measure_activity(
     num_images: int = 2000,
     seed: int = 0,
     batch_size: int = 500,
+    graph: Graph | None = None,
 ) -> dict[str, Tensor]:
     """Mean |output| of every neuron of every prunable layer, for `propagate`.
 
@@ -33,71 +40,100 @@ def measure_activity(
     shape. Source: the term |x| of the bound in Yu et al. 2018, sec. 3, before it is
     replaced by a constant.
     """
-    graph = build_graph(model, images.shape)
-    modules = dict(model.named_modules())
-    chains = {
-        name: find_activations(graph, modules, name)
-        for name in baselines.prunable_layers(model)
-        if name in graph.layers
-    }
-    totals: dict[str, Tensor | float] = dict.fromkeys(chains, 0.0)
-    calls: dict[str, list[Tensor]] = {name: [] for name in chains}
-    seen = 0
+    chains = find_chains(model, graph or build_graph(model, images.shape), norms=False)
+    sample, totals = take_sample(images, num_images, seed), dict.fromkeys(chains, 0.0)
 
-    def record(name: str, output: Tensor) -> None:
-        there = replay(chains[name], modules, output)
-        gone = replay(chains[name], modules, torch.zeros_like(output[:1]))
-        calls[name].append((there - gone).abs().sum(0, dtype=torch.float64))
+    def measure(name: str, output: Tensor) -> Tensor:
+        there, gone = (chains[name](x) for x in (output, torch.zeros_like(output[:1])))
+        return (there - gone).abs().sum(0, dtype=torch.float64)
 
-    def add_batch(x: Tensor) -> None:
-        nonlocal seen
-        seen += len(x)
-        for name, rows in calls.items():
-            if len({row.shape for row in rows}) > 1:
-                raise ValueError(
-                    f"'{name}' runs on inputs of different sizes, so its neurons have "
-                    "no mean; rank without `activity`"
-                )
-            totals[name] = totals[name] + torch.stack(rows).mean(0)
-            rows.clear()
-
-    stream_layers(
-        model, chains, images, record, add_batch,
-        num_images=num_images, seed=seed, batch_size=batch_size,
-    )  # fmt: skip
-    return {name: total / seen for name, total in totals.items()}
+    with recorded(model, chains, keep=measure) as calls:
+        for _ in forward(model, sample, batch_size=batch_size):
+            for name, rows in calls.items():
+                if len({row.shape for row in rows}) > 1:
+                    raise ValueError(
+                        f"'{name}' runs on inputs of different sizes, so its neurons "
+                        "have no mean; rank without `activity`"
+                    )
+                totals[name] = totals[name] + torch.stack(rows).mean(0)
+                rows.clear()
+    return {name: total / len(sample) for name, total in totals.items()}
 
 
-def undo_norms(
-    model: nn.Module, input_shape: tuple[int, int, int]
+def collect_channels(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    num_images: int = 2000,
+    seed: int = 0,
+    batch_size: int = 500,
+    graph: Graph | None = None,
 ) -> dict[str, Tensor]:
-    """sigma / |gamma| of the BatchNorm that alone reads each prunable layer, or 1.
+    """Mean response of every channel of every prunable layer, [N, C] each, in one pass.
 
-    As `activity` of `propagate` it gives the scores behind that BatchNorm instead of
-    those in front of it. A channel with gamma = 0 is constant and gets 0. For a layer
-    that runs more than once the BatchNorm of the first call counts. Raises `ValueError`
-    for a BatchNorm that keeps no running statistics.
+    The response is the layer's output behind the BatchNorm and the activations that
+    alone read it, averaged over positions (and over calls). Images, mode and N as in
+    `collect_responses`.
     """
-    graph, modules = build_graph(model, input_shape), dict(model.named_modules())
-    found = {}
-    for name in baselines.prunable_layers(model):
-        if name not in graph.layers:
-            continue
-        node = next(n for n in graph.nodes if n.module == name and n.outputs)
-        shape = graph.values[node.outputs[0]].shape[1:]
-        chain = find_chain(graph, modules, name)
-        factor = torch.ones(shape[0], dtype=torch.float64)
-        if chain and isinstance(modules[chain[0].module], _BatchNorm):
-            gain = norm_scale(Step(chain[0], modules[chain[0].module], [], []))
-            factor = torch.where(gain > 0, 1 / gain, 0.0)
-        found[name] = factor.view(-1, *[1] * (len(shape) - 1)).expand(shape)
-    return found
+    chains = find_chains(model, graph or build_graph(model, images.shape), norms=True)
+    sample = take_sample(images, num_images, seed)
+    found: dict[str, list[Tensor]] = {name: [] for name in chains}
+
+    def average(name: str, output: Tensor) -> Tensor:
+        dim = -1 if isinstance(model.get_submodule(name), nn.Linear) else 1
+        rows = chains[name](output).movedim(dim, 1)
+        return rows.reshape(*rows.shape[:2], -1).mean(2)
+
+    with recorded(model, chains, keep=average) as calls:
+        for _ in forward(model, sample, batch_size=batch_size):
+            for name, rows in calls.items():
+                found[name].append(torch.stack(rows).mean(0))
+                rows.clear()
+    return {name: torch.cat(rows) for name, rows in found.items()}
 
 
-def find_activations(graph: Graph, modules: Mapping, name: str) -> list[Node]:
-    """The activations right behind a layer that alone read it."""
-    chain = find_chain(graph, modules, name)
-    norms = [
-        i for i, n in enumerate(chain) if isinstance(modules[n.module], _BatchNorm)
-    ]
-    return chain[: norms[0]] if norms else chain
+# -- what stands behind a layer --------------------------------------------------------
+
+
+def find_chains(model: nn.Module, graph: Graph, *, norms: bool) -> dict[str, Chain]:
+    """For each prunable layer, the activations (and norms) that alone read it."""
+    modules = dict(model.named_modules())
+    readers: dict[int, list[Node]] = {}
+    for node in graph.nodes:
+        for value in node.inputs:
+            readers.setdefault(value, []).append(node)
+    return {
+        name: find_chain(name, graph, modules, readers, norms=norms)
+        for name in baselines.prunable_layers(model)
+        if name in graph.layers and graph.layers[name].positions
+    }
+
+
+def find_chain(
+    name: str, graph: Graph, modules: dict, readers: dict, *, norms: bool
+) -> Chain:
+    """The function of the chain behind a layer's first call."""
+    value = next(n for n in graph.nodes if n.module == name and n.outputs).outputs[0]
+    steps: list[Chain] = []
+    while len(readers.get(value, [])) == 1:
+        node = readers[value][0]
+        if norms and isinstance(modules[node.module], _BatchNorm):
+            steps.append(modules[node.module])
+        elif node.op.removesuffix("_") in ACTIVATIONS:
+            steps.append(repeat(node))
+        else:
+            break
+        value = node.outputs[0]
+
+    def run(x: Tensor) -> Tensor:
+        for step in steps:
+            x = step(x)
+        return x
+
+    return run
+
+
+def repeat(node: Node) -> Chain:
+    """A traced activation, on a new tensor even where the net's own works in place."""
+    function = getattr(torch.ops.aten, node.op.removesuffix("_"))
+    return lambda x: function(x, *node.args[1:], **node.kwargs)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from lib.data import ImageSet
-from lib.graph import build_graph
-from lib.nisp.frl import collect_responses, find_frl
+from lib.graph import Graph, build_graph
+from lib.nisp.frl import collect_responses, find_classifier
 from lib.plan import Plan
 from lib.plan.resolve import resolve
 
@@ -19,9 +19,9 @@ def measure_errors(
     images: ImageSet,
     scores: Tensor,
     *,
-    frl: str | None = None,
     num_images: int = 2000,
     seed: int = 0,
+    graph: Graph | None = None,
 ) -> dict[str, float]:
     """Errors of the final responses that `plan` keeps, between `model` and `small`.
 
@@ -34,18 +34,21 @@ def measure_errors(
     is their share. "weighted": sum of s |d| / sum of s |y|, which needs no such rule.
     "mae": mean of |d|, in units of the responses. "retained": N.
 
-    Compare methods at equal retained responses and equal scores: a network whose
-    responses collapse to zero has a "ware" of only 1. Raises `ValueError` where sizes
-    do not fit. Source: WARE, Yu et al. 2018, sec. 4; its treatment of zeros is ours.
+    `graph` is that of `model`. Compare methods at equal retained responses and equal
+    scores: a network whose responses collapse to zero has a "ware" of only 1. Raises
+    `ValueError` where sizes do not fit. Source: WARE, Yu et al. 2018, sec. 4; its
+    treatment of zeros is ours.
     """
-    kept = find_retained(model, plan, images.shape, frl=frl)
+    graph = graph or build_graph(model, images.shape)
+    kept = find_retained(model, plan, images.shape, graph=graph)
     if scores.shape != kept.shape:
         raise ValueError(
             f"scores: the final response layer has {len(kept)} responses, got scores "
             f"of shape {tuple(scores.shape)}"
         )
-    options = {"frl": frl, "num_images": num_images, "seed": seed}
-    y = collect_responses(model, images, **options).double()[:, kept.to(scores.device)]
+    options = {"num_images": num_images, "seed": seed}
+    y = collect_responses(model, images, graph=graph, **options)
+    y = y.double()[:, kept.to(y.device)]
     there = collect_responses(small, images, **options).double()
     if there.shape != y.shape:
         raise ValueError(
@@ -77,10 +80,9 @@ def find_retained(
     plan: Plan,
     input_shape: tuple[int, int, int],
     *,
-    frl: str | None = None,
+    graph: Graph | None = None,
 ) -> Tensor:
-    """Which of the D final responses a plan keeps, bool [D]."""
-    graph = build_graph(model, input_shape)
-    value = graph.values[find_frl(graph, dict(model.named_modules()), frl)]
-    tags = value.tags.expand(1, *value.shape[1:]).flatten()
-    return resolve(graph, plan, model).units[graph.unit_of(tags)]
+    """Which of the D responses that the classifier reads a plan keeps, bool [D]."""
+    graph = graph or build_graph(model, input_shape)
+    read = graph.layers[find_classifier(graph, model)].inputs
+    return resolve(graph, plan, model).units[graph.unit_of(read)]

@@ -3,17 +3,15 @@
 NISP measures importance once, on what the classifier reads; `propagate` hands it on.
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-
 import torch
 from torch import Tensor, nn
 
-from lib.data import ImageSet, batches
+from lib.data import ImageSet
 from lib.graph import Graph, build_graph
-from lib.graph.watch import dtype_of, modes_kept
-from lib.nisp.inf_fs import inf_fs
-from lib.plan.record import nearest_name
+from lib.graph.watch import recorded
+from lib.messages import check_choice, suggest
+from lib.nisp.infinite import inf_fs
+from lib.train import forward
 
 RANKINGS = ("inf_fs", "magnitude", "uniform")
 
@@ -24,9 +22,9 @@ def score_frl(
     by: str = "inf_fs",
     *,
     alpha: float = 0.5,
-    frl: str | None = None,
     num_images: int = 2000,
     seed: int = 0,
+    graph: Graph | None = None,
 ) -> Tensor:
     """Importance of each final response, float64 [D], >= 0, on the model's device.
 
@@ -35,25 +33,15 @@ def score_frl(
     reads the response, summed over classes. "uniform": all ones. Only the first looks
     at images. Source: Yu et al. 2018, sec. 3 and 4 (NISP-FS and NISP-Mag).
     """
-    if by not in RANKINGS:
-        raise ValueError(f"by must be one of {RANKINGS}, got {by!r}")
+    check_choice("by", by, RANKINGS)
+    graph = graph or build_graph(model, images.shape)
     if by == "inf_fs":
         features = collect_responses(
-            model, images, frl=frl, num_images=num_images, seed=seed
+            model, images, num_images=num_images, seed=seed, graph=graph
         )
         return inf_fs(features, alpha=alpha)
-    graph, modules = build_graph(model, images.shape), dict(model.named_modules())
-    if by == "uniform":
-        shape = graph.values[find_frl(graph, modules, frl)].shape[1:]
-        weight = next(model.parameters())
-        size = math.prod(shape)
-        return torch.ones(size, dtype=torch.float64, device=weight.device)
-    if frl is not None:
-        raise ValueError(
-            "by='magnitude' ranks what the classifier reads; leave `frl` out"
-        )
-    classifier = modules[find_classifier(graph, modules)]
-    return classifier.weight.detach().double().abs().sum(0)
+    weight = model.get_submodule(find_classifier(graph, model)).weight.detach().double()
+    return weight.abs().sum(0) if by == "magnitude" else torch.ones_like(weight[0])
 
 
 def collect_responses(
@@ -64,6 +52,7 @@ def collect_responses(
     num_images: int = 2000,
     seed: int = 0,
     batch_size: int = 500,
+    graph: Graph | None = None,
 ) -> Tensor:
     """Responses of the FRL to images: [N, D] on the model's device, in one pass.
 
@@ -73,117 +62,54 @@ def collect_responses(
     The model is left as found. Raises `ValueError` for an FRL that cannot be found or
     that does not hold one row per image, and for fewer than 2 images.
     """
-    modules = dict(model.named_modules())
-    graph = build_graph(model, images.shape)
-    find_frl(graph, modules, frl)  # refuses what cannot be found
-    rows: list[Tensor] = []
-
-    def keep_input(module: nn.Module, inputs: tuple) -> None:
-        rows.append(inputs[0])
-
-    def keep_output(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        rows.append(output)
-
-    if frl is None:
-        reader = modules[find_classifier(graph, modules)]
-        hook = reader.register_forward_pre_hook(keep_input)
-    else:
-        hook = modules[frl].register_forward_hook(keep_output)
-    found: list[Tensor] = []
-
-    def keep_last(x: Tensor) -> None:
-        if rows[-1].shape[0] != len(x):
-            raise ValueError(
-                "the final response layer does not hold one row per image; name "
-                "another with `frl`"
-            )
-        found.append(rows[-1].flatten(1).clone())
-        rows.clear()
-
-    try:
-        stream(model, images, keep_last, num_images, seed, batch_size)
-    finally:
-        hook.remove()
+    side, name = find_frl(graph or build_graph(model, images.shape), model, frl)
+    sample, found = take_sample(images, num_images, seed), []
+    with recorded(model, [name], inputs=side == "input", keep=copy_rows) as calls:
+        for _, labels in forward(model, sample, batch_size=batch_size):
+            if not calls[name] or len(calls[name][-1]) != len(labels):
+                raise ValueError(
+                    "the final response layer does not hold one row per image; name "
+                    "another with `frl`"
+                )
+            found.append(calls[name][-1].flatten(1))
+            calls[name].clear()
     return torch.cat(found)
 
 
-def stream(
-    model: nn.Module,
-    images: ImageSet,
-    after: Callable[[Tensor], None],
-    num_images: int,
-    seed: int,
-    batch_size: int = 500,
-) -> None:
-    """Run images through the model in evaluation; `after` is called behind each batch.
+def copy_rows(name: str, response: Tensor) -> Tensor:
+    """What comes next may work in place."""
+    return response.clone()
 
-    `num_images` stratified images fixed by `seed`, or all where there are fewer.
-    """
+
+def take_sample(images: ImageSet, num_images: int, seed: int) -> ImageSet:
+    """`num_images` images, stratified and fixed by `seed`, or all there are."""
     if num_images < 2:
         raise ValueError(f"num_images must be at least 2 to rank by, got {num_images}")
-    if num_images < len(images):
-        images = images.take(num_images, seed)
-    device = next(model.parameters()).device
-    with modes_kept(model), torch.inference_mode():
-        model.eval()
-        for x, _ in batches(images, batch_size, device=device, dtype=dtype_of(model)):
-            model(x)
-            after(x)
-
-
-def stream_layers(
-    model: nn.Module,
-    names: Iterable[str],
-    images: ImageSet,
-    record: Callable[[str, Tensor], None],
-    after: Callable[[Tensor], None],
-    **sample,
-) -> None:
-    """`stream`, with `record(name, output)` at every call of the layers named."""
-    modules = dict(model.named_modules())
-
-    def make_hook(name: str):
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            record(name, output)
-
-        return hook
-
-    hooks = [modules[name].register_forward_hook(make_hook(name)) for name in names]
-    try:
-        stream(model, images, after, **sample)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return images.take(num_images, seed) if num_images < len(images) else images
 
 
 # -- where it is -------------------------------------------------------------------
 
 
-def find_classifier(graph: Graph, modules: Mapping[str, nn.Module]) -> str:
-    """Name of the last linear layer that runs."""
-    linear = [n for n in graph.nodes
-              if n.inputs and isinstance(modules[n.module], nn.Linear)]  # fmt: skip
-    if linear:
-        return linear[-1].module
+def find_classifier(graph: Graph, model: nn.Module) -> str:
+    """Name of the last linear layer that runs in evaluation."""
+    for name, layer in reversed(graph.layers.items()):
+        if layer.positions and isinstance(model.get_submodule(name), nn.Linear):
+            return name
     raise ValueError(
         "the network has no linear layer, so its final response layer must be "
         "named: frl='...', a module whose output it is"
     )
 
 
-def find_frl(graph: Graph, modules: Mapping[str, nn.Module], frl: str | None) -> int:
-    """The value that the last linear layer reads, or that the module `frl` makes."""
+def find_frl(graph: Graph, model: nn.Module, frl: str | None) -> tuple[str, str]:
+    """The side of a module where the final responses are: ("input" or "output", name).
+
+    What the last linear layer reads, or what the module `frl` makes.
+    """
     if frl is None:
-        name = find_classifier(graph, modules)
-        return [n.inputs[0] for n in graph.nodes if n.module == name and n.inputs][-1]
-    if frl not in modules:
-        raise ValueError(
-            f"frl: the network has no module '{frl}'{nearest_name(frl, modules)}"
-        )
-    if frl in graph.calls:
-        return graph.calls[frl][1]
-    made = [node.outputs[0] for node in graph.nodes if node.outputs
-            and f"{node.module}.".startswith(f"{frl}.")]  # fmt: skip
-    if made:
-        return made[-1]
-    raise ValueError(f"frl: '{frl}' makes nothing in evaluation; name another module")
+        return "input", find_classifier(graph, model)
+    names = dict(model.named_modules())
+    if frl not in names:
+        raise ValueError(f"frl: the network has no module '{frl}'{suggest(frl, names)}")
+    return "output", frl

@@ -1,25 +1,28 @@
-"""Importance of every neuron from that of the final responses, in one backward sweep.
+"""Importance of every neuron from that of the final responses, in one backward pass.
 
 A neuron's score is s_in = |W|^T s_out, layer by layer from the final response layer
-(FRL) to the input, over whatever graph the network's forward pass draws. The sweep
-needs no data and no gradients; `lib.nisp.rules` says what each operation does.
+(FRL) to the input: the gradient of the absolute network (`lib.nisp.absolute`) for the
+FRL's scores. Hooks at the layers read it off as it comes down, and take away what is
+pruned. No data and no loss are needed.
 """
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lib.graph import Graph, Group, build_graph
-from lib.graph.trace import BATCH, Node
+from lib.messages import suggest
+from lib.nisp.absolute import run_absolute
 from lib.nisp.frl import find_frl
-from lib.nisp.rules import FACTORS, IN_PLACE, MOVES, SUMS, Step, pull
-from lib.nisp.scale import Scores, add_up, common_power, fold, rescale, sum_to_one
-from lib.plan.record import nearest_name
+
+ROOM = 1000  # powers of two that scores may grow or shrink by in float64
 
 
+@torch.inference_mode(mode=False)
+@torch.enable_grad()
 def propagate(
     model: nn.Module,
     frl_scores: Tensor,
@@ -28,8 +31,9 @@ def propagate(
     joint: float | Mapping[str, float] | None = None,
     frl: str | None = None,
     neurons: bool = False,
-    scale: str = "common",
+    behind_norm: bool = False,
     activity: Mapping[str, Tensor] | None = None,
+    graph: Graph | None = None,
 ) -> dict[str, Tensor]:
     """Importance of the outputs of every layer in front of the final response layer.
 
@@ -37,253 +41,180 @@ def propagate(
     image of `input_shape` (C, H, W). The FRL is what the last linear layer reads, or
     with `frl` what the module of that name makes. The result maps names of convolution
     and linear layers, in forward order, to float64 scores [channels] on the model's
-    device: sums over positions of the neurons' scores at the layer's own output,
-    in front of its BatchNorm, whose |gamma| / sigma therefore counts. `neurons=True`
-    gives the neurons' scores instead, in the shape of the output of one image
-    ([C, H, W] or [C]).
+    device: sums over positions of the neurons' scores at the layer's own output, in
+    front of its BatchNorm, whose |gamma| / sigma therefore counts. With `behind_norm`
+    they are those at the output of the BatchNorm that alone reads the layer (0 where
+    gamma = 0: that channel is constant). `neurons=True` gives the neurons' scores
+    instead, in the shape of the output of one image ([C, H, W] or [C]).
 
     `joint` is the share of channels removed, for all layers that can be pruned or by
-    name; what is removed passes nothing on (one sweep ranks, prunes and propagates).
-    Channels are removed as in `plan.from_scores(..., rate=joint)`, which given the
-    result removes the same. Tied layers are decided first, by the sum of their scores
-    in a sweep without removal; those are the scores returned for them. None removes
-    nothing.
+    name; what is removed passes nothing on. Channels are removed as in
+    `plan.from_scores(..., rate=joint)`, which given the result removes the same. Tied
+    layers are reached at different times, so they are decided first, by the sum of
+    their scores in a pass without removal; those are the scores returned for them.
 
     `activity` puts back what the closed form replaces by one constant, the size of each
     neuron's output (`measure_activity`; [C, H, W] or [C] by layer): a neuron's score is
     multiplied by it before channels are summed and ranked, and handed on without. That
     is the sharper of the two bounds, and unlike the closed form it does not change when
-    a layer's outputs are scaled up and its readers' weights down. (`undo_norms` gives
-    factors that move the place of the scores behind each BatchNorm.)
+    a layer's outputs are scaled up and its readers' weights down.
 
-    All scores are on one scale, that of `frl_scores`, if float64 can hold them; if not,
-    all are divided by the same power of two. `scale="layer"` divides each layer's by
-    their sum instead. Biases have no part. The model is left as found.
+    All scores are on the scale of `frl_scores` if float64 can hold them; if not, all
+    are divided by the same power of two. Biases have no part. The model is left as
+    found; `graph` is its graph where that is known already.
 
     Raises `ValueError` for scores that do not fit the FRL, are negative, not finite or
     all zero, an FRL that cannot be found, rates outside [0, 1) or for layers that
-    cannot be pruned, weights that are not finite, activity that is missing for a layer
-    or does not fit it, and, by its name, an operation without a rule.
-    Source: Yu et al. 2018, sec. 3.
+    cannot be pruned, weights that are not finite, nets so deep that float64 ends,
+    activity that is missing for a layer or does not fit it, and, by its name, an
+    operation without a rule. Source: Yu et al. 2018, sec. 3.
     """
-    if scale not in {"common", "layer"}:
-        raise ValueError(f"scale must be 'common' or 'layer', got {scale!r}")
-    sweep = Sweep(model, build_graph(model, input_shape), frl, activity)
-    seed = sweep.read_scores(frl_scores)
-    rates = read_rates(sweep, joint)
-    found = run_joint(sweep, seed, rates) if rates else sweep.run(seed)
-    sums = {n: sweep.sum_channels(n, found[n]) for n in sweep.layers}
-    if neurons:
-        found = {n: sweep.join_calls(n, found[n]) for n in sweep.layers}
-    else:
-        found = sums
-    if scale == "layer":
-        return {n: sum_to_one(found[n], sums[n]) for n in found}
-    power = common_power(sums.values())
-    return {n: s.at(power) for n, s in found.items()}
+    if behind_norm and activity is not None:
+        raise ValueError(
+            "activity is measured in front of norms; leave behind_norm out"
+        )
+    graph = graph or build_graph(model, input_shape)
+    sweep = Sweep(model, input_shape, graph, frl, behind_norm, activity)
+    check_scores(frl_scores, sweep.target)
+    seed = frl_scores.detach().to(sweep.target).reshape(sweep.target.shape)
+    power = max(-ROOM, min(ROOM, math.frexp(float(seed.max()))[1]))
+    seed = seed * 2.0**-power
+    found = sweep.run(seed)
+    if joint is not None:
+        found = run_joint(sweep, seed, found, read_rates(graph, found, joint))
+    join = sweep.join_calls if neurons else sweep.sum_channels
+    scores = {n: join(n, calls) for n, calls in found.items()}
+    factor = 2.0 ** fit_power(scores.values(), power)
+    return {n: s * factor for n, s in scores.items()}
 
 
 # -- the sweep ---------------------------------------------------------------------
 
 
 class Sweep:
-    """What of a traced network leads to the final response layer, run backwards.
+    """The absolute network run once, ready for passes back from its responses.
 
-    `target` is the FRL's place in `graph.values`; `layers` names the layers in front
-    of it, in forward order; `calls` counts how often each runs.
+    `target` holds the final responses [1, ...] of its one image.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        graph: Graph,
-        frl: str | None,
-        activity: Mapping[str, Tensor] | None = None,
-    ):
-        self.graph = graph
+    def __init__(self, model, input_shape, graph, frl, behind_norm, activity):
+        self.graph, self.behind_norm = graph, behind_norm
         self.modules = dict(model.named_modules())
-        self.target = find_frl(graph, self.modules, frl)
-        self.features = find_features(graph)
-        self.nodes = find_nodes(graph, self.target, self.features)
-        self.calls = Counter(n.module for n in self.nodes if n.module in graph.layers)
-        self.layers = [name for name in graph.layers if name in self.calls]
-        if not self.layers:
+        self.layers = [n for n, layer in graph.layers.items() if layer.positions]
+        self.activity = activity
+        check_activity(activity or {})
+        pairs = graph.pairs if behind_norm else {}
+        self.target, self.starts = run_absolute(
+            model, input_shape, layers=set(self.layers),
+            places={pairs.get(n, n): n for n in self.layers},
+            end=find_frl(graph, model, frl), visit=self.visit,
+        )  # fmt: skip
+        if not isinstance(self.target, Tensor):
+            raise ValueError(
+                f"frl: '{frl}' makes no tensor in evaluation; name another"
+            )
+        if not self.target.requires_grad:
             raise ValueError(
                 "no convolution or linear layer stands in front of the final response "
                 "layer; name a later one with `frl`"
             )
-        refuse_writes(self)
-        self.activity = None if activity is None else read_activity(self, activity)
 
-    def step(self, node: Node) -> Step:
-        """A node with what its rule needs to know."""
-        inputs, outputs = (
-            [self.graph.values[v].shape for v in places]
-            for places in (node.inputs, node.outputs)
-        )
-        return Step(node, self.modules[node.module], inputs, outputs)
+    def run(self, seed: Tensor, choose: Callable | None = None) -> dict:
+        """Scores at each call of each layer, in forward order.
 
-    def read_scores(self, frl_scores: Tensor) -> Scores:
-        """The FRL's scores in the shape of one image's responses."""
-        shape = self.graph.values[self.target].shape
-        size = math.prod(shape[1:])
-        check_scores(frl_scores, size, shape)
-        device = self.modules[self.layers[0]].weight.device
-        values = frl_scores.detach().to(device, torch.float64).reshape(1, *shape[1:])
-        return rescale(values, 0, "the final response layer")
-
-    def run(
-        self,
-        seed: Scores,
-        alive: Mapping[str, Tensor] | None = None,
-        rates: Mapping[str, float] | None = None,
-    ) -> dict[str, list[Scores]]:
-        """Scores at the output of each call of each layer, before anything is removed.
-
-        `alive` holds the channels (bool) that pass something on, layer by layer;
-        `rates` the shares of channels to remove where the sweep decides itself.
+        `choose(name, scores)` says which channels pass something on (bool, or None).
         """
-        scores, found = {self.target: seed}, defaultdict(list)
-        for node in reversed(self.nodes):
-            made = [scores.pop(value, None) for value in node.outputs]
-            if node.module in self.calls and made[0] is not None:
-                own = self.weigh(node.module, made[0])
-                found[node.module].append(own)
-                kept = self.choose(node.module, own, alive or {}, rates or {})
-                made = [self.gate(node.module, made[0], kept)]
-            if any(value in self.features for value in node.inputs):
-                self.hand_back(node, made, scores)
-        return found
+        self.found: dict[str, list[Tensor]] = defaultdict(list)
+        self.choose = choose or (lambda name, own: None)
+        torch.autograd.grad(
+            self.target, self.starts, seed, retain_graph=True, allow_unused=True
+        )
+        return {n: self.found[n] for n in self.layers if n in self.found}
 
-    def hand_back(self, node: Node, made: list, scores: dict[int, Scores]) -> None:
-        """One operation: add what its inputs get to `scores`."""
-        power = max(s.power for s in made if s is not None)
-        values = [None if s is None else s.at(power) for s in made]
-        pulled = pull(self.step(node), values)
-        for value, part in zip(node.inputs, pulled, strict=True):
-            if value in self.features:
-                new = rescale(fold(part), power, f"'{node.module}' ({node.op})")
-                scores[value] = scores[value] + new if value in scores else new
-
-    def weigh(self, name: str, s: Scores) -> Scores:
-        """Scores of a layer's neurons times how active they are."""
-        if self.activity is None:
-            return s
-        return Scores(s.values * self.activity[name], s.power)
-
-    def choose(
-        self, name: str, own: Scores, alive: Mapping, rates: Mapping
-    ) -> Tensor | None:
-        """Which channels pass something on, bool; None for all."""
-        if name in alive or name not in rates:
-            return alive.get(name)
-        group = self.graph.group_of[name]
-        total = self.sum_channels(name, [own]).values
-        return choose_units(group, {name: total}, rates[name])[group.index[name]]
-
-    def gate(self, name: str, s: Scores, kept: Tensor | None) -> Scores:
-        """Zero the scores of channels that are removed."""
+    def visit(self, name: str, grad: Tensor) -> Tensor | None:
+        """Called by autograd at every layer: read scores off, cut what is removed."""
+        if not bool(grad.sum().isfinite()):
+            raise ValueError(f"'{name}': its scores are beyond the range of float64")
+        own = self.weigh(name, grad)
+        self.found[name].append(own)
+        kept = self.choose(name, own)
         if kept is None:
-            return s
-        shape = [1] * s.values.ndim
+            return None
+        shape = [1] * grad.ndim
         shape[self.channel_dim(name)] = -1
-        return Scores(s.values * kept.to(s.values.device).view(shape), s.power)
+        return grad * kept.to(grad).view(shape)
+
+    def weigh(self, name: str, grad: Tensor) -> Tensor:
+        """Scores of a layer's neurons as they are ranked."""
+        if self.behind_norm and name in self.graph.pairs:
+            gamma = self.modules[self.graph.pairs[name]].weight
+            if gamma is not None:
+                alive = gamma.detach() != 0
+                return grad * alive.view(-1, *[1] * (grad.ndim - 2))
+        if self.activity is None:
+            return grad
+        if name not in self.activity:
+            raise ValueError(
+                f"activity: '{name}' is missing; `measure_activity` has all layers"
+            )
+        values, shape = self.activity[name], tuple(grad.shape[1:])
+        if tuple(values.shape) != shape:
+            raise ValueError(
+                f"activity: the output of '{name}' has the shape {shape} per image, "
+                f"got {tuple(values.shape)}"
+            )
+        return grad * values.to(grad)
 
     def channel_dim(self, name: str) -> int:
         """Where a layer's output has its channels."""
         return -1 if isinstance(self.modules[name], nn.Linear) else 1
 
-    def sum_channels(self, name: str, calls: list[Scores]) -> Scores:
+    def sum_channels(self, name: str, calls: list[Tensor]) -> Tensor:
         """Channel scores: sums over positions and calls."""
-        width = len(self.graph.layers[name].outputs)
-        rows = []
-        for s in calls:
-            values = s.values.movedim(self.channel_dim(name), 0).reshape(width, -1)
-            rows.append(Scores(values.sum(1) / self.count_images(s), s.power))
-        return add_up(rows)
+        dim = self.channel_dim(name)
+        return sum(s.movedim(dim, 0).flatten(1).sum(1) for s in calls)
 
-    def count_images(self, s: Scores) -> int:
-        """1 where the scores of one image stand for the batch, else the batch."""
-        return 1 if s.values.shape[0] == 1 else BATCH
-
-    def join_calls(self, name: str, calls: list[Scores]) -> Scores:
+    def join_calls(self, name: str, calls: list[Tensor]) -> Tensor:
         """Neuron scores of one image, summed over calls of the same shape."""
-        if len({s.values.shape for s in calls}) > 1 or calls[0].values.shape[0] != 1:
+        if len({s.shape for s in calls}) > 1 or len(calls[0]) != 1:
             raise ValueError(
                 f"neurons=True: '{name}' has no single output per image; leave it out "
                 "for sums per channel"
             )
-        total = add_up(calls)
-        return Scores(total.values[0], total.power)
+        return sum(calls)[0]
 
 
-def find_features(graph: Graph) -> set[int]:
-    """Values with a layer behind them; only they can have scores worth a name."""
-    found: set[int] = set()
-    for node in graph.nodes:
-        if node.module in graph.layers or not found.isdisjoint(node.inputs):
-            found |= set(node.outputs)
-    return found
-
-
-def find_nodes(graph: Graph, target: int, features: set[int]) -> list[Node]:
-    """The operations on features that lead to `target`, in forward order."""
-    needed, nodes = {target}, []
-    for node in reversed(graph.nodes):
-        made = needed & features & set(node.outputs)
-        if made:
-            nodes.append(node)
-            needed |= set(node.inputs)
-    return nodes[::-1]
-
-
-def refuse_writes(sweep: Sweep) -> None:
-    """Writing into a tensor that is also known by another name would lose scores."""
-    nodes, roots = sweep.graph.nodes, {}
-    last = max((i for i, n in enumerate(nodes) if sweep.target in n.outputs), default=0)
-    for node in nodes:
-        for value in node.outputs:
-            start = node.inputs[0] if node.op in MOVES and node.inputs else value
-            roots[value] = roots.get(start, start)
-    for i, node in enumerate(nodes[:last]):
-        if not node.op.endswith("_") or sweep.features.isdisjoint(node.inputs):
-            continue
-        if node.op in IN_PLACE and node.op not in SUMS | FACTORS:
-            continue  # a score passes through on either name
-        later = {value for n in nodes[i + 1 :] for value in n.inputs}
-        source, made = node.inputs[0], node.outputs[0]
-        stale = (
-            roots.get(v, v) == roots.get(source, source) for v in later if v < made
-        )
-        if node.op not in IN_PLACE or any(stale):
-            raise sweep.step(node).refuse("writes into a tensor with a second name")
+def fit_power(scores: Iterable[Tensor], power: int) -> int:
+    """The power of two nearest to this by which all scores stay within float64."""
+    tops = [math.frexp(float(s.max()))[1] for s in scores if bool(s.any())]
+    return max(min(power, ROOM - max(tops)), -ROOM - min(tops)) if tops else 0
 
 
 # -- pruning while propagating -----------------------------------------------------
 
 
-def run_joint(
-    sweep: Sweep, seed: Scores, rates: Mapping[str, float]
-) -> dict[str, list[Scores]]:
-    """One sweep that ranks, prunes and propagates; tied layers are decided before it.
+def run_joint(sweep: Sweep, seed: Tensor, whole: dict, rates: Mapping) -> dict:
+    """One pass that ranks, prunes and propagates; tied layers are decided before it.
 
-    Layers that share channels are reached at different times, so a sweep without
-    removal gives the sum of their scores, their common mask and what is returned.
+    `whole` is what a pass without removal found.
     """
-    groups = {id(g): g for g in map(sweep.graph.group_of.get, rates)}
-    tied = [g for g in groups.values() if sum(sweep.calls[n] for n in g.layers) > 1]
-    if not tied:
-        return sweep.run(seed, rates=rates)
-    whole, alive, decided = sweep.run(seed), {}, {}
-    for group in tied:
-        names = [n for n in group.layers if n in sweep.calls]
-        sums = [sweep.sum_channels(n, whole[n]) for n in names]
-        power = max(s.power for s in sums)
-        totals = {n: s.at(power) for n, s in zip(names, sums, strict=True)}
-        kept = choose_units(group, totals, rates[names[0]])
-        alive |= {n: kept[group.index[n]] for n in names}
-        decided |= {n: whole[n] for n in names}
-    return sweep.run(seed, alive, rates) | decided
+    group_of, alive, decided = sweep.graph.group_of, {}, {}
+    for group in {id(group_of[n]): group_of[n] for n in rates}.values():
+        names = [n for n in group.layers if n in whole]
+        if sum(len(whole[n]) for n in names) > 1:
+            sums = {n: sweep.sum_channels(n, whole[n]) for n in names}
+            kept = choose_units(group, sums, rates[names[0]])
+            alive |= {n: kept[group.index[n]] for n in names}
+            decided |= {n: whole[n] for n in names}
+
+    def choose(name: str, own: Tensor) -> Tensor | None:
+        if name in alive or name not in rates:
+            return alive.get(name)
+        group = group_of[name]
+        sums = {name: sweep.sum_channels(name, [own])}
+        return choose_units(group, sums, rates[name])[group.index[name]]
+
+    return sweep.run(seed, choose) | decided
 
 
 def choose_units(group: Group, scores: Mapping[str, Tensor], rate: float) -> Tensor:
@@ -291,48 +222,42 @@ def choose_units(group: Group, scores: Mapping[str, Tensor], rate: float) -> Ten
     total = torch.zeros(group.size, dtype=torch.float64)
     for name, values in scores.items():
         total.index_add_(0, group.index[name], values.cpu())
-    blocks = group.unit_blocks
-    order = [b[torch.sort(total[b], stable=True).indices] for b in blocks]
-    count = min(int(rate * len(order[0])), len(order[0]) - 1)
     kept = torch.ones(group.size, dtype=torch.bool)
-    for units in order:
-        kept[units[:count]] = False
+    for block in group.unit_blocks:
+        count = min(int(rate * len(block)), len(block) - 1)
+        kept[block[total[block].sort(stable=True).indices[:count]]] = False
     return kept
 
 
-def read_rates(sweep: Sweep, joint: float | Mapping[str, float] | None) -> dict:
+def read_rates(
+    graph: Graph, found: Mapping, joint: float | Mapping[str, float]
+) -> dict[str, float]:
     """The rate of every layer that loses channels; tied layers have one rate."""
-    if joint is None:
-        return {}
-    group_of = sweep.graph.group_of
     if not isinstance(joint, Mapping):
         check_rate("joint", joint)
-        free = (n for n in sweep.layers if not group_of[n].fixed)
-        return {n: joint for n in free if joint > 0}
+        return {n: joint for n in found if joint > 0 and not graph.group_of[n].fixed}
     rates: dict[str, float] = {}
     for name, rate in joint.items():
         check_rate(f"joint: '{name}'", rate)
-        check_name(sweep, name)
-        group = group_of[name]
+        if name not in graph.layers:
+            near = suggest(name, graph.layers)
+            raise ValueError(f"joint: the network has no layer '{name}'{near}")
+        if name not in found:
+            raise ValueError(
+                f"joint: '{name}' does not stand in front of the final response layer, "
+                "so it gets no scores; leave it out"
+            )
+        group = graph.group_of[name]
         if rate > 0 and group.fixed:
             raise ValueError(f"joint: '{name}' cannot be pruned: {group.fixed}")
         for other in group.layers:
             if rates.setdefault(other, rate) != rate:
                 names = ", ".join(group.layers)
                 raise ValueError(f"joint: tied layers need one rate: {names}")
-    return {n: r for n, r in rates.items() if r > 0 and n in sweep.calls}
+    return {n: r for n, r in rates.items() if r > 0 and n in found}
 
 
-def check_name(sweep: Sweep, name: str) -> None:
-    """Raise `ValueError` unless the layer stands in front of the FRL."""
-    if name not in sweep.graph.layers:
-        near = nearest_name(name, sweep.graph.layers)
-        raise ValueError(f"joint: the network has no layer '{name}'{near}")
-    if name not in sweep.calls:
-        raise ValueError(
-            f"joint: '{name}' does not stand in front of the final response layer, so "
-            "it gets no scores; leave it out"
-        )
+# -- what is refused ---------------------------------------------------------------
 
 
 def check_rate(what: str, rate: float) -> None:
@@ -341,47 +266,26 @@ def check_rate(what: str, rate: float) -> None:
         raise ValueError(f"{what}: the rate must lie in [0, 1), got {rate}")
 
 
-def read_activity(sweep: Sweep, activity: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Activity of the sweep's layers, float64, in the shape of one image's output."""
-    found = {}
-    for name in sweep.layers:
-        if name not in activity:
-            raise ValueError(
-                f"activity: '{name}' is missing; `measure_activity` has all layers"
-            )
-        values = activity[name].detach()
-        nodes = [n for n in sweep.nodes if n.module == name and n.outputs]
-        shapes = {tuple(sweep.graph.values[n.outputs[0]].shape[1:]) for n in nodes}
-        if len(shapes) > 1:
-            raise ValueError(
-                f"activity: '{name}' runs on inputs of different sizes; rank without"
-            )
-        (shape,) = shapes
-        if tuple(values.shape) != shape:
-            raise ValueError(
-                f"activity: the output of '{name}' has the shape {shape} per image, "
-                f"got {tuple(values.shape)}"
-            )
+def check_activity(activity: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` for sizes that cannot be."""
+    for name, values in activity.items():
         if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
             raise ValueError(
                 f"activity: '{name}' has values that are negative or not finite"
             )
-        found[name] = values.to(sweep.modules[name].weight.device, torch.float64)
-    return found
 
 
-def check_scores(frl_scores: Tensor, size: int, shape: tuple[int, ...]) -> None:
-    """Raise `ValueError` unless these can be scores of the final responses."""
-    if shape[0] != BATCH:
+def check_scores(frl_scores: Tensor, responses: Tensor) -> None:
+    """Raise `ValueError` unless these can be scores of the final responses [1, ...]."""
+    if len(responses) != 1:
         raise ValueError(
             "the final response layer does not hold one response per image; name "
             "another with `frl`"
         )
-    per_image = tuple(shape[1:])
-    if tuple(frl_scores.shape) not in {(size,), per_image}:
+    if tuple(frl_scores.shape) not in {(responses.numel(),), responses.shape[1:]}:
         raise ValueError(
-            f"frl_scores: the final response layer has {size} responses, got scores of "
-            f"shape {tuple(frl_scores.shape)}; give one number for each"
+            f"frl_scores: the final response layer has {responses.numel()} responses, "
+            f"got scores of shape {tuple(frl_scores.shape)}; give one number for each"
         )
     if not bool(torch.isfinite(frl_scores).all()):
         raise ValueError("frl_scores: not finite; replace NaN and infinite scores")

@@ -1,0 +1,375 @@
+"""The absolute network: a net whose every operation is the linear map that bounds it.
+
+NISP's bound asks one thing of an operation f: a matrix |J| of non-negative weights with
+|f(x) - f(y)| <= |J| |x - y|, entry by entry. Run forward with these maps in place of
+its operations, a net is linear, and its gradient is the product of all |J|^T. The
+rules:
+
+    linear, convolution      |W|, without bias
+    BatchNorm                |gamma| / sigma of the running statistics
+    activation               its largest slope, 1 where that is smaller
+    max pool, max            the sum over the window
+    average, move, join      as it is
+    a + b, a - b             a + b; so too the maximum of two features
+    a * gate, |gate| <= 1    a + gate, from |ag - bh| <= |g| |a - b| + |b| |g - h|: the
+                             size of b, like that of every response in the closed form,
+                             is taken to be one constant, here 1, which is what a
+                             BatchNorm makes it
+    response norm, dropout   as if it were not there
+
+Whatever else reads a feature is refused by name. Source: Yu et al. 2018, sec. 3, for
+the linear maps; the rule for gates is ours.
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lib.graph.dry_run import tensors_in
+
+ADVICE = (
+    "rules exist for linear, convolution, pooling, BatchNorm, response normalisation, "
+    "element-wise activations, additions, gates, concatenations and moves; replace it "
+    "by one of these, or name an `frl` in front of it"
+)
+PLAIN = set(  # linear with weights that are not negative: they stand for themselves
+    "view view_as reshape flatten unflatten permute transpose swapaxes movedim T mT "
+    "squeeze unsqueeze expand expand_as repeat repeat_interleave select narrow "
+    "__getitem__ split chunk unbind flip roll index_select pad cat concat stack "
+    "contiguous clone channel_shuffle pixel_shuffle pixel_unshuffle mean sum "
+    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+    "adaptive_avg_pool3d".split()
+)
+UNTOUCHED = set(
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout "
+    "local_response_norm detach data to type type_as double float".split()
+)
+GATES = {"sigmoid", "hardsigmoid", "tanh"}  # never above 1 in absolute value
+SLOPES = dict.fromkeys(
+    "relu relu6 hardtanh celu softplus clamp clamp_min clamp_max abs neg".split(), 1.0
+) | {  # the largest, rounded up, where it exceeds 1
+    "gelu": 1.1291, "silu": 1.0999, "mish": 1.0885, "hardswish": 1.5, "selu": 1.7581,
+}  # fmt: skip
+ACTIVATIONS = GATES | SLOPES.keys() | {"leaky_relu", "elu", "threshold"}
+
+
+class _NoRule(Exception):
+    """Why an operation cannot be bounded; the mode adds which and where."""
+
+
+class _Reached(Exception):
+    """The final responses are there; what follows is of no interest."""
+
+
+class AbsoluteNet(TorchFunctionMode):
+    """While it is on, operations on features are those of the absolute network.
+
+    Features are the tensors that require a gradient: those that a layer made. `stack`
+    holds the names of the modules that are running.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]):
+        super().__init__()
+        self.modules = modules
+        self.stack: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Run the bound of an operation that reads a feature, others as they are."""
+        kwargs = dict(kwargs or {})
+        if not any(map(is_feature, tensors_in((*args, *kwargs.values())))):
+            return func(*args, **kwargs)
+        if "input" in kwargs:
+            args = (kwargs.pop("input"), *args)
+        name = func.__name__
+        if name == "__get__":  # a property: x.shape, x.T
+            name = func.__self__.__name__
+        try:
+            return run_bound(name, func, args, kwargs)
+        except _NoRule as reason:
+            where = self.stack[-1] if self.stack else ""
+            kind = type(self.modules[where]).__name__
+            place = f"in '{where}'" if where else "in the forward"
+            raise ValueError(f"'{name}' {place} ({kind}) {reason}; {ADVICE}") from None
+
+
+def run_bound(name: str, func: Callable, args: tuple, kwargs: dict):
+    """What stands for one operation; in place where that works in place."""
+    base = name if name.endswith("__") else name.removesuffix("_")
+    if base in UNTOUCHED:
+        return args[0]
+    if base in PLAIN:
+        made, read = func(*args, **kwargs), filter(is_feature, tensors_in(args))
+        if base != "sum" and all(is_gate(x) for x in read):
+            mark_gates(made)
+        return made
+    if base not in RULES:
+        return ask(name, func, args, kwargs)
+    made = RULES[base](*args, **kwargs)
+    if (base != name or kwargs.get("inplace")) and made is not args[0]:
+        made = args[0].copy_(made)
+        made._is_gate = base in GATES
+    return made
+
+
+def ask(name: str, func: Callable, args: tuple, kwargs: dict):
+    """A shape, a device and the like; whatever makes or reads numbers has no rule."""
+    try:
+        made = func(*args, **kwargs)
+    except RuntimeError:  # weights and features of two precisions
+        raise _NoRule("has no propagation rule") from None
+    if tensors_in((made,)) or name in {"__bool__", "item", "tolist"}:
+        raise _NoRule("has no propagation rule")
+    return made
+
+
+def is_feature(value: object) -> bool:
+    """Made by a layer, so that scores can come back to it."""
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def is_gate(x: Tensor) -> bool:
+    """Made by a function that never exceeds 1, and only moved or averaged since."""
+    return getattr(x, "_is_gate", False)
+
+
+def mark_gates(made) -> None:
+    """Let what an operation made count as gates."""
+    for x in tensors_in((made,)):
+        x._is_gate = True
+
+
+# -- rules, each with the arguments of what it replaces --------------------------------
+
+
+def absolute(weight: Tensor | float) -> Tensor | float:
+    """|W| in float64; refuses what is computed, and what is not finite."""
+    if is_feature(weight):
+        raise _NoRule("has weights that are features, which has no propagation rule")
+    if not isinstance(weight, Tensor):
+        return abs(weight)
+    if not bool(weight.sum().isfinite()):
+        raise _NoRule("has weights that are not finite, or computed from the image")
+    return weight.abs().double()
+
+
+def along_channels(row: Tensor, x: Tensor) -> Tensor:
+    """One factor for each channel of x [N, C, ...], or one for all."""
+    return absolute(row).view(-1, *[1] * (x.ndim - 2))
+
+
+def weighted(func: Callable) -> Callable:
+    """A linear layer, a convolution."""
+
+    def rule(x, weight, bias=None, *rest, **options):
+        return func(x, absolute(weight), None, *rest, **options)
+
+    return rule
+
+
+def normalise(
+    x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
+    eps=1e-5,
+):  # fmt: skip
+    """A BatchNorm in evaluation."""
+    if running_var is None:
+        raise _NoRule(
+            "keeps no running variance, so its scale depends on the batch; recalibrate "
+            "it with track_running_stats=True"
+        )
+    sigma = (running_var.double() + eps).sqrt()
+    return x * along_channels((1.0 if weight is None else weight) / sigma, x)
+
+
+def sloped(slope: float) -> Callable:
+    """An activation, whose other arguments must be numbers."""
+
+    def rule(x, *limits, **options):
+        if any(map(is_feature, (*limits, *options.values()))):
+            raise _NoRule("takes a feature for a limit, which has no propagation rule")
+        return x if slope == 1 else x * slope
+
+    return rule
+
+
+def gate(x, inplace=False):
+    """An activation that never exceeds 1: what it makes can be multiplied with."""
+    made = x.view_as(x)
+    mark_gates(made)
+    return made
+
+
+def leaky_relu(x, negative_slope=0.01, inplace=False):
+    """Its two slopes are 1 and this."""
+    return x * max(1.0, abs(negative_slope))
+
+
+def elu(x, alpha=1.0, inplace=False):
+    """It comes up with the slope alpha."""
+    return x * max(1.0, abs(alpha))
+
+
+def prelu(x, weight):
+    """One slope for each channel, or one for all."""
+    return x * along_channels(weight, x).clamp_min(1)
+
+
+def threshold(x, threshold, value, inplace=False):
+    """Continuous only where it puts the threshold itself."""
+    if threshold != value:
+        raise _NoRule("jumps at its threshold, which no factor bounds")
+    return x
+
+
+def add(a, b, *, alpha=1):
+    """Sums and differences alike; a constant moves nothing."""
+    return torch.add(a, b, alpha=abs(alpha))
+
+
+def multiply(a, b):
+    """A feature times a constant, or times a gate."""
+    if not is_feature(a):
+        a, b = b, a
+    if not is_feature(b):
+        return a * absolute(b)
+    if not (is_gate(a) or is_gate(b)):
+        raise _NoRule("multiplies two features of which neither is a gate")
+    return a + b
+
+
+def divide(a, b, *, rounding_mode=None):
+    """A feature over a constant."""
+    if is_feature(b) or rounding_mode is not None:
+        raise _NoRule("divides by a feature, or rounds, which has no propagation rule")
+    return a / absolute(b)
+
+
+def assign(x, index, value):
+    """Write into a part of a tensor."""
+    if x.dtype != torch.float64:
+        raise _NoRule(f"writes into a tensor of {x.dtype}, made apart from its input")
+    x[index] = value
+
+
+def sum_up(x, dim=(), keepdim=False):
+    """The largest or smallest along dimensions."""
+    return x.sum(dim, keepdim)
+
+
+def sum_windows(
+    x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False,
+    return_indices=False,
+):  # fmt: skip
+    """A max pool: sum up the first input of each window, the second, and so on.
+
+    Padding counts nothing; it is wide enough for a window that ends beyond the edge.
+    """
+    axes = x.ndim - 2
+    pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[axes - 1]
+    like = pool(x[:, :1].detach(), kernel_size, stride, padding, dilation, ceil_mode)
+    size, step, before, gap = (
+        [v] * axes if isinstance(v, int) else list(v) * (axes // len(v))
+        for v in (kernel_size, stride or kernel_size, padding, dilation)
+    )
+    widths = [w for p, s in zip(before, step, strict=True) for w in (p + s, p)]
+    x, total = F.pad(x, widths[::-1]), 0
+    for offset in itertools.product(*map(range, size)):
+        places = [
+            slice(o * g, o * g + (n - 1) * s + 1, s)
+            for o, g, n, s in zip(offset, gap, like.shape[2:], step, strict=True)
+        ]
+        total = total + x[(..., *places)]
+    return total
+
+
+def sum_adaptive(x, output_size, return_indices=False):
+    """An adaptive max pool: the average times the size of its windows."""
+    axes = x.ndim - 2
+    pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+    y = pool[axes - 1](x, output_size)
+    for dim in range(2, x.ndim):
+        n, m = x.shape[dim], y.shape[dim]
+        sizes = [-(-(i + 1) * n // m) - i * n // m for i in range(m)]
+        y = y * y.new_tensor(sizes).view(-1, *[1] * (x.ndim - 1 - dim))
+    return y
+
+
+WEIGHTED = (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d,
+            F.conv_transpose2d, F.conv_transpose3d)  # fmt: skip
+RULES: dict[str, Callable] = {
+    **{func.__name__: weighted(func) for func in WEIGHTED},
+    **{name: sloped(slope) for name, slope in SLOPES.items()},
+    **dict.fromkeys(GATES, gate),
+    **dict.fromkeys("add sub rsub __rsub__ maximum minimum".split(), add),
+    **dict.fromkeys(["max_pool1d", "max_pool2d", "max_pool3d"], sum_windows),
+    **{f"adaptive_max_pool{n}d": sum_adaptive for n in (1, 2, 3)},
+    "batch_norm": normalise, "leaky_relu": leaky_relu, "elu": elu,
+    "prelu": prelu, "threshold": threshold, "_threshold": threshold, "mul": multiply,
+    "div": divide, "amax": sum_up, "amin": sum_up, "__setitem__": assign,
+}  # fmt: skip
+
+
+# -- one pass --------------------------------------------------------------------------
+
+
+def run_absolute(
+    model: nn.Module,
+    input_shape: tuple[int, int, int],
+    *,
+    layers: Collection[str],
+    places: Mapping[str, str],
+    end: tuple[str, str],
+    visit: Callable[[str, Tensor], Tensor | None],
+) -> tuple[Tensor, list[Tensor]]:
+    """Run the absolute network of `model` on one image, up to the final responses.
+
+    `end` is ("input" or "output", module): whose side they are. Features begin at the
+    `layers`; on the way back `visit(name, gradient)` is called for each call of a
+    module in `places` with the name it stands for, and may hand on another gradient.
+    Returns the responses [1, ...] and the tensors that `torch.autograd.grad` has to go
+    back to. The model itself is not touched; a copy runs in float64, on an image of
+    NaN: what depends on it shows.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    net = copy.deepcopy(model, {id(x): x.detach() for x in tensors}).eval()
+    modules = dict(net.named_modules())
+    names = {id(module): name for name, module in modules.items()}
+    mode, starts, found = AbsoluteNet(modules), [], []
+
+    def reach(side: str, name: str, x) -> None:
+        if (side, name) == end:
+            found.append(x)
+            raise _Reached
+
+    def enter(module: nn.Module, args: tuple) -> None:
+        mode.stack.append(names[id(module)])
+        reach("input", names[id(module)], args[0] if args else None)
+
+    def leave(module: nn.Module, args: tuple, output):
+        name = mode.stack.pop()
+        if name in layers and not is_feature(output):
+            output = output.detach().double().requires_grad_()
+            starts.append(output)
+        if name in places and is_feature(output):
+            output.register_hook(lambda grad: visit(places[name], grad))
+        reach("output", name, output)
+        return output.clone() if is_feature(output) and output.is_leaf else output
+
+    for module in modules.values():
+        if isinstance(module, nn.LocalResponseNorm):
+            module.forward = lambda x: x
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+    weight = next(x for x in tensors if x.is_floating_point())
+    image = weight.new_full((1, *input_shape), math.nan).detach()
+    try:
+        with mode:
+            net(image)
+    except _Reached:
+        pass
+    return (found[0] if found else None), starts
