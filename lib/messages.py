@@ -14,7 +14,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"; known: {shown or 'none'}"
 
 
-def check_choice(what: str, value: object, choices: Iterable[str]) -> None:
+def check_choice(what: str, value: object, choices: Iterable[object]) -> None:
     """Raise `ValueError` unless `value` is one of `choices`."""
     choices = list(choices)
     if value not in choices:

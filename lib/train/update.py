@@ -93,8 +93,7 @@ class GraphUpdate(Update):
         super().__init__(*arguments)
         self.must, self.calls, self.eager = must, 0, False
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.x: Tensor | None = None
-        self.y: Tensor | None = None
+        self.x = self.y = torch.empty(0)  # where the graph reads its batch
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         """Train on one batch, captured from the fourth on."""
