@@ -94,6 +94,14 @@ def test_parameters_are_declared_and_have_rules(notebook):
     assert settings.declared_parameters(path.stem).keys() <= settings.PARAMETERS.keys()
 
 
+def test_notebooks_run_on_one_thread_unless_told(notebook):
+    path, book = notebook
+    assert settings.declared_parameters(path.stem)["threads"] == 1
+    sources = ["".join(cell["source"]) for cell in code_cells(book)]
+    (checked,) = [i for i, source in enumerate(sources) if "settings.check(" in source]
+    assert "settings.use_threads(cfg.threads)" in sources[checked]
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_profiles_name_only_what_notebooks_declare(profile):
     runs = settings.read_profile(profile)
