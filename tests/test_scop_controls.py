@@ -324,6 +324,23 @@ def test_an_arm_follows_its_batch_to_another_device(arms, images, name, monkeypa
     assert made.device.type == "meta" and made.shape == (4, *images.shape)
 
 
+def test_seeds_reach_every_gpu_whichever_is_the_current_one(monkeypatch):
+    seen, state = [], torch.get_rng_state()
+
+    def fork(devices):
+        seen.append(list(devices))
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.random, "fork_rng", fork)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seen.append)
+    with training.seeded(1, 2, torch.device("cuda", 1)):
+        torch.set_rng_state(state)
+    with training.seeded(1, 2, torch.device("cpu")):
+        torch.set_rng_state(state)
+    assert seen == [[0, 1], 1_000_005, []]
+
+
 # -- shuffle --------------------------------------------------------------------------
 
 

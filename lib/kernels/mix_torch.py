@@ -1,8 +1,9 @@
 """The selection layer in plain torch: one autograd step with few passes over memory.
 
-Written out because the composition of library calls is twice as slow on a CPU: a factor
-per channel broadcasts over the 16 to 64 channels of a channels_last tensor in an inner
-loop that is too short to vectorise, and autograd of `lerp` makes passes of its own.
+Written out because with library calls a step of the selection takes 15 % longer on a
+CPU (`bench_selection.py`): a factor per channel broadcasts over the 16 to 64 channels
+of a channels_last tensor in an inner loop that is too short to vectorise, and autograd
+of `lerp` makes passes of its own.
 """
 
 import torch
@@ -48,6 +49,8 @@ class MixNormRelu(torch.autograd.Function):
             grad, mixed, weight, None, None, mean, rstd, True, ctx.eps,
             [True, *ctx.needs_input_grad[2:4]],
         )  # fmt: skip
+        # In place, as nobody else holds this gradient: the knockoffs' half collects
+        # what mixed images pass on, (1 - beta) g = g - beta g, without a third copy.
         grad = _settle(grad)
         real, knock = grad.chunk(2)
         others = [i for i in range(grad.ndim) if i != 1]

@@ -15,18 +15,9 @@ from torch import Tensor, nn
 
 from lib.graph.watch import modes_kept, recorded
 from lib.messages import check_known
-from lib.scop.controls.base import correlate, exchange
+from lib.scop.controls.base import exchange
 from lib.scop.controls.gaussian import check_covariance
 
-__all__ = [
-    "correlate",
-    "correlation_floor",
-    "covariance_gap",
-    "layer_energies",
-    "offdiagonal_energy",
-    "split_pairs",
-    "two_sample_test",
-]
 OCTAVES = tuple(2.0**k for k in range(8))  # 1, 2, ..., 128
 SWAPS = ("full", "partial")
 

@@ -25,7 +25,8 @@ def exchange(x: Tensor, control: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def correlate(x: Tensor, control: Tensor, *, eps: float = 0.0) -> Tensor:
     """Correlation over the rows of each column with its control's, [p] for two [n, p].
 
-    eps is added to both variances, for losses; without it a constant gives nan.
+    eps is added to both variances, for losses; without it a constant gives nan, if
+    float64 keeps rounding from looking like a spread.
     """
     a, b = x - x.mean(0), control - control.mean(0)
     spread = (a.square().mean(0) + eps).sqrt() * (b.square().mean(0) + eps).sqrt()
