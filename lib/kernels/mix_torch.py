@@ -1,6 +1,6 @@
 """The selection layer in plain torch: one autograd step with few passes over memory.
 
-Written out because with library calls a step of the selection takes 15 % longer on a
+Written out because with library calls a step of the selection takes 13 % longer on a
 CPU (`bench_selection.py`): a factor per channel broadcasts over the 16 to 64 channels
 of a channels_last tensor in an inner loop that is too short to vectorise, and autograd
 of `lerp` makes passes of its own.
