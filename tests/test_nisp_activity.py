@@ -97,7 +97,7 @@ def test_a_layer_that_runs_twice_has_the_mean_of_its_calls(images):
 # -- put back ------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.one_of(mlps(), cnns()))
 def test_scores_are_those_of_the_neurons_times_their_activity(drawn):
     model, shape = drawn
@@ -113,7 +113,7 @@ def test_scores_are_those_of_the_neurons_times_their_activity(drawn):
                                    if expected.ndim > 1 else expected)  # fmt: skip
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(mlps())
 def test_the_highest_scores_minimise_the_sharper_bound(drawn):
     model, shape = drawn
@@ -164,7 +164,7 @@ def test_loud_channels_with_quiet_readers_change_only_the_plain_scores(joint):
         assert torch.allclose(*found, rtol=1e-9, atol=0) == same
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(chains(), st.sampled_from([0.25, 0.5, 0.7]))
 def test_joint_pruning_ranks_with_activity_and_hands_on_without(drawn, rate):
     model, shape = drawn

@@ -1,7 +1,6 @@
 """Propagation against pushes of one channel, dense products and direct loops."""
 
 import copy
-import itertools
 import math
 import operator
 
@@ -294,15 +293,6 @@ def test_random_nets_equal_products_of_dense_matrices(drawn):
     assert_same(found, {n: expected[n] for n in layers if n in expected})
 
 
-def test_maxima_give_every_position_of_every_window_the_whole_score():
-    model = nn.Sequential(
-        nn.Conv2d(1, 1, 1), nn.MaxPool2d(3, 2), nn.Flatten(), nn.Linear(4, 2)
-    )
-    found = propagate(model, torch.tensor([1.0, 2, 4, 8]), (1, 5, 5), neurons=True)
-    expected = [[1, 1, 3, 2, 2]] * 2 + [[5, 5, 15, 10, 10]] + [[4, 4, 12, 8, 8]] * 2
-    assert found["0"].tolist() == [expected]
-
-
 class Forward(nn.Module):
     """A convolution of three maps to four, what a function makes of it, a head."""
 
@@ -326,6 +316,21 @@ def test_a_linear_layer_may_run_at_many_places():
     found = propagate(model, scores, (3, 4, 4))
     weight = model.token.weight.detach().double().abs()
     assert_same(found, {"conv": weight.T @ scores, "token": scores})
+
+
+def test_a_forward_may_run_without_gradients():
+    def plain(m, x):
+        return (x * 3).mean((2, 3))
+
+    def unwatched(m, x):
+        with torch.no_grad():
+            return plain(m, x)
+
+    torch.manual_seed(0)
+    model, found = Forward(plain), []
+    for model.function in (plain, unwatched):
+        found.append(propagate(model, rand(4), (3, 4, 4)))
+    assert_same(found[1], found[0], 0)
 
 
 def test_slopes_below_one_and_shuffles_and_memory_formats():
@@ -386,15 +391,6 @@ def test_the_final_responses_can_be_named():
     assert_same(grid, propagate(model, rand(32), shape, frl="4"), 0)
 
 
-def test_scores_scale_with_those_of_the_final_responses():
-    model, shape = shake(models.build("resnet8")), (3, 16, 16)
-    once = propagate(model, rand(64), shape)
-    more = propagate(model, 3.7 * rand(64), shape)
-    assert_same({n: x / 3.7 for n, x in more.items()}, once, 1e-12)
-    tiny = propagate(model, rand(64) * 2.0**-600, shape)
-    assert_same({n: x * 2.0**600 for n, x in tiny.items()}, once, 0)
-
-
 def test_a_norm_counts_by_its_scale_alone_and_behind_it_not_at_all():
     model, shape = small_net(), (3, 8, 8)
     model[1].weight.data[2] = 0
@@ -421,18 +417,6 @@ def test_norms_without_scale_or_statistics():
     assert behind.tolist() == pytest.approx([16, 16, 16])
 
 
-def test_permuted_channels_have_permuted_scores():
-    model, shape = shake(models.build("cifarnet")), (3, 32, 32)
-    order = torch.randperm(32, generator=torch.Generator().manual_seed(5))
-    moved = copy.deepcopy(model)
-    moved.conv1.weight.data = model.conv1.weight.data[order]
-    moved.conv2.weight.data = model.conv2.weight.data[:, order]
-    before, after = (propagate(m, rand(64), shape) for m in (model, moved))
-    assert not torch.allclose(before["conv1"], after["conv1"])
-    before["conv1"] = before["conv1"][order]
-    assert_same(after, before, 1e-12)
-
-
 def test_the_model_is_left_as_found_in_any_mode():
     model = shake(models.build("resnet8")).train()
     model.layer1.eval()
@@ -450,23 +434,6 @@ def test_the_model_is_left_as_found_in_any_mode():
 
 
 # -- pruning while propagating ---------------------------------------------------------
-
-
-def test_joint_equals_a_direct_loop_on_a_chain_of_matrices():
-    torch.manual_seed(0)
-    widths, layers = [6, 9, 8, 7, 5], []
-    for a, b in itertools.pairwise(widths):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    model = nn.Sequential(nn.Flatten(), *layers, nn.Linear(5, 3))
-    found = propagate(model, rand(5), (6, 1, 1), joint=0.4)
-    s, expected = rand(5), {}
-    for k in (7, 5, 3, 1):
-        expected[str(k)] = s.clone()
-        s[s.argsort()[: int(0.4 * len(s))]] = 0
-        s = model[k].weight.detach().double().abs().T @ s
-    assert_same(found, expected)
-    alone = propagate(model, rand(5), (6, 1, 1))
-    assert not torch.allclose(alone["1"], found["1"])
 
 
 @pytest.mark.parametrize("name, rate", [
@@ -593,6 +560,7 @@ REFUSED = [
     (Run(torch.exp), "'exp' in '1'"),
     (Run(write), "'__setitem__' in '1'.*torch.float32"),
     (nn.Softmax(1), "'softmax' in '1'"),
+    (Run(lambda x: x.chunk(1, 1)[0].add_(x)), "'add_' in '1'"),
     (nn.Upsample(scale_factor=2), "'interpolate' in '1'"),
     (nn.BatchNorm2d(4, track_running_stats=False), "'1'.*running variance"),
     (nn.Threshold(0.5, 20.0), "'_threshold' in '1' .*jumps at its threshold"),

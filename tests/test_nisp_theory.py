@@ -255,13 +255,13 @@ def check_bound(model: nn.Module, shape: tuple[int, int, int]) -> None:
         assert_at_most(found, (1 - choices) @ channels[name] * magnitudes.max())
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(mlps())
 def test_no_mask_of_a_perceptron_exceeds_the_bound(drawn):
     check_bound(*drawn)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(cnns())
 def test_no_mask_of_a_convolutional_network_exceeds_the_bound(drawn):
     check_bound(*drawn)
@@ -282,6 +282,22 @@ def test_units_masked_behind_their_activation_have_the_same_bound(act):
         sharp, loose = bounds(scores[layer], magnitudes, masks)
         assert_at_most(found, sharp)
         assert_at_most(found, loose)
+
+
+class Gated(nn.Sequential):
+    """The input times a gate that is computed from it."""
+
+    def forward(self, x):
+        return x * super().forward(x).sigmoid()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_mask_of_a_network_with_gates_exceeds_the_bound(seed):
+    """What the gates multiply is within 1 here, as their rule takes it to be."""
+    inner = Gated(nn.Linear(7, 3), nn.ReLU(), nn.Linear(3, 7))
+    layers = [nn.Flatten(), nn.Linear(4, 7), nn.Tanh(), inner, nn.Linear(7, 5)]
+    model = nn.Sequential(*layers, nn.ReLU(), nn.Linear(5, 2))
+    check_bound(fill(model, seed), (4, 1, 1))
 
 
 @pytest.mark.filterwarnings("ignore:the plan removes nothing")
@@ -357,7 +373,7 @@ def test_without_negative_numbers_the_sharper_bound_is_an_equality(name):
 # -- the closed form -------------------------------------------------------------------
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(mlps())
 def test_the_highest_scores_minimise_the_bound_for_every_number_kept(drawn):
     """And the objective of that choice is at most the least bound of all."""
@@ -430,17 +446,6 @@ def test_the_unit_of_the_importance_changes_no_plan(factor, joint):
         assert plan_of(model, factor * scores, shape, joint) == once
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(mlps(), st.floats(-150, 150), st.sampled_from([None, 0.5]))
-def test_random_nets_have_one_plan_in_every_unit(drawn, exponent, joint):
-    model, shape = drawn
-    model[-1] = nn.Linear(6, 2).double()
-    model[-3] = nn.Linear(model[-3].in_features, 6).double()
-    scores = draw_scores(model)
-    once = plan_of(model, scores, shape, joint)
-    assert plan_of(model, 10.0**exponent * scores, shape, joint) == once
-
-
 def reorder(model, order: Tensor, makes=(), reads=(), norms=()) -> nn.Module:
     """A copy with the outputs of some layers, and what reads them, in another order."""
     moved = copy.deepcopy(model)
@@ -488,17 +493,6 @@ def test_scores_and_plan_follow_their_channels_to_other_places(which, joint):
     for name, kept in plans[0].items():
         back = [int(order[i]) for i in plans[1][name]] if name in makes else None
         assert sorted(back if back is not None else plans[1][name]) == kept
-
-
-def test_importance_changes_places_with_the_final_responses():
-    model, shape = small_cnn()
-    order, s = torch.tensor([3, 1, 5, 0, 4, 2]), draw_scores(model)
-    moved = reorder(model, order, ["9"], ["11"])
-    before = nisp.propagate(model, s, shape)
-    after = nisp.propagate(moved, s[order], shape)
-    assert torch.equal(after.pop("9"), before.pop("9")[order])
-    for name, scores in before.items():
-        torch.testing.assert_close(after[name], scores, rtol=1e-12, atol=0)
 
 
 def test_of_equal_scores_the_lower_index_goes_first():

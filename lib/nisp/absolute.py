@@ -62,6 +62,9 @@ ACTIVATIONS = GATES | SLOPES.keys() | {"leaky_relu", "elu", "threshold"}
 class _NoRule(Exception):
     """Why an operation cannot be bounded; the mode adds which and where."""
 
+    def __str__(self) -> str:
+        return super().__str__() or "has no propagation rule"
+
 
 class _Reached(Exception):
     """The final responses are there; what follows is of no interest."""
@@ -82,6 +85,8 @@ class AbsoluteNet(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Run the bound of an operation that reads a feature, others as they are."""
         kwargs = dict(kwargs or {})
+        if func is torch._C._set_grad_enabled:  # a forward may say no_grad
+            return None
         if not any(map(is_feature, tensors_in((*args, *kwargs.values())))):
             return func(*args, **kwargs)
         if "input" in kwargs:
@@ -91,7 +96,8 @@ class AbsoluteNet(TorchFunctionMode):
             name = func.__self__.__name__
         try:
             return run_bound(name, func, args, kwargs)
-        except _NoRule as reason:
+        except (_NoRule, RuntimeError, TypeError) as error:
+            reason = error if isinstance(error, _NoRule) else _NoRule()
             where = self.stack[-1] if self.stack else ""
             kind = type(self.modules[where]).__name__
             place = f"in '{where}'" if where else "in the forward"
@@ -109,22 +115,14 @@ def run_bound(name: str, func: Callable, args: tuple, kwargs: dict):
             mark_gates(made)
         return made
     if base not in RULES:
-        return ask(name, func, args, kwargs)
+        made = func(*args, **kwargs)
+        if tensors_in((made,)) or name in {"__bool__", "item", "tolist"}:
+            raise _NoRule
+        return made  # a shape, a device
     made = RULES[base](*args, **kwargs)
     if (base != name or kwargs.get("inplace")) and made is not args[0]:
         made = args[0].copy_(made)
         made._is_gate = base in GATES
-    return made
-
-
-def ask(name: str, func: Callable, args: tuple, kwargs: dict):
-    """A shape, a device and the like; whatever makes or reads numbers has no rule."""
-    try:
-        made = func(*args, **kwargs)
-    except RuntimeError:  # weights and features of two precisions
-        raise _NoRule("has no propagation rule") from None
-    if tensors_in((made,)) or name in {"__bool__", "item", "tolist"}:
-        raise _NoRule("has no propagation rule")
     return made
 
 
@@ -150,12 +148,12 @@ def mark_gates(made) -> None:
 def absolute(weight: Tensor | float) -> Tensor | float:
     """|W| in float64; refuses what is computed, and what is not finite."""
     if is_feature(weight):
-        raise _NoRule("has weights that are features, which has no propagation rule")
+        raise _NoRule("has weights that are features")
     if not isinstance(weight, Tensor):
         return abs(weight)
     if not bool(weight.sum().isfinite()):
         raise _NoRule("has weights that are not finite, or computed from the image")
-    return weight.abs().double()
+    return weight.to(torch.float64, copy=True).abs_()
 
 
 def along_channels(row: Tensor, x: Tensor) -> Tensor:
@@ -191,7 +189,7 @@ def sloped(slope: float) -> Callable:
 
     def rule(x, *limits, **options):
         if any(map(is_feature, (*limits, *options.values()))):
-            raise _NoRule("takes a feature for a limit, which has no propagation rule")
+            raise _NoRule("takes a feature for a limit")
         return x if slope == 1 else x * slope
 
     return rule
@@ -245,7 +243,7 @@ def multiply(a, b):
 def divide(a, b, *, rounding_mode=None):
     """A feature over a constant."""
     if is_feature(b) or rounding_mode is not None:
-        raise _NoRule("divides by a feature, or rounds, which has no propagation rule")
+        raise _NoRule("divides by a feature, or rounds")
     return a / absolute(b)
 
 
