@@ -12,13 +12,17 @@ from xdist.scheduler import LoadScopeScheduling
 SLOW = [
     "30_map_collection 31_map_fit 32_map_pruning",
     "12_scop_pruning",
+    "test_surgery",
     "22_nisp_pruning",
-    "test_settings",
+    "02_surgery",
     "11_scop_selection",
     "21_nisp_propagation",
     "20_nisp_inf_fs",
     "10_scop_knockoffs",
-    "02_surgery",
+    "test_map3d_collect",
+    "test_map3d_space",
+    "test_models",
+    "test_settings",
     "01_baseline",
     "00_start_here",
 ]
@@ -69,7 +73,7 @@ def count_outcomes(reports: dict[str, list], *, notebooks: bool) -> str:
         found = [
             report
             for report in reports.get(outcome, [])
-            if (".ipynb" in report.nodeid) == notebooks
+            if report.nodeid.split("::")[0].endswith(".ipynb") == notebooks
         ]
         if found:
             counts.append(f"{len(found)} {outcome}")

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from types import SimpleNamespace
 
 import conftest
 import pytest
@@ -140,3 +141,10 @@ def test_slow_files_are_files_and_notebooks_that_share_points_stay_together():
     assert len(groups) == 1
     assert conftest.find_group(paths.NOTEBOOKS / "01_baseline.ipynb") not in groups
     assert conftest.find_group(paths.ROOT / "tests" / "test_plan.py") == "test_plan"
+
+
+def test_the_closing_line_counts_cells_and_tests_apart():
+    names = ["notebooks/01_baseline.ipynb::Cell 0", "tests/test_x.py::test_y[z.ipynb]"]
+    reports = {"passed": [SimpleNamespace(nodeid=name) for name in names]}
+    for notebooks in (True, False):
+        assert conftest.count_outcomes(reports, notebooks=notebooks) == "1 passed"
