@@ -277,6 +277,8 @@ def test_integers_views_and_gradients_are_taken_and_nothing_is_written():
     assert torch.equal(inf_fs(wide[::2, ::2]), expected)
     scores = inf_fs(x.clone().requires_grad_())
     assert torch.equal(scores, expected) and not scores.requires_grad
+    view = x.double().T.contiguous().T  # its transpose is contiguous already
+    assert torch.equal(inf_fs(view), expected) and torch.equal(view, before.double())
     assert torch.equal(x, before)
 
 
