@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.graph.dry_run import meta_state, tensors_in, to_meta
+from lib.graph.dry_run import meta_tensors, tensors_in, to_meta
 from lib.graph.watch import dtype_of, modes_kept
 
 
@@ -38,13 +38,12 @@ def count(model: nn.Module, input_shape: tuple[int, int, int]) -> Cost:
     `input_shape` is (C, H, W). Runs on the meta device: nothing is computed, and the
     model is left as found.
     """
-    state = dict(meta_state(model))
     x = torch.empty(1, *input_shape, device="meta", dtype=dtype_of(model))
     counter = FlopCounterMode(display=False)
-    with modes_kept(model), torch.inference_mode(False), torch.no_grad():
+    with meta_tensors(model), torch.inference_mode(False), torch.no_grad():
         model.eval()
         with counter, _OnMeta():
-            torch.func.functional_call(model, state, (x,), tie_weights=False)
+            model(x)
     params = sum(p.numel() for p in model.parameters())
     return Cost(macs=counter.get_total_flops() // 2, params=params)
 

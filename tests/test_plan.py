@@ -196,7 +196,7 @@ BAD = {
     "inf": ({"conv1": torch.full((20,), INF)}, {"rate": 0.5}, "'conv1'.*not finite"),
     "length": ({"conv1": torch.rand(19)}, {"rate": 0.5}, "'conv1' has 20.*19"),
     "rank": ({"conv1": torch.rand(20, 1)}, {"rate": 0.5}, "'conv1' has 20"),
-    "misspelt": ({"cnov1": torch.rand(20)}, {"rate": 0.5}, "nearest: 'conv1'"),
+    "misspelt": ({"cnov1": torch.rand(20)}, {"rate": 0.5}, "did you mean 'conv1'"),
     "classifier": ({"ip2": torch.rand(10)}, {"rate": 0.5}, "ip2: .*outputs of the"),
     "both": ({}, {"rate": 0.5, "macs": 0.5}, "either rate"),
     "none": ({}, {}, "either rate"),

@@ -920,7 +920,7 @@ BAD_PLANS = {
         "conv1, layer1.0.conv2.*tied",
     ),
     "emptied": ("resnet8", {"layer1.0.conv1": []}, "'layer1.0.conv1' would keep no"),
-    "misspelt": ("resnet8", {"layer1.0.cnov1": [0]}, "nearest: 'layer1.0.conv1'"),
+    "misspelt": ("resnet8", {"layer1.0.cnov1": [0]}, "did you mean 'layer1.0.conv1'"),
     "too high": ("resnet8", {"layer1.0.conv1": [16]}, "'layer1.0.conv1'.*0..15"),
     "negative": ("resnet8", {"layer1.0.conv1": [-1]}, "'layer1.0.conv1'.*0..15"),
     "twice": ("resnet8", {"layer1.0.conv1": [1, 1]}, "'layer1.0.conv1'.*once"),

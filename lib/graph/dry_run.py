@@ -1,39 +1,293 @@
-"""Running a model on shapes alone: its state and its operations on the meta device."""
+"""Running a model on shapes alone, and writing down what it runs.
+
+The pass runs on the meta device under a dispatch mode that sees each ATen operation
+with true shapes: no activation is computed or held. Because the model's own Python
+runs, control flow and shape arithmetic need no special handling, and a net that was
+pruned once can be traced and pruned again. `lib.graph.trace` reads the record.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
 
-from lib.graph.tags import SHAPE_KEEPING
+from lib.graph.tags import SHAPE_KEEPING, Operand, Value
+from lib.graph.watch import dtype_of
+
+BATCH = 2  # images in the pass: one would make batch and channels hard to tell apart
+LAYERS = (_ConvNd, nn.Linear)
+LEAVES = (*LAYERS, _BatchNorm, nn.LocalResponseNorm, nn.PReLU, _DropoutNd)
 
 
-def meta_state(model: nn.Module):
-    """Parameters and buffers as meta tensors; integer buffers keep their values.
+@dataclass(slots=True, eq=False)
+class Node:
+    """One operation: a leaf module's type ("Conv2d") or an ATen name ("mean").
 
-    One entry for each attribute of each module, and one meta tensor for each tensor:
-    for `functional_call(..., tie_weights=False)`, which would otherwise put back a
-    module that has two names wrongly.
+    `module` is the innermost of the modules `within` which it ran. `inputs` and
+    `outputs` are positions in `DryRun.values`, `args` and `kwargs` the other arguments.
+    `function`, `operands` and `raw` (all arguments) are for the rules of `trace`; a
+    leaf module has no function.
     """
+
+    op: str
+    module: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    within: tuple[str, ...] = ()
+    function: Callable[..., Any] | None = None
+    operands: tuple[Operand, ...] = ()
+    raw: tuple[Any, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """A module that is no leaf came to its end: the values it was given and made."""
+
+    module: str
+    inputs: tuple[int | None, ...]
+    output: int | None
+
+
+class DryRun(TorchDispatchMode):
+    """The record of the passes of a model; `run_dry` fills one.
+
+    `events` holds nodes and calls in the order of the evaluation pass and, behind the
+    first `evaluated` of them, of the training pass. `images` and `results` are the
+    positions in `values` of what went in and came out. `has_other_work` says whether
+    something else than a layer has MACs.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.modules = dict(model.named_modules())
+        self.events: list[Node | Call] = []
+        self.evaluated = 0
+        self.values: list[Value] = []
+        self.images: list[int] = []
+        self.results: list[int] = []
+        self.has_other_work = False
+        self._known: dict[int, int] = {}
+        self._alive: list[Tensor] = []
+        self._within: tuple[str, ...] = ()
+        self._failed: tuple[str, ...] | None = None
+        self._in_leaf = False
+        self._parameters: dict[int, str] = {}
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The operations of the evaluation pass."""
+        return [e for e in self.events[: self.evaluated] if isinstance(e, Node)]
+
+    def locate(self, name: str | None) -> str:
+        """A module in words, for messages."""
+        kind = type(self.modules[name or ""]).__name__
+        return f"'{name}' ({kind})" if name else f"the forward of {kind}"
+
+    def run(self, model: nn.Module, input_shape: tuple[int, ...]) -> None:
+        """One pass in the mode in which the model is."""
+        self._known.clear()
+        x = torch.empty(BATCH, *input_shape, device="meta", dtype=dtype_of(model))
+        self.images.append(self._put(x))
+        try:
+            with torch.inference_mode(False), torch.no_grad(), self:
+                output = model(x)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise ValueError(
+                f"the forward pass at input shape {tuple(input_shape)} failed in "
+                f"{self.locate((self._failed or ('',))[-1])}: {reason}"
+            ) from error
+        made = [self._known.get(id(leaf)) for leaf in tree_leaves(output)]
+        self.results += [place for place in made if place is not None]
+
+    # -- modules: each gets a `forward` that takes notes while the pass lasts ---------
+
+    def attach(self, parameters: dict[int, str]) -> None:
+        """Let every module report here; `parameters` names them by the id of each."""
+        self._parameters = parameters
+        for name, module in self.modules.items():
+            if type(module).forward is nn.Module.forward:
+                continue  # a list of modules is not run itself
+            wrap = self._wrap_leaf if _is_leaf(module) else self._wrap_module
+            module.__dict__["forward"] = wrap(name, module, module.forward)
+
+    def _wrap_module(
+        self, name: str, module: nn.Module, forward: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self._in_leaf:
+                return forward(*args, **kwargs)
+            with self._inside(name):
+                output = forward(*args, **kwargs)
+            given = tensors_in((*args, *kwargs.values()))
+            inputs = tuple(self._known.get(id(t)) for t in given)
+            self.events.append(Call(name, inputs, self._known.get(id(output))))
+            return output
+
+        return run
+
+    def _wrap_leaf(
+        self, name: str, module: nn.Module, forward: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        kind = type(module).__name__
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self._in_leaf:
+                return forward(*args, **kwargs)
+            x = tensors_in((*args, *kwargs.values()))[0]
+            self._in_leaf = True
+            try:
+                with self._inside(name):
+                    y = _guess_output(module, x)
+                    if y is None:
+                        y = forward(*args, **kwargs)
+            finally:
+                self._in_leaf = False
+            source = self._known.get(id(x))
+            inputs = () if source is None else (source,)
+            self.events.append(Node(kind, name, inputs, (self._put(y),)))
+            return y
+
+        return run
+
+    @contextmanager
+    def _inside(self, name: str) -> Iterator[None]:
+        before, self._within = self._within, (*self._within, name)
+        try:
+            yield
+        except Exception:
+            self._failed = self._failed or self._within
+            raise
+        finally:
+            self._within = before
+
+    # -- operations ----------------------------------------------------------------
+
+    def _put(self, tensor: Tensor) -> int:
+        self._known[id(tensor)] = len(self.values)
+        self._alive.append(tensor)  # keeps the id from being used again
+        self.values.append(Value(tuple(tensor.shape)))
+        return len(self.values) - 1
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one operation on the meta device and write it down."""
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        tensors = tensors_in((*args, *kwargs.values()))
+        output = run_operation(name, func, args, kwargs, tensors)
+        if self._in_leaf:
+            return output
+        if not self.evaluated and func._overloadpacket in flop_registry:
+            self.has_other_work = True
+        operands = tuple(map(self._operand, tensors))
+        if not any(x.value for x in operands):
+            return output
+        inputs = tuple(self._known[id(t)] for t in tensors if id(t) in self._known)
+        made = tuple(self._put(t) for t in tensors_in((output,)))
+        within = self._within
+        rest, within = _without_tensors(args), self._within
+        place = within[-1] if within else ""
+        node = Node(name, place, inputs, made, rest, kwargs, within, func)
+        node.operands, node.raw = operands, args
+        self.events.append(node)
+        return output
+
+    def _operand(self, tensor: Tensor) -> Operand:
+        place = self._known.get(id(tensor))
+        return Operand(
+            tuple(tensor.shape),
+            None if place is None else self.values[place],
+            self._parameters.get(id(tensor)),
+            tensor.device.type != "meta",
+        )
+
+
+def run_dry(model: nn.Module, input_shape: tuple[int, ...]) -> DryRun:
+    """Watch one evaluation pass, and a training pass where that reaches more layers.
+
+    `input_shape` is (C, H, W). Auxiliary heads run only in training. The model is left
+    as found. Raises `ValueError` naming the module in which the pass failed.
+    """
+    record = DryRun(model)
+    with meta_tensors(model) as names:
+        if any(module.training for module in record.modules.values()):
+            model.eval()
+        record.attach(names)
+        record.run(model, input_shape)
+        record.evaluated = len(record.events)
+        wanted = {n for n, m in record.modules.items() if isinstance(m, LAYERS)}
+        if wanted - {node.module for node in record.nodes}:
+            record.run(model.train(), input_shape)
+    record._alive.clear()
+    record._known.clear()
+    return record
+
+
+@contextmanager
+def meta_tensors(model: nn.Module) -> Iterator[dict[int, str]]:
+    """Parameters and buffers on the meta device while inside, their names by id.
+
+    Buffers of integers keep their values, on the CPU: a network moves channels by them.
+    Whatever a pass does to the attributes of a module, modes and cached constants
+    among them, is taken back afterwards.
+    """
+    kept = [
+        (store, dict(store))
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+        for store in (module.__dict__, module._parameters, module._buffers)
+    ]
     made: dict[int, Tensor] = {}
-    for path, module in model.named_modules():
-        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None:
-                continue
-            if id(tensor) not in made and tensor.is_floating_point():
-                made[id(tensor)] = torch.empty_like(tensor, device="meta")
-            elif id(tensor) not in made:
-                made[id(tensor)] = tensor.detach().clone()
-            yield f"{path}.{key}" if path else key, made[id(tensor)]
+    names: dict[int, str] = {}
+    try:
+        for path, module in model.named_modules():
+            for store in (module._parameters, module._buffers):
+                for key, tensor in store.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in made:
+                        made[id(tensor)] = _stand_in(tensor)
+                    store[key] = made[id(tensor)]
+                    name = f"{path}.{key}" if path else key
+                    names.setdefault(id(store[key]), name)
+        yield names
+    finally:
+        for store, content in kept:
+            store.clear()
+            store.update(content)
 
 
-def to_meta(tree):
+def _stand_in(tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point() or tensor.is_meta:
+        return torch.empty_like(tensor, device="meta", requires_grad=False)
+    return tensor.detach().cpu().clone()
+
+
+def to_meta(tree: Any) -> Any:
     """The same nest of arguments with every tensor on the meta device."""
     return tree_map_only(Tensor, lambda t: t.to("meta"), tree)
 
 
-def tensors_in(items) -> list[Tensor]:
+def tensors_in(items: Iterable[Any]) -> list[Tensor]:
     """The tensors among `items` and in the lists among them (quicker than a pytree)."""
-    found = []
+    found: list[Tensor] = []
     for item in items:
         if isinstance(item, Tensor):
             found.append(item)
@@ -42,27 +296,105 @@ def tensors_in(items) -> list[Tensor]:
     return found
 
 
-def run_operation(name: str, func, args: tuple, kwargs: dict, tensors: list[Tensor]):
+def _without_tensors(args: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(
+        None
+        if isinstance(a, Tensor)
+        else list(_without_tensors(a))
+        if isinstance(a, (list, tuple))
+        else a
+        for a in args
+    )
+
+
+def run_operation(
+    name: str,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tensors: list[Tensor],
+) -> Any:
     """The operation on the meta device, or its shape alone where that is plain.
 
-    Real tensors (constants, indices) are moved there; meta kernels of element-wise
-    operations are slow Python, so equal shapes skip them; a view of the input stands in
-    for the output.
+    Real tensors (constants, indices) are moved there, and to the CPU where they lie on
+    several devices; meta kernels of element-wise operations are slow Python, so equal
+    shapes skip them; a view of the input stands in for the output.
     """
-    if any(t.device.type != "meta" for t in tensors):
-        if all(t.device.type != "meta" for t in tensors):
-            return func(*args, **kwargs)
-        args, kwargs = to_meta(args), to_meta(kwargs)
-    elif name in SHAPE_KEEPING:
+    kinds = {t.device.type for t in tensors}
+    if len(kinds) > 1:
+        place = "meta" if "meta" in kinds else "cpu"
+        args, kwargs = (
+            tree_map_only(Tensor, lambda t: t.to(place), x) for x in (args, kwargs)
+        )
+    elif name in SHAPE_KEEPING and kinds == {"meta"}:
         x = tensors[0]
         if all(t.shape == x.shape and t.dtype == x.dtype for t in tensors):
             return x if name.endswith("_") else x.detach()
     return func(*args, **kwargs)
 
 
-def run_leaf(name: str, func, args: tuple, kwargs: dict):
-    """Inside a leaf module only the output's shape matters; a norm's is its input's."""
-    if "batch_norm" in name:
-        made = [args[0].detach() for _ in func._schema.returns]
-        return tuple(made) if len(made) > 1 else made[0]
-    return func(*args, **kwargs)
+# -- leaf modules: their output's shape without a meta kernel --------------------------
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Does it run as torch defines it, so that a rule knows it by its type?"""
+    if not isinstance(module, LEAVES) or isinstance(module, _ConvTransposeNd):
+        return False
+    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+        return False  # one slope for all channels is an element-wise operation
+    if isinstance(module, (nn.LocalResponseNorm, _DropoutNd)):
+        return True
+    plain = any(
+        getattr(module.forward, "__func__", None) is vars(base).get("forward")
+        for base in type(module).__mro__
+        if base.__module__.startswith("torch.nn.modules")
+    )
+    return plain and (isinstance(module, _BatchNorm) or "weight" in module._parameters)
+
+
+def _guess_output(module: nn.Module, x: Tensor) -> Tensor | None:
+    """What the leaf makes of `x`, or None where its own forward had better say.
+
+    Only what is plain is guessed. In doubt (a layout, a type, a size that does not
+    fit) torch's meta kernel decides, and words the error.
+    """
+    if not x.is_meta:
+        return None
+    if isinstance(module, _BatchNorm):
+        return x.detach() if _norm_fits(module, x) else None
+    shape: tuple[int, ...] | None = None
+    if isinstance(module, LAYERS) and _is_plain(module, x):
+        if isinstance(module, nn.Linear):
+            if x.shape[-1] == module.weight.shape[1]:
+                shape = (*x.shape[:-1], module.weight.shape[0])
+        else:
+            shape = _shape_of_convolution(module, x)
+    return None if shape is None else torch.empty(shape, dtype=x.dtype, device="meta")
+
+
+def _is_plain(module: nn.Module, x: Tensor) -> bool:
+    weight, bias = module.weight, module.bias
+    whole = x.is_contiguous() and weight.is_contiguous() and x.dtype == weight.dtype
+    return whole and (bias is None or bias.shape == weight.shape[:1])
+
+
+def _norm_fits(module: _BatchNorm, x: Tensor) -> bool:
+    module._check_input_dim(x)
+    rows = (module.weight, module.bias, module.running_mean, module.running_var)
+    enough = not module.training or x.numel() > x.shape[1]
+    return enough and all(row is None or row.shape == x.shape[1:2] for row in rows)
+
+
+def _shape_of_convolution(module: _ConvNd, x: Tensor) -> tuple[int, ...] | None:
+    out, inputs, *kernel = module.weight.shape
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return None
+    if x.ndim != len(kernel) + 2 or x.shape[1] != inputs * module.groups:
+        return None
+    steps = zip(
+        x.shape[2:], kernel, module.stride, module.padding, module.dilation, strict=True
+    )
+    sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in steps]
+    if out % module.groups or min(sizes) < 1:
+        return None
+    return (x.shape[0], out, *sizes)

@@ -9,8 +9,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from lib.graph.trace import Layer, Node, Trace, trace
@@ -48,136 +46,37 @@ class Graph:
     """A traced network: operations, layers, units and groups. Built by `build_graph`.
 
     `layers` maps names to what each convolution and linear layer reads and makes (as
-    tags), `norms`, `vectors`, `moves` and `shuffles` the same for everything else
-    with a size, `pairs` each layer with the BatchNorm that alone reads it; `unit_of`
-    maps tags to units, the last unit stands for constants and is always kept.
-    `has_other_work` says whether the pass has MACs outside of `layers`.
+    tags), `norms`, `vectors`, `moves` and `shuffles` the same for everything else with
+    a size, `pairs` each layer with the BatchNorm that alone reads it; `unit_of` maps
+    tags to units, the last unit stands for constants and is always kept. `rows` and
+    `columns` are the units of each layer's outputs and inputs. `has_other_work` says
+    whether the pass has MACs outside of `layers`.
     """
 
     def __init__(self, record: Trace):
+        ledger = record.ledger
         self.nodes: list[Node] = record.nodes
         self.values = record.values
         self.layers: dict[str, Layer] = record.layers
         self.norms = record.norms
-        self.vectors = record.ledger.vectors
+        self.vectors = ledger.vectors
         self.moves = record.moves
         self.shuffles = record.shuffles
         self.calls = record.calls
-        self.has_other_work = record.has_other_work
-        self.num_tags = record.ledger.count
+        self.has_other_work = record.record.has_other_work
+        self.num_tags = ledger.count
         self.pairs: dict[str, str] = self._find_pairs()
-        self._units, self.num_units = _components(
-            record.ledger.count, record.ledger.ties
-        )
-        self._reasons = self._read_reasons(record)
-        self._joined = self._mark(record, record.ledger.added)
-        self._bound = self._mark(record, record.ledger.bound)
+        found, self.num_units = find_components(ledger.count, ledger.ties)
+        self._units = torch.cat([found, torch.tensor([self.num_units])])
+        self.rows = {n: self.unit_of(x.outputs) for n, x in self.layers.items()}
+        self.columns = {n: self.unit_of(x.inputs) for n, x in self.layers.items()}
         self.followers = frozenset(n for n, x in self.layers.items() if x.depthwise)
-        self.groups: list[Group] = self._make_groups()
+        self.groups: list[Group] = _Grouping(self, record).groups
         self.group_of = {name: group for group in self.groups for name in group.layers}
-
-    # -- units ---------------------------------------------------------------------
 
     def unit_of(self, tags: Tensor) -> Tensor:
         """The unit of each tag; constants get the extra, always kept, last unit."""
         return self._units[tags]
-
-    def _mark(self, record: Trace, rows: list[Tensor]) -> Tensor:
-        marks = torch.zeros(record.ledger.count, dtype=torch.bool)
-        for row in rows:
-            marks[row] = True
-        return marks
-
-    def _read_reasons(self, record: Trace) -> dict[int, str]:
-        reasons: dict[int, str] = {}
-        for tags, reason in record.ledger.frozen:
-            for unit in self.unit_of(tags).tolist():
-                reasons.setdefault(unit, reason)
-        return reasons
-
-    # -- groups --------------------------------------------------------------------
-
-    def _make_groups(self) -> list[Group]:
-        rows = {name: self.unit_of(x.outputs) for name, x in self.layers.items()}
-        names = list(rows)
-        edges = [
-            torch.stack([torch.full_like(row, i), row + len(names)])
-            for i, row in enumerate(rows.values())
-        ]
-        member, _ = _components(len(names) + self.num_units, edges)
-        members = defaultdict(list)
-        for i, name in enumerate(names):
-            members[int(member[i])].append(name)
-        self._fix_mixed_groups(member[len(names) :])
-        blocks = self._read_blocks()
-        return [self._make_group(names, rows, blocks) for names in members.values()]
-
-    def _fix_mixed_groups(self, member: Tensor) -> None:
-        """A grouped convolution that reads a concatenation balances several layers."""
-        for name, layer in self.layers.items():
-            if layer.groups == 1 or layer.depthwise:
-                continue
-            units = self.unit_of(layer.inputs)
-            units = units[units < self.num_units]
-            if len(member[units].unique()) > 1:
-                reason = f"'{name}' is grouped and reads them together with others"
-                for unit in units.tolist():
-                    self._reasons.setdefault(unit, reason)
-
-    def _make_group(self, names: list[str], rows, blocks) -> Group:
-        units = torch.unique(torch.cat([rows[n] for n in names]))
-        first = rows[max(names, key=lambda n: len(rows[n].unique()))]
-        if len(first) == len(units):  # keep the channel order of the widest layer
-            units = first
-        place = torch.full((self.num_units,), -1)
-        place[units] = torch.arange(len(units))
-        fixed = next(
-            (self._reasons[u] for u in units.tolist() if u in self._reasons), None
-        )
-        partition, clash = _meet_blocks(
-            units, [b[units] for b in blocks if (b[units] >= 0).any()]
-        )
-        return Group(
-            layers=tuple(names),
-            size=len(units),
-            index={n: place[rows[n]] for n in names},
-            blocks=partition,
-            joined=frozenset(n for n in names if self._feeds_addition(n)),
-            scatterable=frozenset(n for n in names if self._is_scatterable(n)),
-            fixed=fixed or clash,
-        )
-
-    def _feeds_addition(self, name: str) -> bool:
-        return bool(self._joined[self.layers[name].outputs].any())
-
-    def _is_scatterable(self, name: str) -> bool:
-        """Between it and the addition there is at most its own BatchNorm."""
-        tags = self.layers[name].outputs
-        if not self._feeds_addition(name) or bool(self._bound[tags].any()):
-            return False
-        pair = self.pairs.get(name)
-        return not any(
-            bool(torch.isin(row, tags).any())
-            for norm, row in self.norms.items()
-            if norm != pair
-        )
-
-    def _read_blocks(self) -> list[Tensor]:
-        """For each side of each grouped convolution: the block of every unit, or -1."""
-        found = []
-        for layer in self.layers.values():
-            if layer.groups == 1 or layer.depthwise:
-                continue
-            for tags in (layer.inputs, layer.outputs):
-                block = torch.full((self.num_units + 1,), -1)
-                number = torch.arange(layer.groups)
-                block[self.unit_of(tags)] = number.repeat_interleave(
-                    len(tags) // layer.groups
-                )
-                found.append(block)
-        return found
-
-    # -- pairs, blocks, cost -------------------------------------------------------
 
     def _find_pairs(self) -> dict[str, str]:
         """Each convolution or linear layer with the BatchNorm that alone reads it."""
@@ -198,19 +97,167 @@ class Graph:
         total = 0
         for name, layer in self.layers.items():
             if name in rows:
-                inputs = int(alive[self.unit_of(layer.inputs)].sum())
+                inputs = int(alive[self.columns[name]].sum())
                 work = layer.count_work(inputs, int(rows[name].sum()))
                 total += work * sum(layer.positions)
         return total
 
 
-def build_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> Graph:
+def build_graph(model: nn.Module, input_shape: tuple[int, ...]) -> Graph:
     """Trace `model` once at `input_shape` (C, H, W) on the meta device.
 
     The model, its parameters and its train/eval mode are left as found. Nothing is
     remembered: build it once at the entry of a task and hand it down.
     """
     return Graph(trace(model, input_shape))
+
+
+# -- groups ----------------------------------------------------------------------------
+
+
+class _Grouping:
+    """Sorts the layers of a graph into groups."""
+
+    def __init__(self, graph: Graph, record: Trace):
+        self.graph, self.record = graph, record
+        self.joined = self._mark(record.ledger.added)
+        self.bound = self._mark(record.ledger.bound)
+        self.reasons = [reason for _, reason in record.ledger.frozen]
+        self.reason_of = self._find_reasons()
+        self.readers = self._count_norms()
+        self.place = torch.full((graph.num_units,), -1)
+        self.groups = self._make_groups()
+
+    def _mark(self, rows: list[Tensor]) -> Tensor:
+        marks = torch.zeros(self.graph.num_tags, dtype=torch.bool)
+        if rows:
+            marks[torch.cat(rows)] = True
+        return marks
+
+    def _find_reasons(self) -> Tensor:
+        """For each unit the position of the first reason to leave it alone, or -1."""
+        found = torch.full((self.graph.num_units + 1,), -1)
+        for i, (tags, _) in reversed(list(enumerate(self.record.ledger.frozen))):
+            found[self.graph.unit_of(tags)] = i
+        return found
+
+    def _count_norms(self) -> Tensor:
+        """How many norms and the like read each tag; constants have the last place."""
+        count = torch.zeros(self.graph.num_tags + 1, dtype=torch.long)
+        for tags in self.graph.norms.values():
+            count[tags.unique()] += 1
+        return count
+
+    def _make_groups(self) -> list[Group]:
+        rows, num_units = self.graph.rows, self.graph.num_units
+        edges = [
+            torch.stack([torch.full_like(row, num_units + i), row])
+            for i, row in enumerate(rows.values())
+        ]
+        member, _ = find_components(num_units + len(rows), edges)
+        members = defaultdict(list)
+        for name, number in zip(rows, member[num_units:].tolist(), strict=True):
+            members[number].append(name)
+        self._fix_mixed_groups(member)
+        blocks = self._read_blocks()
+        return [self._make_group(names, blocks) for names in members.values()]
+
+    def _fix_mixed_groups(self, member: Tensor) -> None:
+        """A grouped convolution that reads a concatenation balances several layers."""
+        for name, layer in self.graph.layers.items():
+            if layer.groups == 1 or layer.depthwise:
+                continue
+            units = self.graph.columns[name]
+            units = units[units < self.graph.num_units]
+            if len(member[units].unique()) > 1:
+                free = units[self.reason_of[units] < 0]
+                self.reason_of[free] = len(self.reasons)
+                self.reasons.append(
+                    f"'{name}' is grouped and reads them together with others"
+                )
+
+    def _read_blocks(self) -> list[Tensor]:
+        """For each side of each grouped convolution: the block of every unit, or -1."""
+        found = []
+        for name, layer in self.graph.layers.items():
+            if layer.groups == 1 or layer.depthwise:
+                continue
+            for units in (self.graph.columns[name], self.graph.rows[name]):
+                block = torch.full((self.graph.num_units + 1,), -1)
+                number = torch.arange(layer.groups)
+                block[units] = number.repeat_interleave(len(units) // layer.groups)
+                found.append(block)
+        return found
+
+    def _make_group(self, names: list[str], blocks: list[Tensor]) -> Group:
+        rows = self.graph.rows
+        distinct = {n: rows[n].unique() for n in names}
+        units = torch.cat(list(distinct.values())).unique()
+        widest = max(names, key=lambda n: len(distinct[n]))
+        if len(rows[widest]) == len(units):  # keep the widest layer's channel order
+            units = rows[widest]
+        self.place[units] = torch.arange(len(units))
+        reasons = self.reason_of[units]
+        reasons = reasons[reasons >= 0]
+        partition, clash = _meet_blocks(
+            units, [b[units] for b in blocks if bool((b[units] >= 0).any())]
+        )
+        return Group(
+            layers=tuple(names),
+            size=len(units),
+            index={n: self.place[rows[n]] for n in names},
+            blocks=partition,
+            joined=frozenset(n for n in names if self._feeds_addition(n)),
+            scatterable=frozenset(n for n in names if self._is_scatterable(n)),
+            fixed=self.reasons[int(reasons[0])] if len(reasons) else clash,
+        )
+
+    def _feeds_addition(self, name: str) -> bool:
+        return bool(self.joined[self.graph.layers[name].outputs].any())
+
+    def _is_scatterable(self, name: str) -> bool:
+        """Between it and the addition there is at most its own BatchNorm."""
+        tags = self.graph.layers[name].outputs
+        if not self._feeds_addition(name) or bool(self.bound[tags].any()):
+            return False
+        pair = self.graph.pairs.get(name)
+        readers = self.readers[tags]
+        if pair:
+            readers = readers - torch.isin(tags, self.graph.norms[pair]).long()
+        return not bool(readers.any())
+
+
+def _meet_blocks(units: Tensor, partitions: list[Tensor]) -> tuple[Tensor, str | None]:
+    """The common refinement of several partitions of the units into equal blocks."""
+    if not partitions:
+        return torch.zeros(len(units), dtype=torch.long), None
+    _, blocks = torch.stack(partitions, 1).unique(dim=0, return_inverse=True)
+    sizes = torch.bincount(blocks)
+    if bool((sizes == sizes[0]).all()):
+        return blocks, None
+    return blocks, "grouped convolutions divide these channels in ways that do not fit"
+
+
+def find_components(count: int, edges: list[Tensor]) -> tuple[Tensor, int]:
+    """Component of each of `count` items under `edges` [2, n], and how many there are.
+
+    Components are numbered by their smallest members. Every item points to a smaller
+    or equal one of its component; each round points the ends of an edge to the smaller
+    of their two roots and then follows all pointers to their ends.
+    """
+    a, b = torch.cat([torch.empty(2, 0, dtype=torch.long), *edges], 1)
+    root = torch.arange(count)
+    while not torch.equal(root[a], root[b]):
+        low = torch.minimum(root[a], root[b])
+        for end in (a, b):
+            root = root.scatter_reduce(0, root[end], low, "amin")
+        while not torch.equal(further := root[root], root):
+            root = further
+    roots, component = root.unique(return_inverse=True)
+    return component, len(roots)
+
+
+# -- blocks that may go ----------------------------------------------------------------
 
 
 def droppable_blocks(graph: Graph, model: nn.Module) -> list[str]:
@@ -261,27 +308,3 @@ def _carries_input(graph: Graph, block: str) -> bool:
         return True
     plain = len(last.inputs) == 2 and last.kwargs.get("alpha", 1) == 1
     return last.op in {"add", "add_"} and plain
-
-
-def _components(count: int, pairs: list[Tensor]) -> tuple[Tensor, int]:
-    """Component of each of `count` items under `pairs` [2, n]; one extra slot at -1."""
-    edges = torch.cat([torch.empty(2, 0, dtype=torch.long), *pairs], 1).numpy()
-    ones = torch.ones(edges.shape[1]).numpy()
-    matrix = coo_array((ones, (edges[0], edges[1])), shape=(count, count))
-    number, found = connected_components(matrix, directed=False)
-    extra = torch.tensor([number])
-    return torch.cat([torch.from_numpy(found).long(), extra]), number
-
-
-def _meet_blocks(units: Tensor, partitions: list[Tensor]) -> tuple[Tensor, str | None]:
-    """The common refinement of several partitions of the units into equal blocks."""
-    if not partitions:
-        return torch.zeros(len(units), dtype=torch.long), None
-    _, blocks = torch.stack(partitions, 1).unique(dim=0, return_inverse=True)
-    sizes = torch.bincount(blocks)
-    clash = (
-        None
-        if bool((sizes == sizes[0]).all())
-        else ("grouped convolutions divide these channels in ways that do not fit")
-    )
-    return blocks, clash

@@ -10,6 +10,7 @@ it reads, with the reason, so that nothing is pruned on a guess.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,17 +55,21 @@ class Value:
     """A tensor of the pass: its shape and its tags, None where they were lost."""
 
     shape: tuple[int, ...]
-    tags: Tensor | None
+    tags: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Operand:
-    """One argument of an operation: its shape, what is known of it, its name if it is
-    a parameter of the model."""
+    """One tensor that an operation reads: its shape, and what is known of it.
+
+    `value` is None for a constant, `parameter` its name if it is one of the model's;
+    `real` says whether it holds numbers, not just a shape.
+    """
 
     shape: tuple[int, ...]
     value: Value | None
     parameter: str | None = None
+    real: bool = False
 
     @property
     def tags(self) -> Tensor | None:
@@ -80,7 +85,7 @@ class Ledger:
     lie along channels: name -> (dimension, tags).
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count = 0
         self.ties: list[Tensor] = []
         self.added: list[Tensor] = []
@@ -122,7 +127,7 @@ class Ledger:
     # -- rules: what an operation makes of the tags of its operands ---------------
 
     def elementwise(
-        self, name: str, operands: list[Operand], shape: Sequence[int], where: str
+        self, name: str, operands: Sequence[Operand], shape: Sequence[int], where: str
     ) -> Tensor | None:
         """Operands broadcast against one another; channels keep their places."""
         rows = [x.tags for x in operands if x.tags is not None]
@@ -159,7 +164,9 @@ class Ledger:
             result = torch.where(constant, CONSTANT, result)
         return result
 
-    def _meet_constant(self, x: Operand, row: Tensor, shape, where: str) -> None:
+    def _meet_constant(
+        self, x: Operand, row: Tensor, shape: Sequence[int], where: str
+    ) -> None:
         """A parameter that lies along the channels is pruned with them; else frozen."""
         size = (1,) * (len(shape) - len(x.shape)) + tuple(x.shape)
         row = _widen(row, len(shape))
@@ -203,7 +210,7 @@ class Ledger:
             return tags
         return tags.reshape([n for d, n in enumerate(tags.shape) if d not in dims])
 
-    def cat(self, operands: list[Operand], dim: int, where: str) -> Tensor:
+    def cat(self, operands: Sequence[Operand], dim: int, where: str) -> Tensor:
         """Labels one behind the other along `dim`."""
         ndim = len(operands[0].shape)
         dim %= ndim
@@ -223,7 +230,11 @@ class Ledger:
 
 
 def move_tags(
-    name: str, function: Callable, value: Value, args: tuple, kwargs: dict
+    name: str,
+    function: Callable[..., Any],
+    value: Value,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[list[Tensor], bool]:
     """Labels after a reshaping or indexing operation, one per output.
 
@@ -254,16 +265,19 @@ def _pad(value: Value, amounts: Sequence[int]) -> tuple[list[Tensor], bool]:
 
 
 def _widen(row: Tensor, ndim: int) -> Tensor:
+    if row.ndim == ndim:
+        return row
     return row.view((1,) * (ndim - row.ndim) + tuple(row.shape))
 
 
 def compress(tags: Tensor, *, only: int | None = None) -> Tensor:
     """Give tags size 1 along every dimension in which the tags do not vary."""
     for dim in range(tags.ndim) if only is None else [only]:
-        first = tags.narrow(dim, 0, min(1, tags.shape[dim]))
-        if tags.shape[dim] > 1 and torch.equal(tags, first.expand_as(tags)):
-            tags = first
-    return tags.clone()
+        if tags.shape[dim] > 1:
+            first = tags.narrow(dim, 0, 1)  # stride 0: expanded, one number in memory
+            if tags.stride(dim) == 0 or torch.equal(tags, first.expand_as(tags)):
+                tags = first
+    return tags
 
 
 def _keeps_order(before: Tensor, after: Tensor) -> bool:

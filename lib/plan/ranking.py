@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from lib import cost
 from lib.graph import Graph, Group, build_graph
-from lib.plan.record import Plan, nearest_name
+from lib.messages import check_choice, suggest
+from lib.plan.record import Plan
 from lib.plan.resolve import resolve
 
 Scores = Mapping[str, Tensor]
+Rate = float | Mapping[str, float]
 
 
 def from_scores(
@@ -21,7 +23,7 @@ def from_scores(
     scores: Scores,
     input_shape: tuple[int, int, int],
     *,
-    rate: float | Mapping[str, float] | None = None,
+    rate: Rate | None = None,
     macs: float | None = None,
     scope: str = "layer",
     residual: str = "tie",
@@ -32,9 +34,10 @@ def from_scores(
     `scores[layer]` is a float tensor [output channels]; layers without a score stay
     whole. Exactly one of `rate` (share of channels removed; one number, or one per
     layer) and `macs` (share of MACs kept, met within 1 %) is given. `scope="layer"`
-    removes the same share everywhere: the `int(rate * C)` lowest of each layer, equal
-    scores from the lower index on, at least one kept, as many in every group of a
-    grouped convolution. `scope="global"` ranks all channels together.
+    removes the same share everywhere: the `floor(rate * C)` lowest of each layer, with
+    `rate` as it is written (.58 of 50 is 29), equal scores from the lower index on, at
+    least one kept, as many in every group of a grouped convolution. `scope="global"`
+    ranks all channels together.
 
     `residual` decides about layers that feed an addition: "tie" prunes them together
     (score = sum over the scored members), "scatter" each on its own, written back
@@ -48,7 +51,7 @@ def from_scores(
     graph = graph or build_graph(model, input_shape)
     _check_scores(graph, scores, model)
     for name in rate.keys() - scores.keys() if isinstance(rate, Mapping) else ():
-        raise ValueError(f"rate: '{name}' has no scores{nearest_name(name, scores)}")
+        raise ValueError(f"rate: '{name}' has no scores{suggest(name, scores)}")
     pools = _make_pools(graph, scores, residual)
     if macs is not None:
         other = 0
@@ -56,16 +59,27 @@ def from_scores(
             other = cost.count(model, input_shape).macs
             other -= _macs_of(graph, pools, [0] * len(pools))
         removed = _meet_macs(graph, pools, macs, scope, other)
-    elif scope == "global":
+    elif scope == "global" and not isinstance(rate, Mapping) and rate is not None:
         removed = _lowest(_global_order(pools), pools, rate)
     else:
-        removed = [_count(pool, _rate_of(pool, rate)) for pool in pools]
+        removed = [
+            min(count_share(_rate_of(pool, rate), len(pool.order)), pool.most)
+            for pool in pools
+        ]
     plan = _make_plan(pools, removed)
     if not plan.keep:
         warnings.warn(
             "the plan removes nothing: too low a rate, or no scores", stacklevel=2
         )
     return plan
+
+
+def count_share(rate: float, size: int) -> int:
+    """floor(rate * size), by the decimal that `rate` is written as.
+
+    In floats .58 * 50 is 28.999...: what rounding alone keeps from an integer is one.
+    """
+    return math.floor(rate * size + 1e-9)
 
 
 @dataclass(frozen=True)
@@ -87,7 +101,8 @@ class _Pool:
 
 
 def _make_pools(graph: Graph, scores: Scores, residual: str) -> list[_Pool]:
-    pools, refused = [], []
+    pools: list[_Pool] = []
+    refused: list[str] = []
     for group in graph.groups:
         scored = [n for n in group.layers if n in scores]
         alone = [n for n in scored if n in group.scatterable and residual == "scatter"]
@@ -115,30 +130,30 @@ def _make_pools(graph: Graph, scores: Scores, residual: str) -> list[_Pool]:
     return pools
 
 
-def _make_pool(graph, group: Group, names, scores: Scores, *, scatter: bool) -> _Pool:
+def _make_pool(
+    graph: Graph,
+    group: Group,
+    names: tuple[str, ...],
+    scores: Scores,
+    *,
+    scatter: bool,
+) -> _Pool:
     total = torch.zeros(group.size, dtype=torch.float64)
     for name in names:
         values = scores[name].detach().to("cpu", torch.float64)
         total.index_add_(0, group.index[name], values)
-    blocks = _blocks_of_layer(graph, group, names[0]) if scatter else group.unit_blocks
+    blocks: Iterable[Tensor] = group.unit_blocks
+    if scatter:  # alone, so only its own convolution's groups count
+        blocks = group.index[names[0]].chunk(graph.layers[names[0]].groups)
     order = torch.stack(
         [b[torch.sort(total[b], stable=True).indices] for b in blocks], 1
     )
-    return _Pool(group, tuple(names), order, total[order].sum(1), scatter)
+    return _Pool(group, names, order, total[order].sum(1), scatter)
 
 
-def _blocks_of_layer(graph: Graph, group: Group, name: str) -> list[Tensor]:
-    """The units of one scattered layer, in the blocks of its own convolution."""
-    return list(group.index[name].chunk(graph.layers[name].groups))
-
-
-def _count(pool: _Pool, rate: float) -> int:
-    return min(int(rate * len(pool.order)), pool.most)
-
-
-def _rate_of(pool: _Pool, rate) -> float:
+def _rate_of(pool: _Pool, rate: Rate | None) -> float:
     if not isinstance(rate, Mapping):
-        return rate
+        return rate or 0.0
     given = {rate[n] for n in pool.layers if n in rate}
     if len(given) > 1:
         raise ValueError(f"tied layers need one rate: {', '.join(pool.layers)}")
@@ -161,7 +176,7 @@ def _share_order(pools: list[_Pool]) -> list[int]:
 
 def _lowest(order: list[int], pools: list[_Pool], rate: float) -> list[int]:
     """Steps removed per pool when `rate` of all channels go, in `order`."""
-    goal = rate * sum(p.order.numel() for p in pools)
+    goal = count_share(rate, sum(p.order.numel() for p in pools))
     removed, gone = [0] * len(pools), 0
     for i in order:
         if gone + pools[i].order.shape[1] > goal:
@@ -218,7 +233,8 @@ def _macs_of(graph: Graph, pools: list[_Pool], removed: list[int]) -> int:
 
 
 def _make_plan(pools: list[_Pool], removed: list[int]) -> Plan:
-    keep, scatter = {}, set()
+    keep: dict[str, list[int]] = {}
+    scatter: set[str] = set()
     for pool, count in zip(pools, removed, strict=True):
         if count == 0:
             continue
@@ -227,23 +243,22 @@ def _make_plan(pools: list[_Pool], removed: list[int]) -> Plan:
         for name in pool.layers if pool.scatter else pool.group.layers:
             index = pool.group.index[name]
             keep[name] = torch.nonzero(alive[index]).flatten().tolist()
-        scatter |= set(pool.layers) if pool.scatter else set()
+            if pool.scatter:
+                scatter.add(name)
     return Plan(keep=keep, scatter=scatter)
 
 
-def _check_request(rate, macs, scope: str, residual: str) -> None:
-    if scope not in {"layer", "global"}:
-        raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}")
-    if residual not in {"tie", "scatter", "keep"}:
-        raise ValueError(
-            f"residual must be 'tie', 'scatter' or 'keep', got {residual!r}"
-        )
+def _check_request(
+    rate: Rate | None, macs: float | None, scope: str, residual: str
+) -> None:
+    check_choice("scope", scope, ("layer", "global"))
+    check_choice("residual", residual, ("tie", "scatter", "keep"))
     if (rate is None) == (macs is None):
         raise ValueError("give either rate (share removed) or macs (share kept)")
-    rates = rate.items() if isinstance(rate, Mapping) else [("rate", rate)]
     if isinstance(rate, Mapping) and scope == "global":
         raise ValueError("scope='global' takes one rate, not one per layer")
-    for name, value in rates if rate is not None else []:
+    rates = rate if isinstance(rate, Mapping) else {"rate": rate or 0.0}
+    for name, value in rates.items():
         if not math.isfinite(value) or not 0 <= value < 1:
             raise ValueError(f"{name}: the rate must lie in [0, 1), got {value}")
     if macs is not None and not 0 < macs <= 1:
@@ -253,8 +268,8 @@ def _check_request(rate, macs, scope: str, residual: str) -> None:
 def _refuse_name(graph: Graph, name: str, model: nn.Module) -> None:
     module = dict(model.named_modules()).get(name)
     if module is None:
-        nearest = nearest_name(name, graph.layers)
-        raise ValueError(f"scores: the network has no layer '{name}'{nearest}")
+        near = suggest(name, graph.layers)
+        raise ValueError(f"scores: the network has no layer '{name}'{near}")
     raise ValueError(
         f"scores: '{name}' ({type(module).__name__}) does not run as a plain "
         "convolution or linear layer, so it cannot be pruned; leave it out of "

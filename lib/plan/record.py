@@ -1,11 +1,12 @@
 """The plan itself: plain data on what a pruned network keeps."""
 
-import difflib
 import operator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lib import paths
+from lib.messages import suggest as nearest_name  # noqa: F401 (NISP still asks here)
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Plan:
     drop: list[str] = field(default_factory=list)
     resolution: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.keep = {name: _read_indices(name, k) for name, k in self.keep.items()}
         self.scatter = set(_read_names("scatter", self.scatter))
         self.drop = _read_names("drop", self.drop)
@@ -60,25 +61,29 @@ class Plan:
             raise ValueError(f"{path}: not a plan ({error})") from None
 
 
-def nearest_name(name: str, known) -> str:
-    """The end of a message: `; nearest: '...'`, or nothing where none is near."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; nearest: '{close[0]}'" if close else ""
+def _read_indices(name: str, indices: Any) -> list[int]:
+    """Channel indices as sorted plain integers; numpy's and torch's are welcome.
 
-
-def _read_indices(name: str, indices) -> list[int]:
-    """Channel indices as sorted plain integers; numpy's and torch's are welcome."""
+    A mask of True and False is refused: read as indices it would keep channels 0 and 1.
+    """
     try:
         if isinstance(indices, str):
             raise TypeError
-        return sorted(operator.index(i) for i in indices)
+        found = indices.tolist() if hasattr(indices, "tolist") else list(indices)
+        found = [i.item() if hasattr(i, "item") else i for i in found]
+        if any(isinstance(i, bool) for i in found):
+            raise ValueError(
+                f"plan: '{name}' must keep a list of integers, got a mask of True and "
+                "False; give the indices (`mask.nonzero().flatten()`)"
+            )
+        return sorted(operator.index(i) for i in found)
     except TypeError:
         raise ValueError(
             f"plan: '{name}' must keep a list of integers, got {indices!r}"
         ) from None
 
 
-def _read_names(entry: str, names) -> list[str]:
+def _read_names(entry: str, names: Any) -> list[str]:
     if isinstance(names, str) or not all(isinstance(n, str) for n in names):
         raise ValueError(f"plan: '{entry}' must be a list of names, got {names!r}")
     return list(names)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lib.graph import Graph, Group, droppable_blocks, dropped_units
-from lib.plan.record import Plan, nearest_name
+from lib.messages import suggest
+from lib.plan.record import Plan
 
 
 @dataclass(frozen=True)
@@ -33,37 +34,49 @@ def resolve(
     units = torch.ones(graph.num_units + 1, dtype=torch.bool)
     for block in plan.drop:
         units[dropped_units(graph, block)] = False
-    for name, kept in plan.keep.items():
-        if name not in plan.scatter:
-            row = graph.unit_of(graph.layers[name].outputs)
-            gone = torch.ones(len(row), dtype=torch.bool)
-            gone[kept] = False
-            units[row[gone]] = False
-    rows = {}
-    for name, layer in graph.layers.items():
-        if not any(name.startswith(f"{block}.") for block in plan.drop):
-            rows[name] = units[graph.unit_of(layer.outputs)]
+    for name in plan.keep.keys() - plan.scatter:
+        units[_lost_units(graph.rows[name], plan.keep[name])] = False
+    left = _list_left(plan, graph.rows)
+    rows = {name: units[graph.rows[name]] for name in left}
     for name in plan.scatter:
-        rows[name] = torch.zeros_like(rows[name]).index_fill_(
-            0, torch.tensor(plan.keep[name]), True
-        )
+        rows[name] = _mark(plan.keep[name], len(rows[name]))
     return Kept(units, rows, frozenset(plan.scatter), tuple(plan.drop))
+
+
+def _mark(kept: list[int], size: int) -> Tensor:
+    """A bool row [size], True at the indices kept."""
+    row = torch.zeros(size, dtype=torch.bool)
+    row[torch.tensor(kept, dtype=torch.long)] = True
+    return row
+
+
+def _lost_units(units: Tensor, kept: list[int]) -> Tensor:
+    """The units, of those of a layer's outputs, that go where only `kept` stays."""
+    return units[~_mark(kept, len(units))]
+
+
+def _list_left(plan: Plan, names: dict[str, Tensor] | tuple[str, ...]) -> list[str]:
+    """The layers that do not go with a dropped block."""
+    dropped = tuple(f"{block}." for block in plan.drop)
+    return [n for n in names if not (dropped and n.startswith(dropped))]
 
 
 def _check_plan(graph: Graph, plan: Plan, model: nn.Module | None) -> None:
     for name, kept in plan.keep.items():
         _check_indices(graph, name, kept)
-        if any(name.startswith(f"{block}.") for block in plan.drop):
-            raise ValueError(f"plan: '{name}' is kept in part but its block is dropped")
+    left = _list_left(plan, tuple(plan.keep))
+    for name in plan.keep.keys() - set(left):
+        raise ValueError(f"plan: '{name}' is kept in part but its block is dropped")
     _check_blocks(graph, plan, model)
     for group in graph.groups:
-        _check_group(graph, group, plan)
+        if not plan.keep.keys().isdisjoint(group.layers):
+            _check_group(graph, group, plan)
 
 
 def _check_indices(graph: Graph, name: str, kept: list[int]) -> None:
     if name not in graph.layers:
-        nearest = nearest_name(name, graph.layers)
-        raise ValueError(f"plan: no layer '{name}' runs in the net{nearest}")
+        near = suggest(name, graph.layers)
+        raise ValueError(f"plan: no layer '{name}' runs in the net{near}")
     size = len(graph.layers[name].outputs)
     if not kept:
         raise ValueError(f"plan: '{name}' would keep no channel at all")
@@ -75,9 +88,9 @@ def _check_indices(graph: Graph, name: str, kept: list[int]) -> None:
 
 
 def _check_blocks(graph: Graph, plan: Plan, model: nn.Module | None) -> None:
-    if not plan.drop:
+    if not plan.drop or model is None:
         return
-    possible = droppable_blocks(graph, model) if model is not None else plan.drop
+    possible = droppable_blocks(graph, model)
     for block in plan.drop:
         if block not in possible:
             raise ValueError(
@@ -87,12 +100,11 @@ def _check_blocks(graph: Graph, plan: Plan, model: nn.Module | None) -> None:
 
 
 def _check_group(graph: Graph, group: Group, plan: Plan) -> None:
-    dropped = tuple(f"{block}." for block in plan.drop)
-    layers = [n for n in group.layers if not n.startswith(dropped or "\0")]
+    layers = _list_left(plan, group.layers)
+    scattered = [n for n in layers if n in plan.scatter]
     tied = [n for n in layers if n not in plan.scatter]
     named = [n for n in tied if n in plan.keep]
     cut = [n for n in named if len(plan.keep[n]) < len(group.index[n])]
-    scattered = [n for n in layers if n in plan.scatter]
     if (cut or scattered) and group.fixed:
         raise ValueError(
             f"plan: {', '.join(cut + scattered)} cannot be pruned: {group.fixed}"
@@ -101,37 +113,44 @@ def _check_group(graph: Graph, group: Group, plan: Plan) -> None:
         _check_scatter(graph, group, name, plan, cut)
     if not cut:
         return
-    alive = _intersect(group, cut, plan)
+    alive = torch.ones(group.size, dtype=torch.bool)
+    for name in cut:
+        alive[_lost_units(group.index[name], plan.keep[name])] = False
+    _check_agreement(graph, group, plan, tied, cut, alive)
+    counts = {int(alive[block].sum()) for block in group.unit_blocks}
+    if len(counts) > 1:
+        raise ValueError(
+            f"plan: {', '.join(cut)} feed or form a grouped convolution and must "
+            f"keep as many channels in each of its groups, got {sorted(counts)}"
+        )
+
+
+def _check_agreement(
+    graph: Graph,
+    group: Group,
+    plan: Plan,
+    tied: list[str],
+    cut: list[str],
+    alive: Tensor,
+) -> None:
+    """Every tied layer keeps exactly the units that all of them keep."""
     for name in tied:
-        index, kept = group.index[name], plan.keep.get(name)
-        wanted = torch.nonzero(alive[index]).flatten().tolist()
-        if kept is None and name in graph.followers:
+        index = group.index[name]
+        if name not in plan.keep and name in graph.followers:
             continue  # a depthwise convolution has no say of its own
-        if wanted != (kept if kept is not None else list(range(len(index)))):
+        kept = plan.keep.get(name, range(len(index)))
+        if torch.nonzero(alive[index]).flatten().tolist() != list(kept):
             more = ", ..." if len(tied) > 6 else ""
             raise ValueError(
                 f"plan: {', '.join(tied[:6])}{more} are tied and must keep the same "
                 f"channels, but '{name}' does not agree with "
                 f"'{next((n for n in cut if n != name), cut[0])}'"
             )
-    counts = [int(alive[block].sum()) for block in group.unit_blocks]
-    if len(set(counts)) > 1:
-        raise ValueError(
-            f"plan: {', '.join(cut)} feed or form a grouped convolution and must "
-            f"keep as many channels in each of its groups, got {sorted(set(counts))}"
-        )
 
 
-def _intersect(group: Group, cut: list[str], plan: Plan) -> Tensor:
-    alive = torch.ones(group.size, dtype=torch.bool)
-    for name in cut:
-        gone = torch.ones(len(group.index[name]), dtype=torch.bool)
-        gone[plan.keep[name]] = False
-        alive[group.index[name][gone]] = False
-    return alive
-
-
-def _check_scatter(graph, group: Group, name: str, plan: Plan, cut: list[str]) -> None:
+def _check_scatter(
+    graph: Graph, group: Group, name: str, plan: Plan, cut: list[str]
+) -> None:
     if name not in group.joined:
         raise ValueError(f"plan: '{name}' feeds no addition, so it cannot be scattered")
     if name not in group.scatterable:

@@ -2,21 +2,23 @@
 
 import copy
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleUnit
 
-from lib.graph import Graph, build_graph
+from lib.graph import Graph, Layer, Node, build_graph
+from lib.graph.dry_run import run_dry
 from lib.graph.tags import ELEMENTWISE, REDUCTIONS
-from lib.graph.trace import Node, trace
+from lib.graph.trace import Move
 from lib.plan import Kept, Plan, resolve
 from lib.surgery.movers import (
     GappedLRN,
     PinnedShuffleUnit,
     Remap,
     Scatter,
+    device_of,
     positions,
     replace,
 )
@@ -44,10 +46,12 @@ def shrink(
     kept = resolve(graph, plan, model)
     if kept.is_whole() and plan.resolution is None:
         warnings.warn("the plan removes nothing", stacklevel=2)
-    cuts = _cut_tensors(graph, kept, dict(model.named_modules()))
-    small = copy.deepcopy(model, _memo_of(model, cuts))
+    columns = {n: kept.units[graph.columns[n]] for n in kept.rows}
+    norms = _norm_rows(graph, kept)
+    cuts = _cut_tensors(graph, kept, columns, norms, dict(model.named_modules()))
+    small: nn.Module = copy.deepcopy(model, _memo_of(model, cuts))
     modules = dict(small.named_modules())
-    _resize_modules(graph, kept, modules)
+    _resize_modules(graph, kept, columns, norms, modules)
     _replace_movers(graph, kept, small, modules)
     _insert_scatters(graph, kept, small, modules)
     for block in kept.dropped:
@@ -60,7 +64,7 @@ def shrunk_from(
     model: nn.Module,
     plan: Plan,
     input_shape: tuple[int, int, int],
-    state: dict,
+    state: dict[str, Tensor],
     *,
     graph: Graph | None = None,
 ) -> nn.Module:
@@ -70,122 +74,147 @@ def shrunk_from(
     return small
 
 
-# -- shrink -------------------------------------------------------------------------
-
-
-def _cut_tensors(graph: Graph, kept: Kept, modules: dict) -> dict[int, Tensor]:
-    """Every parameter and buffer that changes size, already cut, by its id."""
-    cuts: dict[int, Tensor] = {}
-    for name, rows in kept.rows.items():
-        columns = kept.units[graph.unit_of(graph.layers[name].inputs)]
-        cuts.update(_cut_layer(modules[name], graph.layers[name], rows, columns))
-    for name, alive in _norm_rows(graph, kept).items():
-        for tensor in _channel_tensors(modules[name]):
-            cuts[id(tensor)] = _cut(tensor, alive, 0)
-    for path, (dim, tags) in graph.vectors.items():
-        owner, _, attribute = path.rpartition(".")
-        tensor = getattr(modules[owner], attribute)
-        cuts[id(tensor)] = _cut(tensor, kept.units[graph.unit_of(tags)], dim)
-    return cuts
-
-
-def _cut_layer(module, layer, rows: Tensor, columns: Tensor) -> dict[int, Tensor]:
-    cuts = {}
-    if layer.groups == 1:
-        weight = _cut(_cut(module.weight, rows, 0), columns, 1)
-    elif layer.depthwise:
-        weight = _cut(module.weight, rows, 0)
-    else:
-        parts = zip(
-            module.weight.detach().chunk(layer.groups),
-            rows.chunk(layer.groups),
-            columns.chunk(layer.groups),
-            strict=True,
-        )
-        weight = torch.cat([_cut(_cut(w, r, 0), c, 1) for w, r, c in parts])
-    cuts[id(module.weight)] = weight
-    if module.bias is not None:
-        cuts[id(module.bias)] = _cut(module.bias, rows, 0)
-    return cuts
-
-
-def _cut(tensor: Tensor, alive: Tensor, dim: int) -> Tensor:
-    if alive.all():
-        return tensor.detach()
-    return tensor.detach().index_select(dim, positions(alive).to(tensor.device))
+# -- tensors ---------------------------------------------------------------------------
 
 
 def _norm_rows(graph: Graph, kept: Kept) -> dict[str, Tensor]:
     """Kept channels of every norm; behind a scattered layer, those of that layer."""
     alive = {n: kept.units[graph.unit_of(x)] for n, x in graph.norms.items()}
-    pairs = graph.pairs
-    for name in kept.scatter:
-        if name in pairs:
-            alive[pairs[name]] = kept.rows[name]
+    for name in kept.scatter & graph.pairs.keys():
+        alive[graph.pairs[name]] = kept.rows[name]
     return alive
 
 
-def _channel_tensors(module: nn.Module) -> list[Tensor]:
-    names = ("weight", "bias", "running_mean", "running_var")
-    tensors = [getattr(module, name, None) for name in names]
-    return [t for t in tensors if t is not None and t.numel() > 1]
+def _cut_tensors(
+    graph: Graph,
+    kept: Kept,
+    columns: dict[str, Tensor],
+    norms: dict[str, Tensor],
+    modules: dict[str, Any],
+) -> dict[int, Tensor]:
+    """Every parameter and buffer that loses channels, already cut, by its id."""
+    cuts: dict[int, Tensor] = {}
+    for name, rows in kept.rows.items():
+        module, chosen = modules[name], _choose(rows)
+        weight = _cut_weight(module.weight, graph.layers[name], rows, columns[name])
+        cuts[id(module.weight)] = weight
+        if module.bias is not None:
+            cuts[id(module.bias)] = _cut(module.bias, chosen, 0)
+    for name, alive in norms.items():
+        chosen = _choose(alive)
+        for attribute in ("weight", "bias", "running_mean", "running_var"):
+            tensor = getattr(modules[name], attribute, None)
+            if tensor is not None and tensor.numel() > 1:
+                cuts[id(tensor)] = _cut(tensor, chosen, 0)
+    for path, (dim, tags) in graph.vectors.items():
+        owner, _, attribute = path.rpartition(".")
+        tensor = getattr(modules[owner], attribute)
+        cuts[id(tensor)] = _cut(tensor, _choose(kept.units[graph.unit_of(tags)]), dim)
+    return cuts
 
 
-def _memo_of(model: nn.Module, cuts: dict[int, Tensor]) -> dict:
-    """A `deepcopy` memo that puts the cut tensors in place, each copied only once."""
-    memo = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        cut = cuts.get(id(tensor))
-        if cut is None or cut.shape == tensor.shape:
-            continue
-        if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-            cut = cut.contiguous(memory_format=torch.channels_last)
-        if isinstance(tensor, nn.Parameter):
-            cut = nn.Parameter(cut, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = cut
+def _cut_weight(weight: Tensor, layer: Layer, rows: Tensor, columns: Tensor) -> Tensor:
+    """Kept filters, each with the inputs that are kept in its own group."""
+    if layer.groups == 1:
+        return _cut(_cut(weight, _choose(rows), 0), _choose(columns), 1)
+    if layer.depthwise:
+        return _cut(weight, _choose(rows), 0)
+    parts = zip(*(x.chunk(layer.groups) for x in (weight, rows, columns)), strict=True)
+    return torch.cat([_cut(_cut(w, _choose(r), 0), _choose(c), 1) for w, r, c in parts])
+
+
+def _choose(alive: Tensor) -> Tensor | None:
+    """Indices of what is kept; None where that is everything."""
+    return None if bool(alive.all()) else positions(alive)
+
+
+def _cut(tensor: Tensor, chosen: Tensor | None, dim: int) -> Tensor:
+    if chosen is None:
+        return tensor.detach()
+    return tensor.detach().index_select(dim, chosen.to(tensor.device))
+
+
+def _memo_of(model: nn.Module, cuts: dict[int, Tensor]) -> dict[int, Any]:
+    """What `deepcopy` need not copy: the cut tensors stand in for the large ones.
+
+    Every module has a dozen empty dictionaries of hooks, which take `deepcopy` longer
+    than everything else; fresh ones serve.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if type(value) is OrderedDict and not value:
+                memo[id(value)] = OrderedDict()
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            cut = None if tensor is None else cuts.get(id(tensor))
+            if tensor is None or cut is None or cut.shape == tensor.shape:
+                continue
+            if tensor.ndim == 4 and _is_channels_last(tensor):
+                cut = cut.contiguous(memory_format=torch.channels_last)
+            if isinstance(tensor, nn.Parameter):
+                cut = nn.Parameter(cut, requires_grad=tensor.requires_grad)
+            memo[id(tensor)] = cut
     return memo
 
 
-def _resize_modules(graph: Graph, kept: Kept, modules: dict) -> None:
-    for name in kept.rows:
-        layer, module = graph.layers[name], modules[name]
-        rows = int(kept.rows[name].sum())
-        columns = int(kept.units[graph.unit_of(layer.inputs)].sum())
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+# -- modules ---------------------------------------------------------------------------
+
+
+def _resize_modules(
+    graph: Graph,
+    kept: Kept,
+    columns: dict[str, Tensor],
+    norms: dict[str, Tensor],
+    modules: dict[str, Any],
+) -> None:
+    """The sizes that modules keep beside their tensors."""
+    for name, alive in kept.rows.items():
+        module, rows = modules[name], int(alive.sum())
+        inputs = int(columns[name].sum())
         if isinstance(module, nn.Linear):
-            module.out_features, module.in_features = rows, columns
+            module.out_features, module.in_features = rows, inputs
         else:
-            module.out_channels, module.in_channels = rows, columns
-            module.groups = columns if layer.depthwise else module.groups
-    for name, alive in _norm_rows(graph, kept).items():
-        module = modules[name]
+            module.out_channels, module.in_channels = rows, inputs
+            module.groups = inputs if graph.layers[name].depthwise else module.groups
+    for name, alive in norms.items():
+        module, width = modules[name], int(alive.sum())
         if hasattr(module, "num_features"):
-            module.num_features = int(alive.sum())
+            module.num_features = width
         elif isinstance(module, nn.PReLU) and module.num_parameters > 1:
-            module.num_parameters = int(alive.sum())
+            module.num_parameters = width
 
 
-def _replace_movers(graph: Graph, kept: Kept, small: nn.Module, modules: dict) -> None:
+def _replace_movers(
+    graph: Graph, kept: Kept, small: nn.Module, modules: dict[str, Any]
+) -> None:
+    """Modules that move or mix channels get index maps in the place of their code."""
     for name, move in graph.moves.items():
-        read = kept.units[graph.unit_of(move.inputs)]
-        write = kept.units[graph.unit_of(move.outputs)]
+        read, write = _ends(graph, kept, move)
         if not (read.all() and write.all()):
-            moved = Remap(modules[name], read, write)
-            replace(small, name, moved.to(_device(small)))
+            replace(small, name, Remap(modules[name], read, write))
     for name, tags in graph.norms.items():
         alive = kept.units[graph.unit_of(tags)]
         if isinstance(modules[name], nn.LocalResponseNorm) and not alive.all():
-            thinned = GappedLRN(modules[name], alive)
-            replace(small, name, thinned.to(_device(small)))
-    for name, unit in graph.shuffles.items():
-        _pin_shuffle(modules[name], graph, kept, unit)
+            replace(small, name, GappedLRN(modules[name], alive))
+    for name, move in graph.shuffles.items():
+        _pin_shuffle(modules[name], *_ends(graph, kept, move))
 
 
-def _pin_shuffle(module: ShuffleUnit, graph: Graph, kept: Kept, unit) -> None:
+def _ends(graph: Graph, kept: Kept, move: Move) -> tuple[Tensor, Tensor]:
+    """Which of the channels that a module reads and hands on are kept, bool."""
+    read, write = (kept.units[graph.unit_of(x)] for x in (move.inputs, move.outputs))
+    return read, write
+
+
+def _pin_shuffle(module: Any, read: Tensor, write: Tensor) -> None:
     """Turn split sizes and shuffle of one ShuffleNetV2 unit into numbers."""
-    read = kept.units[graph.unit_of(unit.inputs)]
-    write = kept.units[graph.unit_of(unit.outputs)]
     if isinstance(module, PinnedShuffleUnit):
-        left, order = module.split[0] if module.split else 0, module.order.cpu()
+        left = module.split[0] if module.split else 0
+        order = module.order.cpu()
     elif bool(read.all()) and bool(write.all()):
         return
     else:
@@ -194,39 +223,43 @@ def _pin_shuffle(module: ShuffleUnit, graph: Graph, kept: Kept, unit) -> None:
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
     joined = write[place]  # kept channels in the order of the concatenation
-    rank = joined.cumsum(0) - 1
-    module.split = (
-        [int(read[:left].sum()), int(read[left:].sum())] if module.stride == 1 else []
-    )
-    device = _device(module)
-    module.register_buffer("order", rank[order][write].to(device), persistent=False)
+    rank = (joined.cumsum(0) - 1)[order][write].to(device_of(module))
+    sizes = [int(read[:left].sum()), int(read[left:].sum())]
+    module.split = sizes if module.stride == 1 else []
+    module.register_buffer("order", rank, persistent=False)
     module.__class__ = PinnedShuffleUnit
 
 
-def _insert_scatters(graph: Graph, kept: Kept, small: nn.Module, modules: dict) -> None:
-    pairs = graph.pairs
+def _insert_scatters(
+    graph: Graph, kept: Kept, small: nn.Module, modules: dict[str, Any]
+) -> None:
     for name in sorted(kept.scatter):
         rows = kept.rows[name]
-        if rows.all():
-            continue
-        end = pairs.get(name, name)
-        scatter = Scatter(positions(rows), len(rows)).to(_device(small))
-        replace(small, end, nn.Sequential(modules[end], scatter))
+        if not rows.all():
+            end = graph.pairs.get(name, name)
+            scatter = Scatter(positions(rows), len(rows))
+            replace(small, end, nn.Sequential(modules[end], scatter))
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+# -- the result is checked by running it ----------------------------------------------
 
 
-def _check_runs(graph: Graph, kept: Kept, small, input_shape, resolution) -> None:
-    """Trace the result: sizes written into the model's own code show up here."""
+def _check_runs(
+    graph: Graph,
+    kept: Kept,
+    small: nn.Module,
+    input_shape: tuple[int, int, int],
+    resolution: int | None,
+) -> None:
+    """Run the result dry: sizes written into the model's own code show up here."""
     try:
-        after = trace(small, input_shape)
+        after = run_dry(small, input_shape)
     except ValueError as error:
         raise ValueError(f"the shrunk network does not run; {error}") from error
-    modules = dict(small.named_modules())
-    same = {n for n in modules if not _is_changed(n, modules)} - set(kept.dropped)
-    before, now = (_operations(x.nodes, same) for x in (graph, after))
+    ours = (Remap, Scatter, GappedLRN, PinnedShuffleUnit)
+    put_in = [n for n, m in after.modules.items() if isinstance(m, ours)]
+    apart = {*put_in, *kept.dropped}
+    before, now = (_operations(x.nodes, apart) for x in (graph, after))
     for module, operation in (before - now) + (now - before):
         raise ValueError(
             f"'{module}' computes with the number of its channels (in "
@@ -235,26 +268,22 @@ def _check_runs(graph: Graph, kept: Kept, small, input_shape, resolution) -> Non
     if resolution is None:
         return
     try:
-        trace(small, (input_shape[0], resolution, resolution))
+        run_dry(small, (input_shape[0], resolution, resolution))
     except ValueError as error:
         raise ValueError(
             f"resolution {resolution} does not fit this network; {error}"
         ) from error
 
 
-def _is_changed(name: str, modules: dict[str, nn.Module]) -> bool:
-    """Was it, or what holds it, put there by surgery?"""
-    parts = name.split(".")
-    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    ours = (Remap, Scatter, GappedLRN, PinnedShuffleUnit)
-    return any(isinstance(modules[path], ours) for path in paths if path in modules)
+def _operations(nodes: list[Node], apart: set[str]) -> Counter[Any]:
+    """How often each module runs which operation, with the numbers it uses.
 
-
-def _operations(nodes: list[Node], modules: set[str]) -> Counter:
-    """How often each module runs which operation, with the numbers it uses."""
-    found = Counter()
+    Not counted are modules that surgery took out or put in, and what is within them.
+    """
+    inside = tuple(f"{name}." for name in apart)
+    found: Counter[Any] = Counter()
     for node in nodes:
-        if node.module in modules and node.op in COUNTED:
+        if node.op in COUNTED and not f"{node.module}.".startswith(inside or ("\0",)):
             numbers = tuple(a for a in node.args if isinstance(a, (int, float)))
             found[node.module, (node.op, *numbers)] += 1
     return found

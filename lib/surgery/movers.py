@@ -1,9 +1,10 @@
 """Small modules that move channels inside a pruned network by integer index maps."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleUnit
 
 
 class Scatter(nn.Module):
@@ -11,6 +12,7 @@ class Scatter(nn.Module):
 
     def __init__(self, kept: Tensor, width: int):
         super().__init__()
+        self.source: Tensor
         self.width = width
         self.register_buffer("source", inverse(kept, width), persistent=False)
 
@@ -75,8 +77,17 @@ class Gate(nn.Module):
         return self.inner(x * alive.to(x.dtype))
 
 
-class PinnedShuffleUnit(ShuffleUnit):
-    """ShuffleNetV2's unit with its split sizes and its shuffle as an index map."""
+class PinnedShuffleUnit(nn.Module):
+    """ShuffleNetV2's unit with its split sizes and its shuffle as an index map.
+
+    A unit of torchvision's takes this class; its branches and its stride stay its own.
+    """
+
+    stride: int
+    split: list[int]
+    order: Tensor
+    branch1: nn.Module
+    branch2: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in, H, W] -> [N, out, H', W']."""
@@ -113,10 +124,19 @@ def _restore(alive: Tensor, within: Tensor) -> Tensor:
     return result
 
 
+def device_of(module: nn.Module, otherwise: str | torch.device = "cpu") -> torch.device:
+    """Where the parameters and buffers of a module lie, if it has any."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((t.device for t in tensors), torch.device(otherwise))
+
+
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of `name`, and wherever else that instance stands."""
+    """Put `module` in the place of `name`, and wherever else that instance stands.
+
+    It takes over the mode of the old one, and its device.
+    """
     old = model.get_submodule(name)
-    module.train(old.training)
+    module.train(old.training).to(device_of(old, device_of(model)))
     for path, found in list(model.named_modules(remove_duplicate=False)):
         if found is old:
             parent, _, child = path.rpartition(".")

@@ -1,6 +1,7 @@
 """`mask`: a full-size copy in which a plan's channels are silent."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ def mask(
     """
     graph = graph or build_graph(model, input_shape)
     kept = resolve(graph, plan, model)
-    masked = copy.deepcopy(model)
+    masked: nn.Module = copy.deepcopy(model)
     modules = dict(masked.named_modules())
     with torch.no_grad():
         _zero_rows(graph, _rows_when_masked(graph, kept), modules)
@@ -41,52 +42,45 @@ def mask(
 
 def _rows_when_masked(graph: Graph, kept: Kept) -> dict[str, Tensor]:
     """Rows per layer; a dropped block's last layers fall silent altogether."""
-    rows = dict(kept.rows)
-    for name, layer in graph.layers.items():
-        if name not in rows:
-            rows[name] = torch.ones(len(layer.outputs), dtype=torch.bool)
+    rows = {
+        n: torch.ones(len(x.outputs), dtype=torch.bool) for n, x in graph.layers.items()
+    }
+    rows |= kept.rows
     for block in kept.dropped:
         target = graph.values[graph.calls[block][1]]
         ends = graph.unit_of(target.tags).flatten()
-        for name, layer in graph.layers.items():
+        for name in graph.layers:
             if name.startswith(f"{block}."):
-                rows[name] &= ~torch.isin(graph.unit_of(layer.outputs), ends)
+                rows[name] = rows[name] & ~torch.isin(graph.rows[name], ends)
     return rows
 
 
-def _zero_rows(graph: Graph, rows: dict[str, Tensor], modules: dict) -> None:
-    dead = torch.zeros(graph.num_tags, dtype=torch.bool)
+def _zero_rows(graph: Graph, rows: dict[str, Tensor], modules: dict[str, Any]) -> None:
+    dead = torch.zeros(graph.num_tags + 1, dtype=torch.bool)  # constants: the last
     for name, alive in rows.items():
-        layer, module = graph.layers[name], modules[name]
-        for tensor in (module.weight, module.bias):
+        for tensor in (modules[name].weight, modules[name].bias):
             if tensor is not None:
                 tensor[~alive] = 0
-        dead[layer.outputs[~alive]] = True
+        dead[graph.layers[name].outputs[~alive]] = True
     for name, tags in graph.norms.items():
-        gone = dead[tags] & (tags >= 0)
         module = modules[name]
         if isinstance(module, nn.LocalResponseNorm | nn.PReLU):
-            continue
-        if module.weight is not None:
-            module.weight[gone] = 0
-            module.bias[gone] = 0
-        elif bool(gone.any()):
-            module.running_mean[gone] = 0
+            continue  # nothing in, nothing out
+        # Without a scale a norm of zeros is zero if its mean is, or has no mean kept.
+        shift = (module.running_mean,) if module.weight is None else ()
+        for tensor in (module.weight, module.bias, *shift):
+            if tensor is not None:
+                tensor[dead[tags]] = 0
 
 
-def _zero_columns(graph: Graph, kept: Kept, modules: dict) -> None:
+def _zero_columns(graph: Graph, kept: Kept, modules: dict[str, Any]) -> None:
     for name, layer in graph.layers.items():
-        alive = kept.units[graph.unit_of(layer.inputs)]
-        if alive.all():
-            continue
-        weight = modules[name].weight
-        if layer.groups == 1:
-            weight[:, ~alive] = 0
-        elif not layer.depthwise:
-            for block, part in zip(
-                weight.chunk(layer.groups), alive.chunk(layer.groups), strict=True
-            ):
-                block[:, ~part] = 0
+        alive = kept.units[graph.columns[name]]
+        if layer.depthwise or bool(alive.all()):
+            continue  # a depthwise filter reads its own channel, whose row is gone
+        blocks = modules[name].weight.chunk(layer.groups)
+        for block, part in zip(blocks, alive.chunk(layer.groups), strict=True):
+            block[:, ~part] = 0
 
 
 def _readers(graph: Graph) -> dict[str, Tensor]:
