@@ -6,7 +6,7 @@ runs, control flow and shape arithmetic need no special handling, and a net that
 pruned once can be traced and pruned again. `lib.graph.trace` reads the record.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +46,7 @@ class Node:
     kwargs: dict[str, Any] = field(default_factory=dict)
     within: tuple[str, ...] = ()
     function: Callable[..., Any] | None = None
-    operands: tuple[Operand, ...] = ()
+    operands: Sequence[Operand] = ()
     raw: tuple[Any, ...] = ()
 
 
@@ -128,8 +128,7 @@ class DryRun(TorchDispatchMode):
         def run(*args: Any, **kwargs: Any) -> Any:
             if self._in_leaf:
                 return forward(*args, **kwargs)
-            with self._inside(name):
-                output = forward(*args, **kwargs)
+            output = self._run_inside(name, forward, args, kwargs)
             given = tensors_in((*args, *kwargs.values()))
             inputs = tuple(self._known.get(id(t)) for t in given)
             self.events.append(Call(name, inputs, self._known.get(id(output))))
@@ -146,14 +145,13 @@ class DryRun(TorchDispatchMode):
             if self._in_leaf:
                 return forward(*args, **kwargs)
             x = tensors_in((*args, *kwargs.values()))[0]
-            self._in_leaf = True
-            try:
-                with self._inside(name):
-                    y = _guess_output(module, x)
-                    if y is None:
-                        y = forward(*args, **kwargs)
-            finally:
-                self._in_leaf = False
+            y = self._run_inside(name, _guess_output, (module, x), {})
+            if y is None:
+                self._in_leaf = True
+                try:
+                    y = self._run_inside(name, forward, args, kwargs)
+                finally:
+                    self._in_leaf = False
             source = self._known.get(id(x))
             inputs = () if source is None else (source,)
             self.events.append(Node(kind, name, inputs, (self._put(y),)))
@@ -161,11 +159,16 @@ class DryRun(TorchDispatchMode):
 
         return run
 
-    @contextmanager
-    def _inside(self, name: str) -> Iterator[None]:
+    def _run_inside(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         before, self._within = self._within, (*self._within, name)
         try:
-            yield
+            return function(*args, **kwargs)
         except Exception:
             self._failed = self._failed or self._within
             raise
@@ -179,6 +182,11 @@ class DryRun(TorchDispatchMode):
         self._alive.append(tensor)  # keeps the id from being used again
         self.values.append(Value(tuple(tensor.shape)))
         return len(self.values) - 1
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not guarded against torch.compile: that guard takes a second to import."""
+        return False
 
     def __torch_dispatch__(
         self,
@@ -196,10 +204,10 @@ class DryRun(TorchDispatchMode):
             return output
         if not self.evaluated and func._overloadpacket in flop_registry:
             self.has_other_work = True
-        operands = tuple(map(self._operand, tensors))
-        if not any(x.value for x in operands):
-            return output
         inputs = tuple(self._known[id(t)] for t in tensors if id(t) in self._known)
+        if not inputs:
+            return output
+        operands = [self._read(t) for t in tensors]  # an in-place operation renames
         made = tuple(self._put(t) for t in tensors_in((output,)))
         within = self._within
         rest, within = _without_tensors(args), self._within
@@ -209,14 +217,12 @@ class DryRun(TorchDispatchMode):
         self.events.append(node)
         return output
 
-    def _operand(self, tensor: Tensor) -> Operand:
+    def _read(self, tensor: Tensor) -> Operand:
         place = self._known.get(id(tensor))
-        return Operand(
-            tuple(tensor.shape),
-            None if place is None else self.values[place],
-            self._parameters.get(id(tensor)),
-            tensor.device.type != "meta",
-        )
+        if place is not None:
+            return Operand(self.values[place].shape, self.values[place])
+        name = self._parameters.get(id(tensor))
+        return Operand(tuple(tensor.shape), None, name, not tensor.is_meta)
 
 
 def run_dry(model: nn.Module, input_shape: tuple[int, ...]) -> DryRun:
@@ -248,16 +254,17 @@ def meta_tensors(model: nn.Module) -> Iterator[dict[int, str]]:
     Whatever a pass does to the attributes of a module, modes and cached constants
     among them, is taken back afterwards.
     """
+    modules = list(model.named_modules())
     kept = [
         (store, dict(store))
-        for module in model.modules()
+        for _, module in modules
         if not isinstance(module, torch.jit.ScriptModule)
         for store in (module.__dict__, module._parameters, module._buffers)
     ]
     made: dict[int, Tensor] = {}
     names: dict[int, str] = {}
     try:
-        for path, module in model.named_modules():
+        for path, module in modules:
             for store in (module._parameters, module._buffers):
                 for key, tensor in store.items():
                     if tensor is None:
@@ -316,20 +323,32 @@ def run_operation(
 ) -> Any:
     """The operation on the meta device, or its shape alone where that is plain.
 
-    Real tensors (constants, indices) are moved there, and to the CPU where they lie on
-    several devices; meta kernels of element-wise operations are slow Python, so equal
-    shapes skip them; a view of the input stands in for the output.
+    Real tensors (constants, indices) are moved there, or, where they are by themselves
+    and on several devices, to the CPU. Meta kernels of element-wise operations are slow
+    Python, so equal shapes skip them: a view of the input stands in for the output.
     """
-    kinds = {t.device.type for t in tensors}
-    if len(kinds) > 1:
-        place = "meta" if "meta" in kinds else "cpu"
-        args, kwargs = (
-            tree_map_only(Tensor, lambda t: t.to(place), x) for x in (args, kwargs)
-        )
-    elif name in SHAPE_KEEPING and kinds == {"meta"}:
+    abstract = [t.is_meta for t in tensors]
+    if not any(abstract):
+        return _run_real(func, args, kwargs, tensors)
+    if not all(abstract):
+        args, kwargs = to_meta(args), to_meta(kwargs)
+    elif name in SHAPE_KEEPING:
         x = tensors[0]
         if all(t.shape == x.shape and t.dtype == x.dtype for t in tensors):
             return x if name.endswith("_") else x.detach()
+    return func(*args, **kwargs)
+
+
+def _run_real(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tensors: list[Tensor],
+) -> Any:
+    if len({t.device for t in tensors}) > 1:
+        args, kwargs = (
+            tree_map_only(Tensor, lambda t: t.cpu(), x) for x in (args, kwargs)
+        )
     return func(*args, **kwargs)
 
 
@@ -360,19 +379,20 @@ def _guess_output(module: nn.Module, x: Tensor) -> Tensor | None:
     """
     if not x.is_meta:
         return None
-    if isinstance(module, _BatchNorm):
-        return x.detach() if _norm_fits(module, x) else None
-    shape: tuple[int, ...] | None = None
-    if isinstance(module, LAYERS) and _is_plain(module, x):
-        if isinstance(module, nn.Linear):
-            if x.shape[-1] == module.weight.shape[1]:
-                shape = (*x.shape[:-1], module.weight.shape[0])
-        else:
-            shape = _shape_of_convolution(module, x)
-    return None if shape is None else torch.empty(shape, dtype=x.dtype, device="meta")
+    with torch._C._DisableTorchDispatch():  # nobody need see how the shape is made
+        if isinstance(module, _BatchNorm):
+            return x.detach() if _norm_fits(module, x) else None
+        if not isinstance(module, LAYERS) or not _is_plain(module, x):
+            return None
+        shape = (
+            _shape_of_linear(module, x)
+            if isinstance(module, nn.Linear)
+            else _shape_of_convolution(module, x)
+        )
+        return shape and torch.empty(shape, dtype=x.dtype, device="meta")
 
 
-def _is_plain(module: nn.Module, x: Tensor) -> bool:
+def _is_plain(module: _ConvNd | nn.Linear, x: Tensor) -> bool:
     weight, bias = module.weight, module.bias
     whole = x.is_contiguous() and weight.is_contiguous() and x.dtype == weight.dtype
     return whole and (bias is None or bias.shape == weight.shape[:1])
@@ -383,6 +403,11 @@ def _norm_fits(module: _BatchNorm, x: Tensor) -> bool:
     rows = (module.weight, module.bias, module.running_mean, module.running_var)
     enough = not module.training or x.numel() > x.shape[1]
     return enough and all(row is None or row.shape == x.shape[1:2] for row in rows)
+
+
+def _shape_of_linear(module: nn.Linear, x: Tensor) -> tuple[int, ...] | None:
+    out, inputs = module.weight.shape
+    return (*x.shape[:-1], out) if x.shape[-1] == inputs else None
 
 
 def _shape_of_convolution(module: _ConvNd, x: Tensor) -> tuple[int, ...] | None:

@@ -7,6 +7,7 @@ convolution that writes into one residual stream.
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +37,11 @@ class Group:
     scatterable: frozenset[str]
     fixed: str | None
 
-    @property
+    @cached_property
     def unit_blocks(self) -> list[Tensor]:
         """The units of each block, in order."""
+        if not bool(self.blocks.any()):
+            return [torch.arange(self.size)]
         return [torch.nonzero(self.blocks == b).flatten() for b in self.blocks.unique()]
 
 
@@ -116,23 +119,39 @@ def build_graph(model: nn.Module, input_shape: tuple[int, ...]) -> Graph:
 
 
 class _Grouping:
-    """Sorts the layers of a graph into groups."""
+    """Sorts the layers of a graph into groups.
+
+    `names` are the layers that have outputs, `units` those of all of them in a row, and
+    `owners` the place in `names` of the layer that each comes from.
+    """
 
     def __init__(self, graph: Graph, record: Trace):
         self.graph, self.record = graph, record
-        self.joined = self._mark(record.ledger.added)
+        rows = graph.rows
+        self.names = list(rows)
+        none = torch.empty(0, dtype=torch.long)
+        self.units = torch.cat([none, *rows.values()])
+        sizes = torch.tensor([len(row) for row in rows.values()], dtype=torch.long)
+        self.owners = torch.arange(len(rows)).repeat_interleave(sizes)
+        self.joined = self._find_joined()
         self.bound = self._mark(record.ledger.bound)
         self.reasons = [reason for _, reason in record.ledger.frozen]
         self.reason_of = self._find_reasons()
-        self.readers = self._count_norms()
+        self.readers = self._count_readers(list(graph.norms.values()))
         self.place = torch.full((graph.num_units,), -1)
         self.groups = self._make_groups()
 
-    def _mark(self, rows: list[Tensor]) -> Tensor:
+    def _mark(self, pairs: list[Tensor]) -> Tensor:
         marks = torch.zeros(self.graph.num_tags, dtype=torch.bool)
-        if rows:
-            marks[torch.cat(rows)] = True
+        for pair in pairs:
+            marks[pair] = True
         return marks
+
+    def _find_joined(self) -> set[str]:
+        """The layers whose own outputs are tied by an addition."""
+        outputs = [layer.outputs for layer in self.graph.layers.values()]
+        joined = self._mark(self.record.ledger.added)[torch.cat(outputs)]
+        return {self.names[i] for i in self.owners[joined].unique().tolist()}
 
     def _find_reasons(self) -> Tensor:
         """For each unit the position of the first reason to leave it alone, or -1."""
@@ -141,26 +160,29 @@ class _Grouping:
             found[self.graph.unit_of(tags)] = i
         return found
 
-    def _count_norms(self) -> Tensor:
-        """How many norms and the like read each tag; constants have the last place."""
-        count = torch.zeros(self.graph.num_tags + 1, dtype=torch.long)
-        for tags in self.graph.norms.values():
-            count[tags.unique()] += 1
-        return count
+    def _count_readers(self, rows: list[Tensor]) -> Tensor:
+        """How often each tag is in the rows; constants share the last place."""
+        places = self.graph.num_tags + 1
+        row = torch.cat([torch.empty(0, dtype=torch.long), *rows]) % places
+        return torch.bincount(row, minlength=places)
 
     def _make_groups(self) -> list[Group]:
-        rows, num_units = self.graph.rows, self.graph.num_units
-        edges = [
-            torch.stack([torch.full_like(row, num_units + i), row])
-            for i, row in enumerate(rows.values())
-        ]
-        member, _ = find_components(num_units + len(rows), edges)
-        members = defaultdict(list)
-        for name, number in zip(rows, member[num_units:].tolist(), strict=True):
+        """Layers are in one group if a unit is in both, or through other layers."""
+        first = torch.full((self.graph.num_units,), len(self.names))
+        first.scatter_reduce_(0, self.units, self.owners, "amin")
+        edges = torch.stack([self.owners, first[self.units]])
+        group_of, count = find_components(len(self.names), [edges])
+        # Units without a layer (the images' channels) get the number behind the last.
+        member = torch.cat([group_of, torch.tensor([count])])[first]
+        sizes = torch.bincount(member, minlength=count).tolist()
+        units = member.argsort(stable=True).split(sizes)
+        members: list[list[str]] = [[] for _ in range(count)]
+        for name, number in zip(self.names, group_of.tolist(), strict=True):
             members[number].append(name)
         self._fix_mixed_groups(member)
         blocks = self._read_blocks()
-        return [self._make_group(names, blocks) for names in members.values()]
+        pairs = zip(members, units[:count], strict=True)
+        return [self._make_group(names, own, blocks) for names, own in pairs]
 
     def _fix_mixed_groups(self, member: Tensor) -> None:
         """A grouped convolution that reads a concatenation balances several layers."""
@@ -189,16 +211,20 @@ class _Grouping:
                 found.append(block)
         return found
 
-    def _make_group(self, names: list[str], blocks: list[Tensor]) -> Group:
-        rows = self.graph.rows
-        distinct = {n: rows[n].unique() for n in names}
-        units = torch.cat(list(distinct.values())).unique()
-        widest = max(names, key=lambda n: len(distinct[n]))
-        if len(rows[widest]) == len(units):  # keep the widest layer's channel order
-            units = rows[widest]
-        self.place[units] = torch.arange(len(units))
+    def _make_group(
+        self, names: list[str], units: Tensor, blocks: list[Tensor]
+    ) -> Group:
+        rows, number = self.graph.rows, torch.arange(len(units))
+        for name in names:  # channels of a layer that has every unit keep their order
+            if len(rows[name]) == len(units):
+                self.place[rows[name]] = number
+                if torch.equal(self.place[rows[name]], number):  # none of them twice
+                    units = rows[name]
+                    break
+        self.place[units] = number
         reasons = self.reason_of[units]
         reasons = reasons[reasons >= 0]
+        joined = frozenset(self.joined.intersection(names))
         partition, clash = _meet_blocks(
             units, [b[units] for b in blocks if bool((b[units] >= 0).any())]
         )
@@ -207,24 +233,19 @@ class _Grouping:
             size=len(units),
             index={n: self.place[rows[n]] for n in names},
             blocks=partition,
-            joined=frozenset(n for n in names if self._feeds_addition(n)),
-            scatterable=frozenset(n for n in names if self._is_scatterable(n)),
+            joined=joined,
+            scatterable=frozenset(n for n in joined if self._is_scatterable(n)),
             fixed=self.reasons[int(reasons[0])] if len(reasons) else clash,
         )
-
-    def _feeds_addition(self, name: str) -> bool:
-        return bool(self.joined[self.graph.layers[name].outputs].any())
 
     def _is_scatterable(self, name: str) -> bool:
         """Between it and the addition there is at most its own BatchNorm."""
         tags = self.graph.layers[name].outputs
-        if not self._feeds_addition(name) or bool(self.bound[tags].any()):
+        if bool(self.bound[tags].any()):
             return False
         pair = self.graph.pairs.get(name)
-        readers = self.readers[tags]
-        if pair:
-            readers = readers - torch.isin(tags, self.graph.norms[pair]).long()
-        return not bool(readers.any())
+        own = self._count_readers([self.graph.norms[pair]] if pair else [])
+        return torch.equal(self.readers[tags], own[tags])
 
 
 def _meet_blocks(units: Tensor, partitions: list[Tensor]) -> tuple[Tensor, str | None]:
@@ -253,8 +274,8 @@ def find_components(count: int, edges: list[Tensor]) -> tuple[Tensor, int]:
             root = root.scatter_reduce(0, root[end], low, "amin")
         while not torch.equal(further := root[root], root):
             root = further
-    roots, component = root.unique(return_inverse=True)
-    return component, len(roots)
+    number = (root == torch.arange(count)).cumsum(0)  # of the roots, from 1 on
+    return number[root] - 1, int(number[-1]) if count else 0
 
 
 # -- blocks that may go ----------------------------------------------------------------

@@ -103,8 +103,9 @@ class Ledger:
         a, b = a.flatten(), b.flatten()
         if a is b or torch.equal(a, b):
             return
-        both = (a >= 0) & (b >= 0)
-        pairs = torch.stack([a[both], b[both]])
+        pairs = torch.stack([a, b])
+        if pairs.numel() and int(pairs.min()) < 0:  # constants have nobody to follow
+            pairs = pairs[:, (pairs >= 0).all(0)]
         self.ties.append(pairs)
         (self.added if added else self.bound).append(pairs.flatten())
 

@@ -84,11 +84,6 @@ class Trace:
         self.moves: dict[str, Move] = {}
         self.shuffles: dict[str, Move] = {}
         self.calls: dict[str, tuple[int, int]] = {}
-        self._bare = {
-            name
-            for name, module in record.modules.items()
-            if next(module.parameters(), None) is None
-        }
         self._moving: set[str] = set()
         self._read_events()
 
@@ -249,11 +244,11 @@ class Trace:
         if not in_order:
             # A module without parameters can be wrapped as a whole, and the outermost
             # such module sees most of the way; ShuffleNetV2's unit is rewritten.
-            movers = [name for name in node.within if name in self._bare]
-            inner = self.record.modules[node.module]
-            movers += [node.module] if is_shuffle_unit(inner) else []
-            if movers:
-                self._moving.add(movers[0])
+            modules = [self.record.modules[name] for name in node.within]
+            bare = [next(m.parameters(), None) is None for m in modules]
+            bare[-1] = bare[-1] or is_shuffle_unit(modules[-1])
+            if any(bare):
+                self._moving.add(node.within[bare.index(True)])
             else:
                 self.ledger.freeze(
                     value.tags,

@@ -70,6 +70,8 @@ def _read_indices(name: str, indices: Any) -> list[int]:
         if isinstance(indices, str):
             raise TypeError
         found = indices.tolist() if hasattr(indices, "tolist") else list(indices)
+        if set(map(type, found)) <= {int}:
+            return sorted(found)
         found = [i.item() if hasattr(i, "item") else i for i in found]
         if any(isinstance(i, bool) for i in found):
             raise ValueError(

@@ -30,16 +30,20 @@ def resolve(
 ) -> Kept:
     """The units and rows that `plan` keeps, or a `ValueError` that names the layers."""
     if check:
-        _check_plan(graph, plan, model)
+        _check_names(graph, plan)
+        _check_blocks(graph, plan, model)
+    marks = {n: _mark(kept, len(graph.rows[n])) for n, kept in plan.keep.items()}
+    for group in graph.groups if check else ():
+        if not marks.keys().isdisjoint(group.layers):
+            _check_group(graph, group, plan, marks)
     units = torch.ones(graph.num_units + 1, dtype=torch.bool)
     for block in plan.drop:
         units[dropped_units(graph, block)] = False
     for name in plan.keep.keys() - plan.scatter:
-        units[_lost_units(graph.rows[name], plan.keep[name])] = False
+        units[graph.rows[name][~marks[name]]] = False
     left = _list_left(plan, graph.rows)
     rows = {name: units[graph.rows[name]] for name in left}
-    for name in plan.scatter:
-        rows[name] = _mark(plan.keep[name], len(rows[name]))
+    rows |= {name: marks[name] for name in plan.scatter}
     return Kept(units, rows, frozenset(plan.scatter), tuple(plan.drop))
 
 
@@ -50,27 +54,18 @@ def _mark(kept: list[int], size: int) -> Tensor:
     return row
 
 
-def _lost_units(units: Tensor, kept: list[int]) -> Tensor:
-    """The units, of those of a layer's outputs, that go where only `kept` stays."""
-    return units[~_mark(kept, len(units))]
-
-
 def _list_left(plan: Plan, names: dict[str, Tensor] | tuple[str, ...]) -> list[str]:
     """The layers that do not go with a dropped block."""
     dropped = tuple(f"{block}." for block in plan.drop)
     return [n for n in names if not (dropped and n.startswith(dropped))]
 
 
-def _check_plan(graph: Graph, plan: Plan, model: nn.Module | None) -> None:
+def _check_names(graph: Graph, plan: Plan) -> None:
     for name, kept in plan.keep.items():
         _check_indices(graph, name, kept)
     left = _list_left(plan, tuple(plan.keep))
     for name in plan.keep.keys() - set(left):
         raise ValueError(f"plan: '{name}' is kept in part but its block is dropped")
-    _check_blocks(graph, plan, model)
-    for group in graph.groups:
-        if not plan.keep.keys().isdisjoint(group.layers):
-            _check_group(graph, group, plan)
 
 
 def _check_indices(graph: Graph, name: str, kept: list[int]) -> None:
@@ -99,7 +94,9 @@ def _check_blocks(graph: Graph, plan: Plan, model: nn.Module | None) -> None:
             )
 
 
-def _check_group(graph: Graph, group: Group, plan: Plan) -> None:
+def _check_group(
+    graph: Graph, group: Group, plan: Plan, marks: dict[str, Tensor]
+) -> None:
     layers = _list_left(plan, group.layers)
     scattered = [n for n in layers if n in plan.scatter]
     tied = [n for n in layers if n not in plan.scatter]
@@ -115,8 +112,8 @@ def _check_group(graph: Graph, group: Group, plan: Plan) -> None:
         return
     alive = torch.ones(group.size, dtype=torch.bool)
     for name in cut:
-        alive[_lost_units(group.index[name], plan.keep[name])] = False
-    _check_agreement(graph, group, plan, tied, cut, alive)
+        alive[group.index[name][~marks[name]]] = False
+    _check_agreement(graph, group, marks, tied, cut, alive)
     counts = {int(alive[block].sum()) for block in group.unit_blocks}
     if len(counts) > 1:
         raise ValueError(
@@ -128,18 +125,17 @@ def _check_group(graph: Graph, group: Group, plan: Plan) -> None:
 def _check_agreement(
     graph: Graph,
     group: Group,
-    plan: Plan,
+    marks: dict[str, Tensor],
     tied: list[str],
     cut: list[str],
     alive: Tensor,
 ) -> None:
     """Every tied layer keeps exactly the units that all of them keep."""
     for name in tied:
-        index = group.index[name]
-        if name not in plan.keep and name in graph.followers:
+        wanted, kept = alive[group.index[name]], marks.get(name)
+        if kept is None and name in graph.followers:
             continue  # a depthwise convolution has no say of its own
-        kept = plan.keep.get(name, range(len(index)))
-        if torch.nonzero(alive[index]).flatten().tolist() != list(kept):
+        if not (wanted.all() if kept is None else torch.equal(wanted, kept)):
             more = ", ..." if len(tied) > 6 else ""
             raise ValueError(
                 f"plan: {', '.join(tied[:6])}{more} are tied and must keep the same "

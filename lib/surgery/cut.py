@@ -1,8 +1,7 @@
 """`shrink`: a physically smaller copy in which nothing removed is left."""
 
-import copy
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from lib.graph.dry_run import run_dry
 from lib.graph.tags import ELEMENTWISE, REDUCTIONS
 from lib.graph.trace import Move
 from lib.plan import Kept, Plan, resolve
+from lib.surgery.copying import copy_model
 from lib.surgery.movers import (
     GappedLRN,
     PinnedShuffleUnit,
@@ -49,7 +49,7 @@ def shrink(
     columns = {n: kept.units[graph.columns[n]] for n in kept.rows}
     norms = _norm_rows(graph, kept)
     cuts = _cut_tensors(graph, kept, columns, norms, dict(model.named_modules()))
-    small: nn.Module = copy.deepcopy(model, _memo_of(model, cuts))
+    small = copy_model(model, _replacements(model, cuts))
     modules = dict(small.named_modules())
     _resize_modules(graph, kept, columns, norms, modules)
     _replace_movers(graph, kept, small, modules)
@@ -134,27 +134,19 @@ def _cut(tensor: Tensor, chosen: Tensor | None, dim: int) -> Tensor:
     return tensor.detach().index_select(dim, chosen.to(tensor.device))
 
 
-def _memo_of(model: nn.Module, cuts: dict[int, Tensor]) -> dict[int, Any]:
-    """What `deepcopy` need not copy: the cut tensors stand in for the large ones.
-
-    Every module has a dozen empty dictionaries of hooks, which take `deepcopy` longer
-    than everything else; fresh ones serve.
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in module.__dict__.values():
-            if type(value) is OrderedDict and not value:
-                memo[id(value)] = OrderedDict()
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            cut = None if tensor is None else cuts.get(id(tensor))
-            if tensor is None or cut is None or cut.shape == tensor.shape:
-                continue
-            if tensor.ndim == 4 and _is_channels_last(tensor):
-                cut = cut.contiguous(memory_format=torch.channels_last)
-            if isinstance(tensor, nn.Parameter):
-                cut = nn.Parameter(cut, requires_grad=tensor.requires_grad)
-            memo[id(tensor)] = cut
-    return memo
+def _replacements(model: nn.Module, cuts: dict[int, Tensor]) -> dict[int, Tensor]:
+    """The cut tensors as what the originals are: parameters, in the same layout."""
+    made: dict[int, Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        cut = cuts.get(id(tensor))
+        if cut is None or cut.shape == tensor.shape:
+            continue
+        if tensor.ndim == 4 and _is_channels_last(tensor):
+            cut = cut.contiguous(memory_format=torch.channels_last)
+        if isinstance(tensor, nn.Parameter):
+            cut = nn.Parameter(cut, requires_grad=tensor.requires_grad)
+        made[id(tensor)] = cut
+    return made
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

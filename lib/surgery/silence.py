@@ -1,6 +1,5 @@
 """`mask`: a full-size copy in which a plan's channels are silent."""
 
-import copy
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 
 from lib.graph import Graph, build_graph, dropped_units
 from lib.plan import Kept, Plan, resolve
+from lib.surgery.copying import copy_model
 from lib.surgery.movers import Gate, replace
 
 
@@ -25,7 +25,7 @@ def mask(
     """
     graph = graph or build_graph(model, input_shape)
     kept = resolve(graph, plan, model)
-    masked: nn.Module = copy.deepcopy(model)
+    masked = copy_model(model)
     modules = dict(masked.named_modules())
     with torch.no_grad():
         _zero_rows(graph, _rows_when_masked(graph, kept), modules)
