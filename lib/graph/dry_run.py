@@ -13,19 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from lib.graph.leaves import LAYERS, guess_output, is_leaf
 from lib.graph.tags import SHAPE_KEEPING, Operand, Value
 from lib.graph.watch import dtype_of
 
 BATCH = 2  # images in the pass: one would make batch and channels hard to tell apart
-LAYERS = (_ConvNd, nn.Linear)
-LEAVES = (*LAYERS, _BatchNorm, nn.LocalResponseNorm, nn.PReLU, _DropoutNd)
 
 
 @dataclass(slots=True, eq=False)
@@ -59,7 +55,7 @@ class Call:
     output: int | None
 
 
-class DryRun(TorchDispatchMode):
+class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The record of the passes of a model; `run_dry` fills one.
 
     `events` holds nodes and calls in the order of the evaluation pass and, behind the
@@ -69,7 +65,7 @@ class DryRun(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.modules = dict(model.named_modules())
         self.events: list[Node | Call] = []
         self.evaluated = 0
@@ -119,7 +115,7 @@ class DryRun(TorchDispatchMode):
         for name, module in self.modules.items():
             if type(module).forward is nn.Module.forward:
                 continue  # a list of modules is not run itself
-            wrap = self._wrap_leaf if _is_leaf(module) else self._wrap_module
+            wrap = self._wrap_leaf if is_leaf(module) else self._wrap_module
             module.__dict__["forward"] = wrap(name, module, module.forward)
 
     def _wrap_module(
@@ -145,7 +141,7 @@ class DryRun(TorchDispatchMode):
             if self._in_leaf:
                 return forward(*args, **kwargs)
             x = tensors_in((*args, *kwargs.values()))[0]
-            y = self._run_inside(name, _guess_output, (module, x), {})
+            y = self._run_inside(name, guess_output, (module, x), {})
             if y is None:
                 self._in_leaf = True
                 try:
@@ -350,76 +346,3 @@ def _run_real(
             tree_map_only(Tensor, lambda t: t.cpu(), x) for x in (args, kwargs)
         )
     return func(*args, **kwargs)
-
-
-# -- leaf modules: their output's shape without a meta kernel --------------------------
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    """Does it run as torch defines it, so that a rule knows it by its type?"""
-    if not isinstance(module, LEAVES) or isinstance(module, _ConvTransposeNd):
-        return False
-    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
-        return False  # one slope for all channels is an element-wise operation
-    if isinstance(module, (nn.LocalResponseNorm, _DropoutNd)):
-        return True
-    plain = any(
-        getattr(module.forward, "__func__", None) is vars(base).get("forward")
-        for base in type(module).__mro__
-        if base.__module__.startswith("torch.nn.modules")
-    )
-    return plain and (isinstance(module, _BatchNorm) or "weight" in module._parameters)
-
-
-def _guess_output(module: nn.Module, x: Tensor) -> Tensor | None:
-    """What the leaf makes of `x`, or None where its own forward had better say.
-
-    Only what is plain is guessed. In doubt (a layout, a type, a size that does not
-    fit) torch's meta kernel decides, and words the error.
-    """
-    if not x.is_meta:
-        return None
-    with torch._C._DisableTorchDispatch():  # nobody need see how the shape is made
-        if isinstance(module, _BatchNorm):
-            return x.detach() if _norm_fits(module, x) else None
-        if not isinstance(module, LAYERS) or not _is_plain(module, x):
-            return None
-        shape = (
-            _shape_of_linear(module, x)
-            if isinstance(module, nn.Linear)
-            else _shape_of_convolution(module, x)
-        )
-        return shape and torch.empty(shape, dtype=x.dtype, device="meta")
-
-
-def _is_plain(module: _ConvNd | nn.Linear, x: Tensor) -> bool:
-    weight, bias = module.weight, module.bias
-    whole = x.is_contiguous() and weight.is_contiguous() and x.dtype == weight.dtype
-    return whole and (bias is None or bias.shape == weight.shape[:1])
-
-
-def _norm_fits(module: _BatchNorm, x: Tensor) -> bool:
-    module._check_input_dim(x)
-    rows = (module.weight, module.bias, module.running_mean, module.running_var)
-    enough = not module.training or x.numel() > x.shape[1]
-    return enough and all(row is None or row.shape == x.shape[1:2] for row in rows)
-
-
-def _shape_of_linear(module: nn.Linear, x: Tensor) -> tuple[int, ...] | None:
-    out, inputs = module.weight.shape
-    return (*x.shape[:-1], out) if x.shape[-1] == inputs else None
-
-
-def _shape_of_convolution(module: _ConvNd, x: Tensor) -> tuple[int, ...] | None:
-    out, inputs, *kernel = module.weight.shape
-    if module.padding_mode != "zeros" or isinstance(module.padding, str):
-        return None
-    if x.ndim != len(kernel) + 2 or x.shape[1] != inputs * module.groups:
-        return None
-    steps = zip(
-        x.shape[2:], kernel, module.stride, module.padding, module.dilation, strict=True
-    )
-    sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in steps]
-    if out % module.groups or min(sizes) < 1:
-        return None
-    return (x.shape[0], out, *sizes)

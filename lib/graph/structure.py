@@ -42,7 +42,9 @@ class Group:
         """The units of each block, in order."""
         if not bool(self.blocks.any()):
             return [torch.arange(self.size)]
-        return [torch.nonzero(self.blocks == b).flatten() for b in self.blocks.unique()]
+        return [
+            torch.nonzero(self.blocks == b).flatten() for b in torch.unique(self.blocks)
+        ]
 
 
 class Graph:
@@ -151,7 +153,7 @@ class _Grouping:
         """The layers whose own outputs are tied by an addition."""
         outputs = [layer.outputs for layer in self.graph.layers.values()]
         joined = self._mark(self.record.ledger.added)[torch.cat(outputs)]
-        return {self.names[i] for i in self.owners[joined].unique().tolist()}
+        return {self.names[i] for i in torch.unique(self.owners[joined]).tolist()}
 
     def _find_reasons(self) -> Tensor:
         """For each unit the position of the first reason to leave it alone, or -1."""
@@ -175,7 +177,7 @@ class _Grouping:
         # Units without a layer (the images' channels) get the number behind the last.
         member = torch.cat([group_of, torch.tensor([count])])[first]
         sizes = torch.bincount(member, minlength=count).tolist()
-        units = member.argsort(stable=True).split(sizes)
+        units = torch.split(member.argsort(stable=True), sizes)
         members: list[list[str]] = [[] for _ in range(count)]
         for name, number in zip(self.names, group_of.tolist(), strict=True):
             members[number].append(name)
@@ -191,7 +193,7 @@ class _Grouping:
                 continue
             units = self.graph.columns[name]
             units = units[units < self.graph.num_units]
-            if len(member[units].unique()) > 1:
+            if len(torch.unique(member[units])) > 1:
                 free = units[self.reason_of[units] < 0]
                 self.reason_of[free] = len(self.reasons)
                 self.reasons.append(
@@ -252,7 +254,7 @@ def _meet_blocks(units: Tensor, partitions: list[Tensor]) -> tuple[Tensor, str |
     """The common refinement of several partitions of the units into equal blocks."""
     if not partitions:
         return torch.zeros(len(units), dtype=torch.long), None
-    _, blocks = torch.stack(partitions, 1).unique(dim=0, return_inverse=True)
+    _, blocks = torch.unique(torch.stack(partitions, 1), dim=0, return_inverse=True)
     sizes = torch.bincount(blocks)
     if bool((sizes == sizes[0]).all()):
         return blocks, None
@@ -288,14 +290,29 @@ def droppable_blocks(graph: Graph, model: nn.Module) -> list[str]:
     adds (a dense layer's) or sums up with it (a residual branch).
     """
     inner = {name for name, module in model.named_modules() if any(module.children())}
-    return [name for name in graph.calls if name in inner and _is_residual(graph, name)]
+    made_by = {value: node for node in graph.nodes for value in node.outputs}
+    return [
+        name
+        for name in graph.calls
+        if name in inner
+        and _carries_input(graph, name, made_by)
+        and _is_residual(graph, name)
+    ]
 
 
 def dropped_units(graph: Graph, block: str) -> Tensor:
     """The units that vanish with `block`: those it hands on but does not read."""
-    source, target = (graph.values[v] for v in graph.calls[block])
-    before, after = graph.unit_of(source.tags), graph.unit_of(target.tags)
-    return after[~torch.isin(after, before)].unique()
+    before, after = block_units(graph, block)
+    lost: Tensor = torch.unique(after[~torch.isin(after, before)])
+    return lost
+
+
+def block_units(graph: Graph, block: str) -> tuple[Tensor, Tensor]:
+    """The units that a block reads and those that it hands on, in channel order."""
+    source, target = (graph.values[v].tags for v in graph.calls[block])
+    none = torch.empty(0, dtype=torch.long)
+    before, after = (none if x is None else x.flatten() for x in (source, target))
+    return graph.unit_of(before), graph.unit_of(after)
 
 
 def _is_residual(graph: Graph, block: str) -> bool:
@@ -304,19 +321,16 @@ def _is_residual(graph: Graph, block: str) -> bool:
         return False
     if len(source.shape) != len(target.shape):
         return False
-    before = graph.unit_of(source.tags).flatten()
-    after = graph.unit_of(target.tags).flatten()
-    kept = after[torch.isin(after, before)]
-    return torch.equal(kept, before) and _carries_input(graph, block)
+    before, after = block_units(graph, block)
+    return torch.equal(after[torch.isin(after, before)], before)
 
 
-def _carries_input(graph: Graph, block: str) -> bool:
+def _carries_input(graph: Graph, block: str, made_by: dict[int, Node]) -> bool:
     """The block's output is its input plus (or beside) something, and nothing more.
 
     A ReLU may follow where the input went through one as well: it changes nothing then.
     """
     source, target = graph.calls[block]
-    made_by = {value: node for node in graph.nodes for value in node.outputs}
     last = made_by.get(target)
     if last is not None and last.op in RELUS:
         first = made_by.get(source)

@@ -202,14 +202,14 @@ class Ledger:
         tags = x.tags
         if tags is None:
             return None
-        dims = [dims] if isinstance(dims, int) else dims or range(tags.ndim)
-        dims = {d % tags.ndim for d in dims}
-        if any(tags.shape[d] > 1 for d in dims):
+        named = [dims] if isinstance(dims, int) else dims or range(tags.ndim)
+        gone = {d % tags.ndim for d in named}
+        if any(tags.shape[d] > 1 for d in gone):
             self.freeze(tags, f"{where} takes the '{name}' over channels")
             return None
         if keepdim:
             return tags
-        return tags.reshape([n for d, n in enumerate(tags.shape) if d not in dims])
+        return tags.reshape([n for d, n in enumerate(tags.shape) if d not in gone])
 
     def cat(self, operands: Sequence[Operand], dim: int, where: str) -> Tensor:
         """Labels one behind the other along `dim`."""
@@ -233,7 +233,8 @@ class Ledger:
 def move_tags(
     name: str,
     function: Callable[..., Any],
-    value: Value,
+    tags: Tensor,
+    shape: Sequence[int],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[list[Tensor], bool]:
@@ -242,27 +243,29 @@ def move_tags(
     The flag says whether removing channels before the operation gives the same as
     removing them after it: true for flattening, false for picking and shuffling.
     """
-    full = value.tags.expand(value.shape)
+    full = tags.expand(tuple(shape))
     if name == "constant_pad_nd":
-        return _pad(value, args[1])
+        return _pad(tags, shape, args[1])
     if name in {"view", "_unsafe_view", "_reshape_alias", "reshape"}:
         moved = full.reshape(args[1])
     else:
         moved = function(full, *args[1:], **kwargs)
     pieces = list(moved) if isinstance(moved, (list, tuple)) else [moved]
     pieces = [compress(piece) for piece in pieces]
-    return pieces, all(_keeps_order(value.tags, piece) for piece in pieces)
+    return pieces, all(_keeps_order(tags, piece) for piece in pieces)
 
 
-def _pad(value: Value, amounts: Sequence[int]) -> tuple[list[Tensor], bool]:
+def _pad(
+    before_padding: Tensor, shape: Sequence[int], amounts: Sequence[int]
+) -> tuple[list[Tensor], bool]:
     """Zero padding: new constants along the channels, nothing new along the pixels."""
-    tags = value.tags
+    tags = before_padding
     for i, dim in enumerate(range(tags.ndim - 1, -1, -1)[: len(amounts) // 2]):
         before, after = amounts[2 * i], amounts[2 * i + 1]
-        if tags.shape[dim] > 1 or (dim == 1 and value.shape[1] == 1):
+        if tags.shape[dim] > 1 or (dim == 1 and shape[1] == 1):
             widths = [0] * (2 * (tags.ndim - 1 - dim)) + [before, after]
             tags = torch.nn.functional.pad(tags, widths, value=CONSTANT)
-    return [tags], tags is value.tags
+    return [tags], tags is before_padding
 
 
 def _widen(row: Tensor, ndim: int) -> Tensor:

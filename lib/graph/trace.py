@@ -100,9 +100,9 @@ class Trace:
             elif event.function is None:
                 self._read_leaf(event, evaluating)
             else:
-                tags = self._read_operation(event)
-                for place, row in zip(event.outputs, tags, strict=False):
-                    self.values[place].tags = row
+                made = self._read_operation(event)
+                for place, tags in zip(event.outputs, made, strict=False):
+                    self.values[place].tags = tags
         for place in self.record.results:
             reason = "they are the outputs of the network"
             self.ledger.freeze(self.values[place].tags, reason)
@@ -118,7 +118,7 @@ class Trace:
         elif isinstance(module, nn.Linear):
             made.tags = self._read_layer(node.module, module, value, made, evaluating)
         elif isinstance(module, _DropoutNd):
-            made.tags = value and value.tags
+            made.tags = None if value is None else value.tags
         else:
             made.tags = self._read_norm(node.module, value)
 
@@ -236,10 +236,10 @@ class Trace:
 
     def _move(self, node: Node, where: str) -> list[Tensor | None]:
         """Where channels are picked or reordered: who can be rewritten, or freeze."""
-        value = node.operands[0].value
-        assert value is not None and node.function is not None
+        source = node.operands[0]
+        assert source.tags is not None and node.function is not None
         pieces, in_order = move_tags(
-            node.op, node.function, value, node.raw, node.kwargs
+            node.op, node.function, source.tags, source.shape, node.raw, node.kwargs
         )
         if not in_order:
             # A module without parameters can be wrapped as a whole, and the outermost
@@ -251,7 +251,7 @@ class Trace:
                 self._moving.add(node.within[bare.index(True)])
             else:
                 self.ledger.freeze(
-                    value.tags,
+                    source.tags,
                     f"{where} picks or reorders channels with '{node.op}' in its "
                     "forward; put that step into a module of its own, without "
                     "parameters",

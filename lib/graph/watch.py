@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +44,8 @@ def recorded(
     modules = dict(model.named_modules())
     calls: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    def make_hook(name: str):
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+    def make_hook(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             seen = args[0] if inputs else output
             calls[name].append(keep(name, seen) if keep else seen)
 

@@ -17,13 +17,14 @@ def copy_model(model: nn.Module, instead: dict[int, Tensor] | None = None) -> nn
     their own are therefore copied here; everything else is left to `deepcopy`.
     """
     memo: dict[int, Any] = dict(instead or {})
-    twins = []
+    twins: list[tuple[Any, nn.Module]] = []
     for module in model.modules():
         if _copies_plainly(type(module)):
             twin = memo[id(module)] = object.__new__(type(module))
             twins.append((module, twin))
     for module, twin in twins:
-        for key, value in module.__getstate__().items():
+        state: dict[str, Any] = module.__getstate__()
+        for key, value in state.items():
             twin.__dict__[key] = _copy_value(value, memo)
     copied: nn.Module = copy.deepcopy(model, memo)
     return copied

@@ -27,14 +27,16 @@ class Remap(nn.Module):
     def __init__(self, inner: nn.Module, read: Tensor, write: Tensor):
         super().__init__()
         self.inner = inner
-        self.register_buffer(
-            "source", inverse(positions(read), len(read)), persistent=False
-        )
+        self.source: Tensor
+        self.write: Tensor
+        source = inverse(positions(read), len(read))
+        self.register_buffer("source", source, persistent=False)
         self.register_buffer("write", positions(write), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Widen with zeros, move the channels, keep what is read."""
-        return self.inner(take(x, self.source)).index_select(1, self.write)
+        moved: Tensor = self.inner(take(x, self.source))
+        return moved.index_select(1, self.write)
 
 
 class GappedLRN(nn.LocalResponseNorm):
@@ -45,6 +47,9 @@ class GappedLRN(nn.LocalResponseNorm):
 
     def __init__(self, whole: nn.LocalResponseNorm, alive: Tensor):
         super().__init__(whole.size, whole.alpha, whole.beta, whole.k)
+        self.alive: Tensor
+        self.kept: Tensor
+        self.source: Tensor
         if isinstance(whole, GappedLRN):
             alive = _restore(whole.alive.cpu(), alive)
         self.register_buffer("alive", alive, persistent=False)
@@ -69,12 +74,14 @@ class Gate(nn.Module):
     def __init__(self, inner: nn.Module, alive: Tensor):
         super().__init__()
         self.inner = inner
+        self.alive: Tensor
         self.register_buffer("alive", alive, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, ...] -> what the inner module gives."""
         alive = self.alive.view([1, -1] + [1] * (x.ndim - 2))
-        return self.inner(x * alive.to(x.dtype))
+        result: Tensor = self.inner(x * alive.to(x.dtype))
+        return result
 
 
 class PinnedShuffleUnit(nn.Module):
@@ -92,7 +99,7 @@ class PinnedShuffleUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, in, H, W] -> [N, out, H', W']."""
         if self.stride == 1:
-            left, right = x.split(self.split, 1)
+            left, right = torch.split(x, self.split, 1)
             out = torch.cat((left, self.branch2(right)), 1)
         else:
             out = torch.cat((self.branch1(x), self.branch2(x)), 1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.graph import Graph, build_graph, dropped_units
+from lib.graph.structure import block_units
 from lib.plan import Kept, Plan, resolve
 from lib.surgery.copying import copy_model
 from lib.surgery.movers import Gate, replace
@@ -47,8 +48,7 @@ def _rows_when_masked(graph: Graph, kept: Kept) -> dict[str, Tensor]:
     }
     rows |= kept.rows
     for block in kept.dropped:
-        target = graph.values[graph.calls[block][1]]
-        ends = graph.unit_of(target.tags).flatten()
+        _, ends = block_units(graph, block)
         for name in graph.layers:
             if name.startswith(f"{block}."):
                 rows[name] = rows[name] & ~torch.isin(graph.rows[name], ends)
