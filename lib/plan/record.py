@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from lib import paths
-from lib.messages import suggest as nearest_name  # noqa: F401 (NISP still asks here)
 
 
 @dataclass
