@@ -98,6 +98,21 @@ def test_rates_per_layer():
     assert {n: len(k) for n, k in plan.keep.items()} == {"conv1": 16, "ip1": 50}
 
 
+@pytest.mark.parametrize("size", [7, 10, 50, 96, 250])
+def test_a_rate_counts_as_it_is_written(size):
+    """.58 of 50 is 29, which floats compute as 28.999..., and a third of 3 is 1."""
+    for percent in range(100):
+        assert plans.count_share(percent / 100, size) == percent * size // 100
+    assert plans.count_share(1 / 3, 3 * size) == size
+    model = nn.Sequential(nn.Conv2d(3, 50, 1), nn.Conv2d(50, 2, 1))
+    plan = plans.from_scores(model, {"0": torch.rand(50)}, (3, 2, 2), rate=0.58)
+    assert len(plan.keep["0"]) == 21
+    plan = plans.from_scores(
+        model, {"0": torch.rand(50)}, (3, 2, 2), rate=0.58, scope="global"
+    )
+    assert len(plan.keep["0"]) == 21
+
+
 def test_tied_layers_need_one_rate():
     scores = {"conv1": torch.rand(16), "layer1.0.conv2": torch.rand(16)}
     with pytest.raises(ValueError, match=r"conv1, layer1\.0\.conv2"):
@@ -163,6 +178,18 @@ def test_macs_are_met_within_one_percent(name, scope, residual, share):
     small = surgery.shrink(model, plan, shape)
     reached = cost.count(small, shape).macs / cost.count(model, shape).macs
     assert reached == pytest.approx(share, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "residual"), [("lenet", "tie"), ("resnet20", "scatter")]
+)
+def test_macs_of_one_scope_take_the_same_share_everywhere(name, residual):
+    """No layer is more than the smallest steps of two layers ahead of another."""
+    plan, scores = plan_of(name, macs=0.5, residual=residual)
+    shares = {n: 1 - len(plan.keep[n]) / len(s) for n, s in scores.items()}
+    step = 1 / min(len(s) for s in scores.values())
+    assert max(shares.values()) - min(shares.values()) <= 2 * step
+    assert min(shares.values()) > 0.1
 
 
 def test_macs_of_functional_convolutions_are_part_of_the_share():
@@ -263,6 +290,21 @@ def test_tensors_and_arrays_become_integers(tmp_path):
         "a": [0, 2],
         "b": [0, 1, 2],
     }
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [True, False, True],
+        torch.tensor([True, False]),
+        torch.tensor([True, False]).numpy(),
+        list(torch.tensor([True, False])),
+    ],
+    ids=["list", "tensor", "array", "list of tensors"],
+)
+def test_a_mask_is_not_a_list_of_indices(mask):
+    with pytest.raises(ValueError, match=r"'a' .* got a mask of True and False"):
+        Plan({"a": mask})
 
 
 FILES = {

@@ -1,9 +1,13 @@
 """Shrinking: the pruned network computes what the masked and the hooked one compute."""
 
+import contextlib
 import copy
 import io
+import subprocess
+import sys
 import warnings
 
+import fake_card
 import oracle
 import pytest
 import torch
@@ -526,6 +530,61 @@ def test_nothing_pruned_warns():
         surgery.shrink(model, Plan(), shape)
 
 
+# -- on another device --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "residual"),
+    [
+        ("resnet20", "tie"),  # padded shortcuts
+        ("resnet20", "scatter"),
+        ("shufflenet_v2_x1_0", "tie"),
+        ("caffenet", "tie"),  # response normalisation with gaps
+    ],
+)
+def test_on_a_card_as_on_the_cpu(name, residual):
+    """Scores, plan, mask, shrink, a second shrink and the count, all on the card."""
+    model, shape = make(name)
+    second = [plan_on(model, shape, residual, places) for places in (False, True)]
+    (here, plan, again), (there, same, again_there) = second
+    assert plan == same and again[0] == again_there[0]
+    for a, b in zip(here + again[1], there + again_there[1], strict=True):
+        assert torch.equal(a, b)
+
+
+def plan_on(model, shape, residual, on_card):
+    """Outputs of the masked and the shrunk net, and the same once more."""
+    model = copy.deepcopy(model)
+    x = oracle.images(shape)
+    place = fake_card.FakeCard if on_card else contextlib.nullcontext
+    with place(), torch.no_grad():
+        model = fake_card.put(model) if on_card else model
+        x = fake_card.CardTensor(x) if on_card else x
+        found = []
+        for _ in range(2):
+            scores = baselines.l1(model)
+            plan = plans.from_scores(model, scores, shape, rate=0.3, residual=residual)
+            assert cost.count(model, shape).macs > 0
+            masked = oracle.evaluate(surgery.mask(model, plan, shape), x)
+            model = surgery.shrink(model, plan, shape)
+            outputs = [masked, oracle.evaluate(model, x)]
+            residual = "tie"
+            found.append(
+                (plan, [fake_card.fetch(y) if on_card else y for y in outputs])
+            )
+    (first, outputs), second = found
+    return outputs, first, second
+
+
+def test_the_import_is_light():
+    code = "import sys; from lib import surgery; print(*sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    heavy = {"torchvision", "pandas", "mlxtend", "scipy", "torch._dynamo"}
+    assert not heavy & set(found.stdout.split())
+
+
 # -- small nets with one hard thing each ---------------------------------------------
 
 
@@ -660,6 +719,13 @@ WORKING = {
     "norm without scale": lambda: net(
         conv(3, 8), bn(8, affine=False), relu(), conv(8, 8), relu()
     ),
+    "norm of the batch without scale": lambda: net(
+        conv(3, 8),
+        bn(8, affine=False, track_running_stats=False),
+        relu(),
+        conv(8, 8),
+        relu(),
+    ),
     "norm used twice": lambda: net(
         forward=lambda s, x: s.c(s.b(F.relu(s.c(s.a(x))))), **two(c=bn(8))
     ),
@@ -734,6 +800,25 @@ def test_a_given_graph_stands_for_the_trace(monkeypatch):
     assert oracle.difference(masked, oracle.evaluate(small, x)) < 1e-10
 
 
+def test_what_a_forward_keeps_for_itself_is_taken_back():
+    """A constant cached in the first pass must not stay behind as a bare shape."""
+
+    def cached(self, x):
+        if not hasattr(self, "table"):
+            self.table = torch.ones(1, 1, 8, 8, dtype=x.dtype, device=x.device)
+            self.register_buffer("late", torch.zeros(1, device=x.device))
+        return F.relu(self.b(F.relu(self.a(x)) * self.table))
+
+    model = net(forward=cached, **two())
+    before = {n: set(vars(m)) for n, m in model.named_modules()}
+    surgery.channel_groups(model, TINY)
+    assert cost.count(model, TINY).macs > 0
+    assert before == {n: set(vars(m)) for n, m in model.named_modules()}
+    assert not dict(model.named_buffers()).keys() & {"late"}
+    plan = Plan({"a": [0, 3, 4]})
+    oracle.assert_exact(model, plan, TINY, oracle.images(TINY), behind=False)
+
+
 SHARED = {
     "activation": nn.PReLU,
     "response norm": lambda: nn.LocalResponseNorm(3),
@@ -760,6 +845,75 @@ def test_one_instance_under_two_names(kind):
     plan = Plan({"a": [0, 1, 2, 7], "b": [0, 1, 2, 7]})
     x = 9 * oracle.images(TINY)
     oracle.assert_exact(model, plan, TINY, x, hooks=kind != "shuffle", behind=False)
+
+
+def test_a_gate_of_one_channel_opens_all_or_none():
+    """Broadcast over all channels, it is tied to none of them and cannot go."""
+
+    def forward(self, x):
+        return F.relu(self.b(F.relu(self.a(x)) * torch.sigmoid(self.gate(x))))
+
+    model = net(forward=forward, **two(gate=conv(3, 1)))
+    groups = {g.layers: g for g in surgery.channel_groups(model, TINY)}
+    assert groups["a",].fixed is None
+    assert "spreads it over all channels" in groups["gate",].fixed
+    plan = Plan({"a": [1, 2, 6]})
+    oracle.assert_exact(model, plan, TINY, oracle.images(TINY), behind=False)
+
+
+class Widened(nn.Module):
+    """A residual block whose branch adds nothing to the last four channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = conv(12, 8)
+
+    def forward(self, x):
+        return x + append_zeros(self.conv(x))
+
+
+def append_zeros(x):
+    shape = (x.shape[0], 4, *x.shape[2:])
+    return torch.cat([x, torch.zeros(shape, dtype=x.dtype, device=x.device)], 1)
+
+
+def test_channels_that_are_constant_on_all_sides_of_an_addition():
+    """They stay constants, so the block hands on exactly the channels it reads."""
+    forward = lambda s, x: F.relu(s.b(s.block(append_zeros(s.a(x)))))  # noqa: E731
+    model = net(forward=forward, a=conv(3, 8), block=Widened(), b=conv(12, 8))
+    assert surgery.droppable(model, TINY) == ["block"]
+    x = oracle.images(TINY)
+    small = surgery.shrink(model, Plan({"b": [0, 5]}, drop=["block"]), TINY)
+    whole = surgery.shrink(model, Plan({"b": [0, 5]}), TINY)
+    whole.block = nn.Identity()
+    torch.testing.assert_close(oracle.evaluate(small, x), oracle.evaluate(whole, x))
+    kept = [1, 4, 6]
+    oracle.assert_exact(
+        model, Plan({"a": kept, "block.conv": kept}), TINY, x, behind=False
+    )
+
+
+@pytest.mark.parametrize("kept", [[1], [0], [0, 2], [1, 2]])
+def test_zero_padding_of_a_single_channel(kept):
+    """One channel, padded to three: the new ones are zeros, not copies of it."""
+    pad = Lambda(lambda x: F.pad(x, (0, 0, 0, 0, 1, 1)))
+    forward = lambda s, x: F.relu(s.b(s.a(x) + s.p(s.one(x))))  # noqa: E731
+    model = net(forward=forward, a=conv(3, 3), one=conv(3, 1), p=pad, b=conv(3, 8))
+    x, plan = oracle.images(TINY), Plan({"a": kept})
+    oracle.assert_exact(model, plan, TINY, x, extra={"p": kept}, behind=False)
+
+
+def test_a_scattered_grouped_convolution_keeps_as_many_in_each_group():
+    forward = lambda s, x: F.relu(s.a(x) + s.b(F.relu(s.a(x))))  # noqa: E731
+    model = net(forward=forward, a=conv(3, 8), b=conv(8, 8, groups=2))
+    even, uneven = ([0, 3, 5, 6], [0, 1, 2, 5])
+    plan = Plan({"b": even}, scatter={"b"})
+    oracle.assert_exact(model, plan, TINY, oracle.images(TINY), behind=False)
+    with pytest.raises(ValueError, match="'b' needs as many channels in each"):
+        surgery.shrink(model, Plan({"b": uneven}, scatter={"b"}), TINY)
+    scores = {"b": torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 1])}
+    plan = plans.from_scores(model, scores, TINY, rate=0.5, residual="scatter")
+    assert plan.keep == {"b": [0, 1, 4, 5]}
 
 
 def test_one_parameter_in_two_layers_is_refused():
@@ -826,6 +980,12 @@ def flip_by_index(self, x):
     return self.b(x[:, torch.arange(x.shape[1], device=x.device).flip(0)])
 
 
+def plain_list(self, x):
+    if "others" not in self.__dict__:
+        self.__dict__["others"] = [conv(8, 8).double()]
+    return self.b(self.others[0](self.a(x)))
+
+
 def functional(self, x):
     return self.b(F.conv2d(self.a(x), self.b.weight, padding=1))
 
@@ -868,6 +1028,10 @@ REFUSED = {
             forward=lambda s, x: s.b(torch.cat(s.a(x).chunk(2, 1)[::-1], 1)), **two()
         ),
         "split",
+    ),
+    "layers in a plain list": (
+        lambda: net(forward=plain_list, **two()),
+        "Python list registers none",
     ),
     "index made on the way": (lambda: net(forward=flip_by_index, **two()), "index"),
     "constant along the channels": (

@@ -5,8 +5,8 @@ resolution. `from_scores` turns any method's scores into one; `resolve` checks a
 against a traced network and is what `lib.surgery` acts on.
 """
 
-from lib.plan.ranking import from_scores
+from lib.plan.ranking import count_share, from_scores
 from lib.plan.record import Plan
 from lib.plan.resolve import Kept, resolve
 
-__all__ = ["Kept", "Plan", "from_scores", "resolve"]
+__all__ = ["Kept", "Plan", "count_share", "from_scores", "resolve"]
