@@ -628,18 +628,6 @@ def test_the_axes_go_down_in_equal_steps_one_dimension_at_a_time():
         assert chain[-1][m] == pytest.approx(HALF[m], abs=1e-15)
 
 
-def test_the_interleaved_chain_is_one_staircase():
-    first, stairs = map3d.make_design("interleaved", HALF)
-    assert first == [WHOLE] and len(stairs) == 12
-    assert stairs[-1] == pytest.approx(HALF)
-    for i, (here, there) in enumerate(itertools.pairwise([WHOLE, *stairs])):
-        moved = [m for m in range(3) if here[m] != there[m]]
-        assert moved == [i % 3] and there[i % 3] < here[i % 3]
-    axes = map3d.make_design("axis", HALF)[1:]
-    levels = [axes[m][k][m] for k in range(4) for m in range(3)]
-    assert [p[i % 3] for i, p in enumerate(stairs)] == levels
-
-
 def test_the_grid_holds_27_networks_each_pruned_at_once():
     grid = map3d.make_design("grid", HALF)
     assert all(len(chain) == 1 for chain in grid) and grid[0] == [WHOLE]
@@ -665,8 +653,8 @@ def test_interior_points_lie_on_the_budget_surface(exponents):
 
 
 def test_designs_put_together():
-    both = map3d.make_design("both", HALF, rounds=2, interior=True)
-    assert [len(chain) for chain in both] == [1, 2, 2, 2, 6, 1, 1, 1, 1]
+    axes = map3d.make_design("axis", HALF, rounds=2, interior=True)
+    assert [len(chain) for chain in axes] == [1, 2, 2, 2, 1, 1, 1, 1]
     assert map3d.make_design("axis", HALF, rounds=1)[1:] == [
         [pytest.approx((0.5, 1, 1))],
         [pytest.approx((1, HALF[1], 1))],
@@ -677,7 +665,7 @@ def test_designs_put_together():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [("axes", {}, "design must be one of"), ("axis", {"rounds": 0}, "rounds must be"),
-     ("both", {"rounds": -1}, "rounds must be"),
+     ("interleaved", {}, "design must be one of"),
      ("grid", {"levels": 1}, "levels at least 2")],
 )  # fmt: skip
 def test_designs_that_make_no_sense_are_refused(name, options, message):

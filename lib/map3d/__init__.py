@@ -6,20 +6,14 @@ that are pruned, fine-tuned and measured) -> fit (accuracy as a function of dept
 and resolution) -> optimum (the best of them for a budget).
 """
 
-from lib.map3d.blocks import Block, find_blocks, order_removal, probe_blocks
-from lib.map3d.collection import (
-    collect,
-    prune_once,
-    read_points,
-    sparsify,
-    write_points,
-)
+from lib.map3d.blocks import find_blocks, order_removal, probe_blocks
+from lib.map3d.collection import collect, prune_once, read_points, write_points
 from lib.map3d.costs import FORMULA, PowerLaw, fit_exponents
 from lib.map3d.design import DESIGNS, find_floors, make_design
 from lib.map3d.fitting import count_parameters, fit, jacobian_rank
-from lib.map3d.networks import RIVALS, pick_rivals, rank_lattice
+from lib.map3d.networks import pick_rivals, rank_lattice
 from lib.map3d.predictor import Map
-from lib.map3d.search import Optimum, optimum, trace_budget
+from lib.map3d.search import optimum, trace_budget
 from lib.map3d.space import Shape, Space, score_channels
 from lib.map3d.uncertainty import (
     bootstrap_maps,
@@ -31,10 +25,7 @@ from lib.map3d.uncertainty import (
 __all__ = [
     "DESIGNS",
     "FORMULA",
-    "RIVALS",
-    "Block",
     "Map",
-    "Optimum",
     "PowerLaw",
     "Shape",
     "Space",
@@ -58,7 +49,6 @@ __all__ = [
     "read_points",
     "regret",
     "score_channels",
-    "sparsify",
     "trace_budget",
     "write_points",
 ]

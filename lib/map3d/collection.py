@@ -1,15 +1,12 @@
 """Data collection: prune, fine-tune, measure, point by point, each point a file."""
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib import paths, surgery, train
 from lib.graph import Graph, build_graph
@@ -115,33 +112,6 @@ def prune_once(
         )
     scores = score_channels(model, space.input_shape, graph=graph)
     return space.plan(model, shape, order=order, scores=scores, graph=graph)
-
-
-@contextmanager
-def sparsify(model: nn.Module, strength: float) -> Iterator[None]:
-    """While inside, training pulls every BatchNorm's scale towards zero.
-
-    Adds `strength` * sign(gamma) to the gradient, not to the loss: Slimming's L1 stage
-    (Liu et al. 2017; 1e-4 for VGG, 1e-5 for deep ResNets and DenseNet-40 in its code).
-    Optional before `collect`: `with sparsify(model, 1e-4): train.fit(model, ...)`.
-    """
-    if not 0 <= strength < math.inf:
-        raise ValueError(f"strength must be 0 or more and finite, got {strength}")
-    scales = [m.weight for m in model.modules() if isinstance(m, _BatchNorm)]
-    hooks = [
-        gamma.register_hook(
-            lambda grad, gamma=gamma: grad + strength * gamma.detach().sign()
-        )
-        for gamma in scales
-        if gamma is not None and gamma.requires_grad
-    ]
-    if not hooks:
-        raise ValueError("the network has no BatchNorm scale to make sparse")
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # -- one chain -----------------------------------------------------------------------

@@ -108,8 +108,8 @@ def inverse_compound(
 def make_relative(cost: Callable, box: np.ndarray) -> Callable:
     """`cost` over cost(1, 1, 1), for arrays: what an optimum is searched with.
 
-    cost: any function of (d, w, r), of arrays or of numbers only, in any unit. box:
-    low and high (d, w, r), float64 [2, 3], where it is tried on 5 x 5 x 5 points.
+    cost: any function of three numbers d, w, r, in any unit, called point by point.
+    box: low and high (d, w, r), float64 [2, 3], where it is tried on 5 x 5 x 5 points.
     ValueError: no function, values that are not finite and positive, a cost that falls
     somewhere as a share grows, or that is the same everywhere.
     """
@@ -119,53 +119,18 @@ def make_relative(cost: Callable, box: np.ndarray) -> Callable:
         raise ValueError(
             f"cost: expected a PowerLaw or a function of (d, w, r), got {cost!r}"
         )
-    evaluate = _vectorise(cost, box)
-    whole = float(_check_values(evaluate(*np.ones((3, 1))))[0])
-
-    def relative(d, w, r):
-        shares = np.broadcast_arrays(*(np.asarray(x, dtype=float) for x in (d, w, r)))
-        flat = evaluate(*(x.ravel() for x in shares))
-        return _check_values(flat).reshape(shares[0].shape) / whole
-
-    _check_growth(relative, box)
-    return relative
-
-
-def _vectorise(cost: Callable, box: np.ndarray) -> Callable:
-    """`cost` itself where it answers arrays as it answers numbers, else a loop."""
-    loop = np.vectorize(cost, otypes=[float])
-    probes = np.linspace(
-        box[0], box[1], 3
-    ).T  # the low corner, the middle, the high corner
-    try:
-        together = np.asarray(cost(*probes), dtype=float)
-    except (TypeError, ValueError):  # float(), math.sqrt or `if` of an array
-        return loop
-    fine = together.shape == (3,) and np.allclose(together, loop(*probes), rtol=1e-12)
-    return (lambda d, w, r: np.asarray(cost(d, w, r), dtype=float)) if fine else loop
-
-
-def _check_values(found: np.ndarray) -> np.ndarray:
-    bad = found[~(np.isfinite(found) & (found > 0))]
-    if len(bad):
-        raise ValueError(f"cost: expected finite numbers > 0, got {bad[0]:.4g}")
-    return found
-
-
-def _check_growth(relative: Callable, box: np.ndarray) -> None:
+    ask = np.vectorize(cost, otypes=[float])
     grid = np.meshgrid(*np.linspace(box[0], box[1], 5).T, indexing="ij")
-    logs = np.log(relative(*grid))
+    tried, whole = ask(*grid), float(ask(1.0, 1.0, 1.0))
+    bad = [x for x in (whole, *tried.flat) if not 0 < x < np.inf]
+    if bad:
+        raise ValueError(f"cost: expected finite numbers > 0, got {bad[0]:.4g}")
     for m, name in enumerate(NAMES):
-        steps = np.diff(logs, axis=m)
-        if steps.min() < -ROUNDING:
-            at = np.unravel_index(steps.argmin(), steps.shape)
-            place = ", ".join(f"{x[at]:.4g}" for x in grid)
-            raise ValueError(
-                f"cost: falls as {name} grows from (d, w, r) = ({place}); a cost must "
-                "not fall with any share"
-            )
-    if np.ptp(logs) <= ROUNDING:
+        if np.diff(np.log(tried), axis=m).min() < -ROUNDING:
+            raise ValueError(f"cost: falls as {name} grows; it must not, in any share")
+    if np.ptp(np.log(tried)) <= ROUNDING:
         raise ValueError("cost: the same all over the box, there is nothing to save")
+    return lambda d, w, r: ask(d, w, r) / whole
 
 
 # -- what is read and refused ----------------------------------------------------------

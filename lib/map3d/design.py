@@ -13,7 +13,7 @@ from lib.messages import check_choice
 
 Point = tuple[float, ...]  # (d, w, r)
 Chain = list[Point]
-DESIGNS = ("axis", "interleaved", "both", "grid")
+DESIGNS = ("axis", "grid")
 WHOLE: Point = (1.0, 1.0, 1.0)
 
 
@@ -43,9 +43,8 @@ def make_design(
 
     "axis", the paper's (Wang et al. 2021, algorithm 1, as far as readers' notes tell):
     a chain per dimension, in `rounds` equal steps to its floor; tells the dimensions'
-    own curves, and nothing about how they act together. "interleaved": one chain that
-    takes a step of depth, of width, of resolution, and again. "both". "grid": all
-    combinations of `levels` equal steps from 1 to the floors, each pruned in one go.
+    own curves, and nothing about how they act together. "grid": all combinations of
+    `levels` equal steps from 1 to the floors, each pruned in one go.
     `interior` adds four points off the axes, pruned in one go, that hold the budget
     together: two dimensions take half of the log cost each, then all three a third.
     """
@@ -55,14 +54,12 @@ def make_design(
             f"rounds must be at least 1, levels at least 2, got {rounds}, {levels}"
         )
     chains: list[Chain] = [[WHOLE]]
-    if name == "grid":
+    if name == "axis":
+        chains += _walk_axes(floors, rounds)
+    else:
         parts = [i / (levels - 1) for i in range(levels)]
         ladders = [[_step(floor, part) for part in parts] for floor in floors]
         chains = [[point] for point in product(*ladders)]
-    if name in ("axis", "both"):
-        chains += _walk_axes(floors, rounds)
-    if name in ("interleaved", "both"):
-        chains.append(_walk_stairs(floors, rounds))
     return chains + (_list_interior(floors) if interior else [])
 
 
@@ -72,14 +69,6 @@ def _walk_axes(floors: Point, rounds: int) -> list[Chain]:
         steps = [_step(floors[m], i / rounds) for i in range(1, rounds + 1)]
         chains.append([tuple(x if n == m else 1.0 for n in range(3)) for x in steps])
     return chains
-
-
-def _walk_stairs(floors: Point, rounds: int) -> Chain:
-    here, chain = list(WHOLE), list[Point]()
-    for i, m in product(range(1, rounds + 1), range(3)):
-        here[m] = _step(floors[m], i / rounds)
-        chain.append(tuple(here))
-    return chain
 
 
 def _list_interior(floors: Point) -> list[Chain]:

@@ -4,10 +4,8 @@ Wang et al., "Accelerate CNNs from Three Dimensions", ICML 2021, regress a polyn
 degree K = 3 on pruned networks and find a product of three univariate ones (rank R = 1)
 to suffice. How they solve for it is not known to us; here it is least squares.
 
-    rank 1     F = a H_d H_w H_r, H_m = 1 + sum over k of c_mk u_m^k: 1 + 3K numbers,
-               by Levenberg-Marquardt ("lm") or alternating least squares ("als")
-    rank R     a sum of R such products: R (1 + 3K) numbers, by "lm" from several starts
-    rank None  all (K+1)^3 coefficients, linear, of least norm
+    rank 1     F = a H_d H_w H_r, H_m = 1 + sum over k of c_mk u_m^k: 1 + 3K numbers
+    rank R     a sum of R such products: R (1 + 3K) numbers, from several starts
 
 where u = (1 - x) / span as in `lib.map3d.predictor`. Points that prune one dimension at
 a time identify 1 + 3K numbers, whatever the rank: a fit that asks for more warns.
@@ -25,7 +23,6 @@ from numpy.typing import ArrayLike
 from lib.map3d import solvers
 from lib.map3d.costs import NAMES
 from lib.map3d.predictor import SLACK, Map
-from lib.messages import check_choice
 from lib.settings import Rule, check_rule
 
 COLUMNS = (*NAMES, "accuracy")
@@ -40,59 +37,50 @@ class UnidentifiedWarning(UserWarning):
 def fit(
     points: ArrayLike | pd.DataFrame,
     *,
-    rank: int | None = 1,
+    rank: int = 1,
     degree: int = 3,
     monotone: bool = False,
-    solver: str = "lm",
 ) -> Map:
     """Least-squares polynomial of accuracy over depth, width and resolution.
 
     points: [N, 4], columns d, w, r in (0, 1] and accuracy in percent, or a DataFrame
-    with these names ("top1" also serves as accuracy). rank: products in the sum, None
-    for the full tensor. degree: K. solver: "lm", or "als" for rank 1. monotone (rank
-    1): H_m = 1 - sum over k of g_mk u^k with g >= 0, and H_m >= 0 in the box: F never
-    rises there as a share falls; degrees of freedom are counted by the g above 0.
-    A dimension that does not vary gets the factor 1.
+    with these names ("top1" also serves as accuracy). rank: products in the sum.
+    degree: K. monotone (rank 1): H_m = 1 - sum over k of g_mk u^k with g >= 0, and
+    H_m >= 0 in the box: F never rises there as a share falls; degrees of freedom are
+    counted by the g above 0. A dimension that does not vary gets the factor 1.
     Where the points determine fewer parameters than the map has, `UnidentifiedWarning`
     tells how many, and the solution is one of small norm. Refused are fewer distinct
     points than rank 1 needs: 1 + K per dimension that varies.
     ValueError: that; another shape, missing columns, shares outside (0, 1], accuracies
     outside [0, 100] or all 0, K levels or fewer in a dimension that varies, none that
     varies, options that do not go together.
-    Source: Wang et al. 2021; the basis and the solvers are ours.
+    Source: Wang et al. 2021; the basis and the solvers (Levenberg-Marquardt; monotone:
+    alternating nonnegative least squares) are ours.
     """
-    return fit_table(check_points(points), rank, degree, monotone, solver)
+    return fit_table(check_points(points), rank, degree, monotone)
 
 
-def fit_table(
-    table: np.ndarray, rank: int | None, degree: int, monotone: bool, solver: str
-) -> Map:
+def fit_table(table: np.ndarray, rank: int, degree: int, monotone: bool) -> Map:
     """`fit` of a float64 table [N, 4], whose accuracies may lie outside [0, 100]."""
+    if rank is None or (monotone and rank != 1):
+        raise ValueError(f"rank: expected a number, 1 if monotone, got {rank}")
     count_parameters(rank, degree)  # refuses what is no rank and no degree
-    check_choice("solver", solver, ("lm", "als"))
-    if (monotone or solver == "als") and rank != 1:
-        raise ValueError(f"monotone, als: only for a product, rank 1, got rank {rank}")
     degrees = _check_levels(table, degree)
     determined, wanted = _count_determined(table, degrees, rank)
     if determined < wanted:
         _warn_unidentified(rank, degree, len(table), determined, wanted)
     scale, bases = np.abs(table[:, 3]).max(), _make_bases(table, degrees)
     target, held = table[:, 3] / scale, 0
-    if rank is None:
-        flat = np.linalg.lstsq(_cross(bases), target, rcond=None)[0]
-        tensor = flat.reshape([k + 1 for k in degrees])
-    elif monotone or solver == "als":
-        factors = solvers.alternate(bases, target, monotone=monotone)
-        held = sum(int((f == 0).sum()) for f in factors) if monotone else 0
-        tensor = solvers.combine(factors)
+    if monotone:
+        factors = solvers.alternate(bases, target)
+        held = sum(int((f == 0).sum()) for f in factors)
     else:
         ridge = RIDGE if determined < wanted else 0.0
-        tensor = solvers.combine(
-            solvers.solve_sum(bases, target, rank=rank, ridge=ridge)
-        )
-    residual = scale * (target - _cross(bases) @ tensor.ravel())
+        factors = solvers.solve_sum(bases, target, rank=rank, ridge=ridge)
+    residual = scale * (target - solvers.predict(bases, factors))
     freedom = len(table) - determined + held
     noise = math.sqrt(residual @ residual / freedom) if freedom > 0 else math.nan
+    tensor = solvers.combine(factors)
     coefficients = np.zeros((degree + 1,) * 3)
     coefficients[tuple(map(slice, tensor.shape))] = scale * tensor
     low, high = table[:, :3].min(axis=0), table[:, :3].max(axis=0)
@@ -105,11 +93,6 @@ def _make_bases(table: np.ndarray, degrees: tuple[int, ...]) -> solvers.Matrices
     spans = [1 - x if k else 1.0 for x, k in zip(low, degrees, strict=True)]
     unit = (1 - table[:, :3]) / spans
     return [polyvander(u, k) for u, k in zip(unit.T, degrees, strict=True)]
-
-
-def _cross(bases: solvers.Matrices) -> np.ndarray:
-    """All products of a column of each basis: [N, product of the K_m + 1]."""
-    return np.einsum("ni,nj,nk->nijk", *bases).reshape(len(bases[0]), -1)
 
 
 # -- what the points determine ---------------------------------------------------------
@@ -130,7 +113,7 @@ def count_parameters(rank: int | None, degree: int) -> int:
     if count >= full:
         raise ValueError(
             f"rank: {rank} has {count} parameters at degree {degree}, the full tensor "
-            f"{full}; use rank None"
+            f"{full}; take fewer products"
         )
     return count
 
@@ -175,7 +158,7 @@ def _measure_rank(bases: solvers.Matrices, rank: int | None) -> int:
     Almost all factors have this rank, so one draw is as good as any.
     """
     if rank is None:
-        jacobian = _cross(bases)
+        jacobian = np.einsum("ni,nj,nk->nijk", *bases).reshape(len(bases[0]), -1)
     else:
         draw = np.random.default_rng(0).standard_normal
         factors = [draw((rank, basis.shape[1])) for basis in bases]

@@ -31,8 +31,8 @@ class Map:
 
     coefficients: C, float64 [K+1, K+1, K+1], read-only, in percent. low, high: the box
     of the data, three shares each; span_m is 1 - low_m, and 1 where low_m = high_m, as
-    F does not depend on such a dimension. rank: products in the sum, None for the full
-    tensor. monotone: F was fitted so as not to rise inside the box as a share falls.
+    F does not depend on such a dimension. rank: products in the sum. monotone: F was
+    fitted so as not to rise inside the box as a share falls.
     residual_sd: standard deviation of a point's residual in points of accuracy, nan
     without degrees of freedom. ValueError: entries that do not fit together.
     """
@@ -40,7 +40,7 @@ class Map:
     coefficients: np.ndarray = field(repr=False)
     low: tuple[float, float, float]
     high: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    rank: int | None = 1
+    rank: int = 1
     monotone: bool = False
     residual_sd: float = math.nan
 

@@ -27,10 +27,9 @@ from lib.map3d.predictor import Map
 ACTIVE = 1e-7  # relative distance from a bound or the budget that counts as on it
 STATIONARY = 1e-5  # residual of the conditions up to which a point meets them
 SPACING = 21  # values per dimension of the coarse grid inside the budget
-STARTS = 6  # places to climb from
-APART = 0.05  # of the box, in logs: nearer starts are one start
+STARTS = 5  # places to climb from
 COPY = 1e-4  # in logs: nearer optima are one
-STEP = 1e-4  # in logs, of the differences that stand in for the slopes of a cost
+STEP = 1e-6  # in logs, of the differences that stand in for the slopes of a cost
 
 
 class Point(NamedTuple):
@@ -52,8 +51,7 @@ class Optimum:
     accuracy per percent of cost. At a corner both are an interval; given is its lower
     end, what a little more budget buys (its upper end where no dimension can grow).
     elasticities: G_m / e_m of d, w, r, equal to mu where free (inf where e_m = 0).
-    bounds: "low", "high" or None; an unpruned dimension (high) is worth at least mu,
-    one at its floor (low) at most.
+    bounds: "low", "high" or None per dimension.
     kkt_residual: the largest violation of the conditions, in units of G_m; not small
     where C has a kink or a step, at which no slope is right.
     others: inferior points that meet the conditions too, best first; those found, not
@@ -90,27 +88,25 @@ class Optimum:
 
 
 def optimum(
-    predictor: Map, keep: float, cost: Callable = FORMULA, *, num: int = 201
+    predictor: Map, keep: float, cost: Callable = FORMULA, *, num: int = 61
 ) -> Optimum:
     """The point of highest predicted accuracy with C <= keep inside the data's box.
 
     keep: share of the cost that stays, in (0, 1]; at 1 a monotone F stays unpruned.
-    cost: a `PowerLaw`, or any function of (d, w, r), of arrays or of numbers only, that
-    is positive and does not fall with any of them; C is its value over that at
-    (1, 1, 1), its slopes are differences. SLSQP climbs from the best peaks of two
-    grids, num x num on the budget surface and a coarse one inside it; `kkt_residual`
-    and `others` say how well that went. ValueError: keep outside (0, 1] or below the
-    cost of the box's lower corner; a cost that is not as it must be.
+    cost: a `PowerLaw`, or any function of three numbers d, w, r that is positive and
+    does not fall with any of them; C is its value over that at (1, 1, 1), its slopes
+    are differences. SLSQP climbs from the best peaks of a grid, num x num, on the
+    budget surface and from the best of a coarse one inside it. ValueError: keep
+    outside (0, 1] or below the cost of the box's lower corner; a cost that is not so.
     """
     problem = Problem(predictor, keep, cost)
-    climbed = [_climb(problem, start) for start in _list_starts(problem, num)]
-    best, *others = _keep_apart(climbed, COPY)
-    facts = check_conditions(problem, best)
+    starts = _list_starts(problem, num)
+    best, *others = _drop_copies([_climb(problem, start) for start in starts])
     residuals = [check_conditions(problem, p)["kkt_residual"] for p in others]
     pairs = zip(others, residuals, strict=True)
     return Optimum(
         **best._asdict(),
-        **facts,
+        **check_conditions(problem, best),
         keep=float(keep),
         cost=float(problem.cost(*best[:3])),
         others=tuple(p for p, residual in pairs if residual < STATIONARY),
@@ -138,23 +134,13 @@ class Problem:
         return np.log(self.cost(*np.exp(y))) - np.log(self.keep)
 
     def exponents(self, y: np.ndarray) -> np.ndarray:
-        """d ln C / d y at y [3], float64 [3].
-
-        Second-order differences over three places per dimension, moved inwards at a
-        bound, since a cost may be unknown outside the box.
-        """
+        """d ln C / d y at y [3], float64 [3]; a cost may be unknown outside the box."""
         if isinstance(self.cost, PowerLaw):
             return np.array(self.cost.exponents)
-        low, high = np.log(self.box)
-        found = np.zeros(3)
-        for m in np.flatnonzero(high - low > 2 * STEP):
-            steps = y[m] + STEP * np.array([-1.0, 0, 1])
-            steps += max(low[m] - steps[0], 0) - max(steps[2] - high[m], 0)
-            places = np.repeat(y[:, None], 3, axis=1)
-            places[m] = steps
-            slopes = np.gradient(self.excess(places), steps, edge_order=2)
-            found[m] = slopes[np.abs(steps - y[m]).argmin()]
-        return found.clip(0)
+        ends = [np.diag((y + s).clip(*np.log(self.box)) - y) for s in (-STEP, STEP)]
+        below, above = (self.excess(y[:, None] + end) for end in ends)
+        spans = np.diag(ends[1] - ends[0])
+        return np.divide(above - below, spans, where=spans > 0, out=np.zeros(3))
 
     def gains(self, x: np.ndarray, scale: float) -> np.ndarray:
         """x_m F_m / scale at x [3]: G_m where scale is F."""
@@ -227,11 +213,8 @@ def _trace_surface(problem: Problem, num: int):
     for m in axes:
         ends = [float(_solve(problem, m, place)) for place in (high, low)]
         spans.append(np.where(np.isnan(ends), (low[m], high[m]), ends))
-    grids = np.meshgrid(
-        *(np.linspace(least, most, num) for least, most in spans), indexing="ij"
-    )
     y = np.empty((3, num, num))
-    y[axes] = grids
+    y[axes] = np.meshgrid(*(np.linspace(*ends, num) for ends in spans), indexing="ij")
     y[last] = _solve(problem, last, y)
     d, w, r = np.exp(y)
     return d, w, r, problem.predictor.predict(d, w, r)  # nan in, nan out
@@ -239,7 +222,6 @@ def _trace_surface(problem: Problem, num: int):
 
 def _solve(problem: Problem, m: int, y: np.ndarray) -> np.ndarray:
     """y_m that meets the budget, the others of y [3, ...] given; nan: none there."""
-    low, high = np.log(problem.box[:, m])
     others = [y[n] for n in range(3) if n != m]
 
     def exceed(t, *rest):
@@ -247,7 +229,7 @@ def _solve(problem: Problem, m: int, y: np.ndarray) -> np.ndarray:
         found = problem.excess(np.stack(np.broadcast_arrays(*place)))
         return np.where(np.abs(found) <= ROUNDING, 0.0, found)  # met at a bound
 
-    found = find_root(exceed, (low, high), args=tuple(others))
+    found = find_root(exceed, tuple(np.log(problem.box[:, m])), args=tuple(others))
     return np.where(found.success, found.x, np.nan)
 
 
@@ -255,32 +237,24 @@ def _solve(problem: Problem, m: int, y: np.ndarray) -> np.ndarray:
 
 
 def _list_starts(problem: Problem, num: int) -> list[Point]:
-    """Peaks of F on the budget surface and on a grid inside it, apart, best first."""
-    surface = _trace_surface(problem, num)
+    """The highest peaks of F on the budget surface, and the best of a grid inside."""
+    surface = np.stack(_trace_surface(problem, num))
+    height = np.nan_to_num(surface[3], nan=-np.inf)
+    top = (height == maximum_filter(height, max(num // 10, 3))) & np.isfinite(height)
+    peaks = [Point(*row) for row in surface[:, top].T.tolist()]
     axes = [np.geomspace(low, high, SPACING) for low, high in problem.box.T]
-    inner = np.array(np.meshgrid(*axes, indexing="ij"))
-    feasible = problem.cost(*inner) <= problem.keep * (1 + ROUNDING)
-    height = np.where(feasible, problem.predictor.predict(*inner), np.nan)
-    peaks = [*_find_peaks(surface, num // 10), *_find_peaks([*inner, height], 3)]
-    width = np.log(problem.box[1] / problem.box[0])
-    return _keep_apart(peaks, np.maximum(APART * width, COPY))
+    inner = np.array(np.meshgrid(*axes, indexing="ij")).reshape(3, -1)
+    inner = inner[:, problem.cost(*inner) <= problem.keep * (1 + ROUNDING)]
+    inside = problem.point(inner[:, problem.predictor.predict(*inner).argmax()])
+    return [*_drop_copies(peaks)[: STARTS - 1], inside]
 
 
-def _find_peaks(values, window: int) -> list[Point]:
-    """The 200 highest of the points [4, ...] whose last entry none nearby exceeds."""
-    values = np.array(values)
-    height = np.nan_to_num(values[3], nan=-np.inf)
-    top = (height == maximum_filter(height, max(window, 3))) & np.isfinite(height)
-    order = np.argsort(-height[top], kind="stable")[:200]
-    return [Point(*row) for row in values[:, top].T[order].tolist()]
-
-
-def _keep_apart(points: list[Point], gap) -> list[Point]:
-    """The best points, best first, none within `gap` (in logs) of a better one."""
+def _drop_copies(points: list[Point]) -> list[Point]:
+    """Best first, none where a better one is already; at most `STARTS`."""
     kept: list[Point] = []
     for p in sorted(points, key=lambda p: -p.accuracy):
-        near = (np.abs(np.log(np.divide(p[:3], q[:3]))) <= gap for q in kept)
-        if len(kept) < STARTS and not any(np.all(close) for close in near):
+        near = (np.abs(np.log(np.divide(p[:3], q[:3]))).max() <= COPY for q in kept)
+        if len(kept) < STARTS and not any(near):
             kept.append(p)
     return kept
 
@@ -294,11 +268,9 @@ def _climb(problem: Problem, start: Point) -> Point:
     best, before = start, -np.inf
     while best.accuracy > before + 1e-13 * abs(best.accuracy):
         before = best.accuracy
-        if check_conditions(problem, best)["kkt_residual"] < ACTIVE:
-            break
         x = _run_slsqp(problem, best)
-        affordable = np.isfinite(x).all() and problem.excess(np.log(x)) <= ROUNDING
-        best = max(best, problem.point(x) if affordable else best, key=lambda p: p[3])
+        if np.isfinite(x).all() and problem.excess(np.log(x)) <= ROUNDING:
+            best = max(best, problem.point(x), key=lambda p: p.accuracy)
     return best
 
 

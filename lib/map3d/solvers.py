@@ -24,7 +24,7 @@ CLOSE = 1e-10  # and that of a sum, whose valleys are flat
 STEPS = 300  # of Levenberg-Marquardt, per start
 STARTS = 8  # random ones of a sum
 SPREAD = 0.3  # standard deviation of the random coefficients it starts from
-SWEEPS = 5000  # of alternating least squares
+SWEEPS = 5000  # of a falling product, over d, w and r
 
 Matrices = list[np.ndarray]
 
@@ -126,37 +126,30 @@ def _descend(
     return split(found.x), found.cost
 
 
-# -- alternating least squares ---------------------------------------------------------
+# -- a falling product -----------------------------------------------------------------
 
 
-def alternate(
-    bases: Matrices, target: np.ndarray, *, monotone: bool = False
-) -> Matrices:
-    """One product, R = 1, one factor at a time, the other two held: never uphill.
+def alternate(bases: Matrices, target: np.ndarray) -> Matrices:
+    """One falling product, one factor at a time, the other two held: never uphill.
 
-    monotone: factors b_0 + sum over k of b_k (1 - u^k), with b >= 0, by nnls: at least
-    0 and falling over u from 0 to 1. Warns where the squares still fall after `SWEEPS`.
+    Each factor is b_0 + sum over k of b_k (1 - u^k), with b >= 0 by nnls: at least 0
+    and falling over u from 0 to 1. Warns where the squares still fall after `SWEEPS`.
     """
     factors = [np.eye(1, basis.shape[1]) for basis in bases]
-    solve = _solve_falling if monotone else _solve_free
     last = math.inf
     for _ in range(SWEEPS):
         for m in range(3):
-            factors[m] = solve(derive(bases, factors, m), target)[None]
+            factors[m] = _solve_falling(derive(bases, factors, m), target)[None]
         squares = float(((predict(bases, factors) - target) ** 2).sum())
         if last - squares <= EXACT * squares or squares <= FLOOR * (target @ target):
             return factors
         last = squares
     warnings.warn(
-        f"als has not settled in {SWEEPS} sweeps: take lm, or add points that tell d, "
+        f"the monotone fit has not settled in {SWEEPS} sweeps: add points that tell d, "
         "w and r apart",
         stacklevel=5,
     )
     return factors
-
-
-def _solve_free(design: np.ndarray, target: np.ndarray) -> np.ndarray:
-    return np.linalg.lstsq(design, target, rcond=None)[0]
 
 
 def _solve_falling(design: np.ndarray, target: np.ndarray) -> np.ndarray:

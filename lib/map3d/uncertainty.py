@@ -21,7 +21,7 @@ from lib.map3d.search import ACTIVE, optimum
 def leave_one_out(
     points: ArrayLike | pd.DataFrame,
     *,
-    rank: int | None = 1,
+    rank: int = 1,
     degree: int = 3,
     monotone: bool = False,
 ) -> np.ndarray:
@@ -83,11 +83,11 @@ def bootstrap_maps(
 def _fit_quietly(table: np.ndarray, rank, degree: int, monotone: bool) -> Map:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnidentifiedWarning)
-        return fit_table(table, rank, degree, monotone, "lm")
+        return fit_table(table, rank, degree, monotone)
 
 
 def bootstrap_optimum(
-    maps: Iterable[Map], keep: float, cost: Callable = FORMULA, *, num: int = 101
+    maps: Iterable[Map], keep: float, cost: Callable = FORMULA
 ) -> pd.DataFrame:
     """The optimum of each of many maps, as fitted to resampled or noisy points.
 
@@ -96,7 +96,7 @@ def bootstrap_optimum(
     """
     rows = []
     for fitted in maps:
-        best = optimum(fitted, keep, cost, num=num)
+        best = optimum(fitted, keep, cost)
         row = {key: getattr(best, key) for key in (*NAMES, "accuracy", "cost")}
         for name, bound in zip(NAMES, best.bounds, strict=True):
             row |= {f"{name}_{end}": bound == end for end in ("low", "high")}

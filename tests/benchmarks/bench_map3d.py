@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/benchmarks/bench_map3d.py
 
-Medians of repeated calls in one process. The solvers are compared as ratios.
+Medians of repeated calls in one process.
 """
 
 import math
@@ -57,7 +57,6 @@ def main() -> None:
     fitted = map3d.fit(points)
     times = {
         "fit, lm": measure(lambda: map3d.fit(points)),
-        "fit, als": measure(lambda: map3d.fit(points, solver="als")),
         "fit, monotone": measure(lambda: map3d.fit(points, monotone=True)),
         "optimum, formula": measure(lambda: map3d.optimum(fitted, 0.5)),
         "optimum, function": measure(lambda: map3d.optimum(fitted, 0.5, cost_numbers)),
@@ -83,7 +82,6 @@ def main() -> None:
                      "rank, resnet56")
     )  # fmt: skip
     print(f"fit + optimum + lattice of ResNet-56: {total / 1e3:.2f} s (goal 1 s)")
-    print(f"als / lm: {times['fit, als'] / times['fit, lm']:.1f}")
 
 
 if __name__ == "__main__":
