@@ -155,11 +155,11 @@ def test_no_random_start_finds_a_better_product(seed, monkeypatch):
     points = measure(AXIS, sd=0.5, seed=seed)
     least, rng = sum_squares(fit(points), points), np.random.default_rng(seed)
 
-    def draw(bases, target):
+    def draw(bases):
         parts = [np.r_[1, rng.normal(0, 0.5, 3)][None] for _ in bases]
         return [rng.uniform(0.3, 2) * parts[0], *parts[1:]]
 
-    monkeypatch.setattr(solvers, "_start_additive", draw)
+    monkeypatch.setattr(solvers, "start_flat", draw)
     for _ in range(20):
         assert sum_squares(fit(points), points) >= least * (1 - 1e-9)
 
@@ -576,13 +576,13 @@ def framed(*names):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: fit(measure(AXIS)[:, :3]), r"expected \[N, 4\].*got \[13, 3\]"),
+        (lambda: fit(measure(AXIS)[:, :3]), r"expected \[N: .*got \[13, 3\]"),
         (lambda: fit(measure(AXIS)[0]), r"got \[4\]"),
         (lambda: fit(np.empty((0, 4))), r"got \[0, 4\]"),
         (lambda: fit([["a"] * 4] * 13), "table of numbers"),
         (lambda: fit([[1, 1, 1, 90], [1, 1]]), "table of numbers"),
-        (lambda: fit(framed("d", "w", "accuracy")), r"missing columns \['r'\]"),
-        (lambda: fit(framed("d", "w", "r")), r"missing columns \['accuracy'\]"),
+        (lambda: fit(framed("d", "w", "accuracy")), r"no columns \['r'\]"),
+        (lambda: fit(framed("d", "w", "r")), r"no columns \['accuracy'\]"),
         (lambda: fit(changed(3, 0, 0.0)), r"d: point 3 has 0.0, .*\(0, 1\]"),
         (lambda: fit(changed(5, 1, 1.01)), "w: point 5 has 1.01"),
         (lambda: fit(changed(12, 2, np.nan)), "r: point 12 has nan"),
@@ -592,7 +592,7 @@ def framed(*names):
         (lambda: fit(changed(2, 3, 100.5)), "percent from 0 to 100"),
         (lambda: fit(changed(2, 3, -0.1)), "point 2 has -0.1"),
         (lambda: fit(measure(AXIS) * [1, 1, 1, 0]), "all are 0"),
-        (lambda: fit([[0.5, 1, 1, 90]] * 20), r"all 20 lie at \(0.5, 1.0, 1.0\)"),
+        (lambda: fit([[0.5, 1, 1, 90]] * 20), r"all lie at \[0.5, 1.0, 1.0\]"),
         (
             lambda: fit(np.repeat(measure(AXIS)[[0, 1, 2]], 9, 0)),
             "d: degree 3 needs 4 levels, the points have 3",
@@ -610,7 +610,7 @@ def framed(*names):
         (lambda: fit(measure(AXIS), monotone=True, rank=2), "1 if monotone, got 2"),
         (lambda: fit(measure(AXIS), rank=None), "expected a number.* got None"),
         (lambda: count_parameters(4, 2), "rank: 4 has 28 parameters at degree 2"),
-        (lambda: jacobian_rank(AXIS[:, :2]), r"expected \[N, 3\]"),
+        (lambda: jacobian_rank(AXIS[:, :2]), r"expected \[N: d, w, r\]"),
         (lambda: jacobian_rank(AXIS, 0), "rank must lie"),
         (lambda: jacobian_rank(2 * AXIS), "d: point 0 has 2.0"),
         (

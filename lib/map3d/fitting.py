@@ -68,7 +68,13 @@ def fit_table(table: np.ndarray, rank: int, degree: int, monotone: bool) -> Map:
     degrees = _check_levels(table, degree)
     determined, wanted = _count_determined(table, degrees, rank)
     if determined < wanted:
-        _warn_unidentified(rank, degree, len(table), determined, wanted)
+        warnings.warn(
+            f"rank {rank}, degree {degree}: the {len(table)} points determine "
+            f"{determined} of {wanted} parameters, the others are kept small; add "
+            "points that prune two or three of d, w, r together, or lower either",
+            UnidentifiedWarning,
+            stacklevel=3,
+        )
     scale, bases = np.abs(table[:, 3]).max(), _make_bases(table, degrees)
     target, held = table[:, 3] / scale, 0
     if monotone:
@@ -171,16 +177,6 @@ def _find_degrees(table: np.ndarray, degree: int) -> tuple[int, ...]:
     return tuple(degree if np.ptp(x) > SLACK else 0 for x in table[:, :3].T)
 
 
-def _warn_unidentified(rank, degree, count: int, determined: int, wanted: int) -> None:
-    warnings.warn(
-        f"rank {rank}, degree {degree}: the {count} points determine {determined} of "
-        f"{wanted} parameters (rank of the Jacobian), the others are kept small; add "
-        "points that prune two or three of d, w, r together, or lower rank or degree",
-        UnidentifiedWarning,
-        stacklevel=4,
-    )
-
-
 # -- what is refused -------------------------------------------------------------------
 
 
@@ -208,19 +204,15 @@ def _read_columns(
         if "accuracy" not in points:
             points = points.rename(columns={"top1": "accuracy"})
         if missing := [name for name in names if name not in points]:
-            raise ValueError(
-                f"points: missing columns {missing} among {list(points.columns)}"
-            )
+            raise ValueError(f"points: no columns {missing} in {list(points.columns)}")
         points = points[list(names)]
     try:
         table = np.array(points, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"points: expected a table of numbers ({error})") from None
     if table.ndim != 2 or table.shape[1] not in (len(names), 4) or not len(table):
-        raise ValueError(
-            f"points: expected [N, {len(names)}], columns {', '.join(names)}, got "
-            f"{list(table.shape)}; one row per measured network"
-        )
+        wanted = ", ".join(names)
+        raise ValueError(f"points: expected [N: {wanted}], got {list(table.shape)}")
     return table[:, : len(names)]
 
 
@@ -239,8 +231,7 @@ def _check_levels(table: np.ndarray, degree: int) -> tuple[int, ...]:
     """The degree in each dimension; ValueError where the points are too few."""
     degrees, shares = _find_degrees(table, degree), table[:, :3].round(9)
     if not any(degrees):
-        place = tuple(shares[0].tolist())
-        raise ValueError(f"points: all {len(table)} lie at {place}; vary d, w or r")
+        raise ValueError(f"points: all lie at {shares[0].tolist()}; vary d, w or r")
     for name, column in zip(NAMES, shares.T, strict=True):
         levels = len(np.unique(column))
         if 1 < levels <= degree:

@@ -268,6 +268,8 @@ def _climb(problem: Problem, start: Point) -> Point:
     best, before = start, -np.inf
     while best.accuracy > before + 1e-13 * abs(best.accuracy):
         before = best.accuracy
+        if check_conditions(problem, best)["kkt_residual"] < ACTIVE:
+            break
         x = _run_slsqp(problem, best)
         if np.isfinite(x).all() and problem.excess(np.log(x)) <= ROUNDING:
             best = max(best, problem.point(x), key=lambda p: p.accuracy)
@@ -294,6 +296,6 @@ def _run_slsqp(problem: Problem, start: Point) -> np.ndarray:
             "fun": lambda y: -problem.excess(y.clip(*bounds)),
             "jac": lambda y: -problem.exponents(y.clip(*bounds)),
         },
-        options={"ftol": 1e-16, "maxiter": 100},
+        options={"ftol": 1e-14, "maxiter": 100},
     )
     return np.exp(found.x).clip(*problem.box)

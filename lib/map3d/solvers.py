@@ -1,6 +1,6 @@
 """Least squares for products of three polynomials, and for sums of such products.
 
-Both solvers take bases, three arrays [N, K_m + 1] with the powers of u_m at the N
+Solvers take bases, three arrays [N, K_m + 1] with the powers of u_m at the N
 points, and the target [N], thought to be near 1. What they find are the coefficients of
 the factors, three arrays [R, K_m + 1], such that
 
@@ -22,7 +22,7 @@ EXACT = 1e-15  # a step or descent below this share ends a fit
 FLOOR = 1e-30  # share of the squares that counts as an exact fit
 CLOSE = 1e-10  # and that of a sum, whose valleys are flat
 STEPS = 300  # of Levenberg-Marquardt, per start
-STARTS = 8  # random ones of a sum
+STARTS = 4  # random ones of a sum
 SPREAD = 0.3  # standard deviation of the random coefficients it starts from
 SWEEPS = 5000  # of a falling product, over d, w and r
 
@@ -35,6 +35,11 @@ Matrices = list[np.ndarray]
 def combine(factors: Matrices) -> np.ndarray:
     """The tensor of coefficients, [K_d + 1, K_w + 1, K_r + 1]."""
     return np.einsum("qi,qj,qk->ijk", *factors)
+
+
+def start_flat(bases: Matrices) -> Matrices:
+    """A product that is 1 everywhere."""
+    return [np.eye(1, basis.shape[1]) for basis in bases]
 
 
 def predict(bases: Matrices, factors: Matrices) -> np.ndarray:
@@ -58,12 +63,11 @@ def solve_sum(
 ) -> Matrices:
     """R products by Levenberg-Marquardt.
 
-    One product starts at the additive model, and ends at the same place from wherever
-    it starts; a sum does not, so the best of `STARTS` around the best product is taken.
-    ridge: added to the squares times those of all coefficients, for points that do not
-    determine them.
+    One product ends at the same place from wherever it starts; a sum does not, so the
+    best of `STARTS` around the best product is taken. ridge: added to the squares times
+    those of all coefficients, for points that do not determine them.
     """
-    best, _ = _descend(bases, target, _start_additive(bases, target), 0.0, EXACT)
+    best, _ = _descend(bases, target, start_flat(bases), 0.0, EXACT)
     if rank == 1:
         return best
     rng, found = np.random.default_rng(0), []
@@ -73,21 +77,6 @@ def solve_sum(
             noise[0] += factor[0]
         found.append(_descend(bases, target, start, ridge, CLOSE))
     return min(found, key=lambda pair: pair[1])[0]
-
-
-def _start_additive(bases: Matrices, target: np.ndarray) -> Matrices:
-    """a H_d, H_w, H_r of a + sum of a c_mk u_m^k, which is linear in a and a c_mk.
-
-    On points that prune one dimension at a time it is the product exactly.
-    """
-    design = np.hstack([bases[0], bases[1][:, 1:], bases[2][:, 1:]])
-    found = np.linalg.lstsq(design, target, rcond=None)[0]
-    base = found[0]
-    if base <= 0:  # no unpruned accuracy to divide by
-        return [np.eye(1, basis.shape[1]) for basis in bases]
-    ends = np.cumsum([basis.shape[1] - (m > 0) for m, basis in enumerate(bases)])
-    d, w, r = np.split(found, ends[:-1])
-    return [d[None], np.r_[1, w / base][None], np.r_[1, r / base][None]]
 
 
 def _descend(
@@ -135,7 +124,7 @@ def alternate(bases: Matrices, target: np.ndarray) -> Matrices:
     Each factor is b_0 + sum over k of b_k (1 - u^k), with b >= 0 by nnls: at least 0
     and falling over u from 0 to 1. Warns where the squares still fall after `SWEEPS`.
     """
-    factors = [np.eye(1, basis.shape[1]) for basis in bases]
+    factors = start_flat(bases)
     last = math.inf
     for _ in range(SWEEPS):
         for m in range(3):
