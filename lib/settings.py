@@ -66,7 +66,7 @@ PARAMETERS = {
     "keep": Rule(float, 1e-12, ABOVE_ONE),
     "residual": Rule(str, choices=("tie", "scatter", "keep")),
     "width": Rule(str, choices=("uniform", "inner")),
-    "design": Rule(str, choices=("axis", "interleaved", "both", "grid")),
+    "design": Rule(str, choices=("axis", "grid")),
 }
 
 

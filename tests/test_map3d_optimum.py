@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy.optimize import NonlinearConstraint, minimize
 
 from lib.map3d.costs import (
     FORMULA,
@@ -305,23 +304,6 @@ def test_the_multiplier_is_the_slope_of_the_best_accuracy_over_keep(drops, keep)
     found, step = optimum(build_map(drops), keep), 1e-5
     more = optimum(build_map(drops), keep + step).accuracy
     assert (more - found.accuracy) / step == pytest.approx(found.multiplier, rel=1e-2)
-
-
-@pytest.mark.filterwarnings("ignore:delta_grad")
-def test_trust_constr_finds_the_same():
-    surface = build_map([[0.012, 0.02, 0.02], [0.01, 0.02, 0.03], [0.02, 0.01, 0.02]])
-    found = optimum(surface, 0.5)
-    other = minimize(
-        lambda x: -surface.predict(*x),
-        equal_split(0.5),
-        jac=lambda x: -np.array(surface.gradient(*x)),
-        method="trust-constr",
-        bounds=list(zip(LOW, (1, 1, 1), strict=True)),
-        constraints=NonlinearConstraint(lambda x: FORMULA(*x), 0, 0.5),
-        options={"gtol": 1e-10, "xtol": 1e-12, "barrier_tol": 1e-10, "maxiter": 500},
-    )
-    assert found.accuracy == pytest.approx(-other.fun, abs=1e-6)
-    assert found.point == pytest.approx(other.x, abs=1e-3)
 
 
 def test_inferior_points_that_meet_the_conditions_are_listed():

@@ -268,13 +268,6 @@ def test_exponents_of_resnet56(width, exponents, low, high):
     assert width == "uniform" or off.min() < -0.49, "half the cost promised, all left"
 
 
-@pytest.mark.parametrize(("width", "count"), [("uniform", 8), ("inner", 12)])
-def test_few_networks_lie_at_half_the_cost_of_resnet56(width, count):
-    table = make_lattice("resnet56", width)
-    near = table[table["share"].between(0.48, 0.50) & (table["blocks"] >= 9)]
-    assert len(near) == count
-
-
 @pytest.mark.parametrize(
     ("side", "share"),
     [(31, 0.979), (30, 0.919), (29, 0.899), (28, 0.766), (24, 0.5625)],
@@ -284,13 +277,6 @@ def test_smaller_images_save_in_steps(side, share):
     row = table[(table["d"] == 1) & (table["w"] == 1) & (table["side"] == side)]
     tolerance = 0.0005 if side > 24 else 0.00005
     assert row["share"].item() == pytest.approx(share, abs=tolerance)
-
-
-def test_each_removed_block_of_resnet56_saves_the_same():
-    table = make_lattice("resnet56")
-    line = table[(table["w"] == 1) & (table["r"] == 1)].set_index("blocks")["share"]
-    assert line[26] == pytest.approx(0.9624, abs=5e-5)
-    assert line.diff().dropna().std() < 1e-12
 
 
 # -- plans -----------------------------------------------------------------------------
@@ -478,17 +464,6 @@ def test_combined_plans_of_dense_networks(width):
     with oracle.hooked(model, Plan(plan.keep | gone), x, behind=False):
         wanted = oracle.evaluate(model, x)
     assert oracle.difference(oracle.evaluate(small, x), wanted) < 1e-10
-
-
-@pytest.mark.parametrize("name", ["resnet14", "resnet18"])
-def test_a_removed_block_is_the_identity(name):
-    model, x = make(name), oracle.images(SHAPE)
-    for block in removable(name):
-        small = oracle.evaluate(shrink(model, Plan(drop=[block])), x)
-        short = copy.deepcopy(model)
-        short.set_submodule(block, nn.Identity())
-        assert oracle.difference(small, oracle.evaluate(short, x)) < 1e-12
-        assert oracle.difference(small, oracle.evaluate(model, x)) > 1e-6
 
 
 # -- snapping --------------------------------------------------------------------------

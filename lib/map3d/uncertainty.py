@@ -27,11 +27,10 @@ def leave_one_out(
 ) -> np.ndarray:
     """Prediction less measurement at each point, from a fit of all others: [N].
 
-    In points of accuracy; arguments as in `fit`. Where only one point has the lowest
-    share of a dimension, its own prediction is an extrapolation, as a rule the worst.
-    Duplicates of a point stay in; average them first for an honest error. What the
-    points do not determine is warned of once, for the whole table. ValueError: as in
-    `fit`, also for the points without one of them, which it names.
+    In points of accuracy; arguments as in `fit`. A point that alone has the lowest
+    share of a dimension is extrapolated. Duplicates of a point stay in; average them
+    first for an honest error. What the points do not determine is warned of once.
+    ValueError: as in `fit`, also for the points without one of them, which it names.
     """
     table = check_points(points)
     fit(table, rank=rank, degree=degree, monotone=monotone)
