@@ -434,6 +434,15 @@ def test_blocks_change_places_whole_and_where_they_are_told_to():
     assert torch.equal(a, expected) and torch.equal(b, 1 - expected)
 
 
+@pytest.mark.parametrize(("side", "block"), [(28, 4), (14, 2), (7, 1)])
+def test_usual_blocks_divide_the_images_of_any_side(images, side, block):
+    scaled = images.scale(side)
+    arm = build("swap_gan", scaled, block=0, epochs=1)
+    assert arm.block == block
+    made = sample(arm, first(scaled, 4))
+    assert swap_gan.average_blocks(made, block).shape == (4, (side // block) ** 2)
+
+
 def test_the_discriminator_sees_swapped_blocks_and_hints_of_the_told_ones(
     images, monkeypatch
 ):

@@ -13,12 +13,13 @@ from lib.scop.controls.training import ABOVE_0, UP_TO_1, Game, Options, Trained,
 
 @dataclass(frozen=True)
 class SwapOptions(Options):
-    """block: side in pixels of the blocks that change places; must divide both sides of
-    the images. decorrelation: weight of that loss. hint: share of the blocks whose swap
-    the discriminator is told while it learns. width, lr, batch_size: of both networks.
+    """block: side in pixels of the blocks that change places, must divide both sides of
+    the images; 0: see `pick_block`. decorrelation: weight of that loss. hint: share of
+    the blocks whose swap the discriminator is told while it learns. width, lr,
+    batch_size: of both networks.
     """
 
-    block: int = option(4, 1)
+    block: int = option(0, 0)
     decorrelation: float = option(1.0, 0)
     hint: float = option(0.9, 0, UP_TO_1)
     width: int = option(32, 1)
@@ -36,7 +37,7 @@ class SwapGame(Game):
 
     def __init__(self, arm: "SwapGAN"):
         super().__init__(arm)
-        self.judge = Judge(arm.shape, arm.options.block, arm.options.width)
+        self.judge = Judge(arm.shape, arm.block, arm.options.width)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Adam for both players."""
@@ -53,7 +54,7 @@ class SwapGame(Game):
         logits = self.judge(*swap_blocks(x, made, coins), told, coins)
         half = torch.full_like(logits, 0.5)
         confusion = F.binary_cross_entropy_with_logits(logits, half)
-        means = (average_blocks(v, self.arm.options.block) for v in (x, made))
+        means = (average_blocks(v, self.arm.block) for v in (x, made))
         alike = correlate(*means, eps=1e-6).square().mean()
         self.descend(confusion + self.arm.options.decorrelation * alike, self.arm.net)
         return {"guess": guess, "confusion": confusion, "alike": alike}
@@ -91,11 +92,11 @@ class SwapGAN(Trained):
 
     def __init__(self, images: ImageSet, options: SwapOptions | None = None):
         super().__init__(images, options)
-        block, sides = self.options.block, self.shape[1:]
-        if any(side % block for side in sides):
+        self.block, sides = self.options.block or pick_block(self.shape), self.shape[1:]
+        if any(side % self.block for side in sides):
             raise ValueError(
                 f"block must divide the sides of the images, {list(sides)} pixels in "
-                f"{images.name}, got {block}"
+                f"{images.name}, got {self.block}"
             )
         self.net = Distort(self.shape[0], self.options.width)
 
@@ -153,6 +154,12 @@ class Judge(nn.Module):
 def halve(x: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, 4 C, H/2, W/2], pixels of a 2 x 2 square as channels."""
     return F.pixel_unshuffle(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)), 2)
+
+
+def pick_block(shape: tuple[int, int, int]) -> int:
+    """The usual side of a block, for images (C, H, W): the largest of 4, 2, 1 that
+    divides both sides."""
+    return next(b for b in (4, 2, 1) if not (shape[1] % b or shape[2] % b))
 
 
 def swap_blocks(x: Tensor, made: Tensor, coins: Tensor) -> tuple[Tensor, Tensor]:
