@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from lib.graph import Graph
+
 
 def l1(model: nn.Module) -> dict[str, Tensor]:
     """L1 norm of each filter, the sum of its absolute weights (Li et al. 2017, eq. 1).
@@ -21,31 +23,42 @@ def l1(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def bn_scale(model: nn.Module) -> dict[str, Tensor]:
+def bn_scale(model: nn.Module, *, graph: Graph | None = None) -> dict[str, Tensor]:
     """|gamma| of the BatchNorm behind each convolution (Liu et al. 2017, Slimming).
 
-    Pairs are those in the traced graph; a BatchNorm that does not follow directly upon
-    a convolution (DenseNet's) scores nothing. Raises `ValueError` where there is no
-    pair, or where the forward cannot be traced.
+    A BatchNorm that does not follow directly upon a convolution (DenseNet's), or not
+    upon it alone, scores nothing. The pairs are those of `graph`
+    (`build_graph(model, input_shape)`), or without one what torch.fx finds. Raises
+    `ValueError` where there is no pair, or where torch.fx cannot trace the forward.
     """
-    try:
-        graph = torch.fx.symbolic_trace(model).graph
-    except Exception as error:  # fx raises many kinds; none of them means damage
-        raise ValueError(
-            f"bn_scale: the forward of {type(model).__name__} cannot be traced by "
-            f"torch.fx ({error}); use another score"
-        ) from error
-    modules, scores = dict(model.named_modules()), {}
-    for node in graph.nodes:
-        norm = modules.get(node.target) if node.op == "call_module" else None
-        if isinstance(norm, _BatchNorm) and norm.weight is not None:
-            before = node.all_input_nodes[0]
-            if before.op == "call_module" and len(before.users) == 1:
-                if isinstance(modules[before.target], _ConvNd):
-                    scores[before.target] = norm.weight.detach().abs()
+    modules = dict(model.named_modules())
+    scores = {}
+    for name, norm in (graph.pairs if graph else _find_pairs(model)).items():
+        gamma = modules[norm].weight
+        if isinstance(modules[name], _ConvNd) and gamma is not None:
+            scores[name] = gamma.detach().abs()
     if not scores:
         raise ValueError("no convolution with a BatchNorm behind it; use another score")
     return scores
+
+
+def _find_pairs(model: nn.Module) -> dict[str, str]:
+    """Each module with the BatchNorm that alone reads it, without an input's shape."""
+    try:
+        nodes = torch.fx.symbolic_trace(model).graph.nodes
+    except Exception as error:  # fx raises many kinds; none of them means damage
+        raise ValueError(
+            f"bn_scale: the forward of {type(model).__name__} cannot be traced by "
+            f"torch.fx ({error}); give `graph`, or use another score"
+        ) from error
+    modules = dict(model.named_modules())
+    return {
+        node.all_input_nodes[0].target: node.target
+        for node in nodes
+        if node.op == "call_module" and isinstance(modules[node.target], _BatchNorm)
+        if node.all_input_nodes[0].op == "call_module"
+        if len(node.all_input_nodes[0].users) == 1
+    }
 
 
 def random(model: nn.Module, seed: int) -> dict[str, Tensor]:

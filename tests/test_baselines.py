@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lib import baselines, models
+from lib.graph import build_graph
 
 
 def test_l1_is_the_sum_of_absolute_weights():
@@ -72,6 +73,32 @@ def test_bn_scale_of_convolutions_defined_before_their_norms():
         model.bn2.weight.fill_(2)
     scores = baselines.bn_scale(model)
     assert {n: s.mean().item() for n, s in scores.items()} == {"conv1": 1, "conv2": 2}
+
+
+def test_bn_scale_of_a_forward_that_only_a_pass_can_follow():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.bn(self.conv(x)) if x.mean().shape == () and len(x) > 1 else x
+
+    model = Net()
+    with pytest.raises(ValueError, match=r"torch\.fx .* give `graph`"):
+        baselines.bn_scale(model)
+    scores = baselines.bn_scale(model, graph=build_graph(model, (3, 4, 4)))
+    assert {n: s.tolist() for n, s in scores.items()} == {"conv": [1, 1, 1, 1]}
+
+
+@pytest.mark.parametrize("name", ["resnet20_b", "mobilenet_v2_cifar"])
+def test_bn_scale_by_fx_and_by_the_graph_agree(name):
+    model = models.build(name)
+    graph = build_graph(model, (3, 32, 32))
+    assert (
+        baselines.bn_scale(model).keys()
+        == baselines.bn_scale(model, graph=graph).keys()
+    )
 
 
 def test_bn_scale_without_a_norm():

@@ -280,7 +280,7 @@ def meta_tensors(model: nn.Module) -> Iterator[dict[int, str]]:
 def _stand_in(tensor: Tensor) -> Tensor:
     if tensor.is_floating_point() or tensor.is_meta:
         return torch.empty_like(tensor, device="meta", requires_grad=False)
-    return tensor.detach().cpu().clone()
+    return tensor.detach().to("cpu", copy=True)
 
 
 def to_meta(tree: Any) -> Any:

@@ -50,7 +50,7 @@ MOVES = set(
 )
 
 
-@dataclass(eq=False)
+@dataclass(slots=True, eq=False)
 class Value:
     """A tensor of the pass: its shape and its tags, None where they were lost."""
 

@@ -16,7 +16,7 @@ def copy_model(model: nn.Module, instead: dict[int, Tensor] | None = None) -> nn
     of hooks and the numbers in each module one by one. Modules that bring no copying of
     their own are therefore copied here; everything else is left to `deepcopy`.
     """
-    memo: dict[int, Any] = dict(instead or {})
+    memo: dict[int, Any] = {**(instead or {})}
     twins: list[tuple[Any, nn.Module]] = []
     for module in model.modules():
         if _copies_plainly(type(module)):
@@ -45,11 +45,15 @@ def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
     if kind in PLAIN or (kind is tuple and PLAIN.issuperset(map(type, value))):
         return value
-    if id(value) not in memo and kind is OrderedDict and not value:
-        return OrderedDict()
+    if id(value) in memo:
+        return memo[id(value)]
+    if kind in {OrderedDict, set} and not value:
+        return kind()
     if kind is dict:  # of parameters, buffers, children
-        copied = memo[id(value)] = {k: _copy_value(v, memo) for k, v in value.items()}
+        copied = memo[id(value)] = {}
+        for key, item in value.items():
+            copied[key] = _copy_value(item, memo)
         return copied
     if kind is Tensor and value.ndim == 0 and not value.requires_grad:
-        memo.setdefault(id(value), value.clone())  # a counter, e.g. of batches
+        memo[id(value)] = value.clone()  # a counter, e.g. of batches
     return copy.deepcopy(value, memo)

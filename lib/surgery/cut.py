@@ -49,9 +49,9 @@ def shrink(
     columns = {n: kept.units[graph.columns[n]] for n in kept.rows}
     norms = _norm_rows(graph, kept)
     cuts = _cut_tensors(graph, kept, columns, norms, dict(model.named_modules()))
-    small = copy_model(model, _replacements(model, cuts))
+    small = copy_model(model, cuts)
     modules = dict(small.named_modules())
-    _resize_modules(graph, kept, columns, norms, modules)
+    _resize_modules(graph, kept, norms, modules)
     _replace_movers(graph, kept, small, modules)
     _insert_scatters(graph, kept, small, modules)
     for block in kept.dropped:
@@ -93,24 +93,25 @@ def _cut_tensors(
     modules: dict[str, Any],
 ) -> dict[int, Tensor]:
     """Every parameter and buffer that loses channels, already cut, by its id."""
-    cuts: dict[int, Tensor] = {}
+    found: list[tuple[Tensor, Tensor]] = []
     for name, rows in kept.rows.items():
-        module, chosen = modules[name], _choose(rows)
-        weight = _cut_weight(module.weight, graph.layers[name], rows, columns[name])
-        cuts[id(module.weight)] = weight
+        module, layer = modules[name], graph.layers[name]
+        cut = _cut_weight(module.weight, layer, rows, columns[name])
+        found.append((module.weight, cut))
         if module.bias is not None:
-            cuts[id(module.bias)] = _cut(module.bias, chosen, 0)
+            found.append((module.bias, _cut(module.bias, _choose(rows), 0)))
     for name, alive in norms.items():
         chosen = _choose(alive)
         for attribute in ("weight", "bias", "running_mean", "running_var"):
             tensor = getattr(modules[name], attribute, None)
             if tensor is not None and tensor.numel() > 1:
-                cuts[id(tensor)] = _cut(tensor, chosen, 0)
+                found.append((tensor, _cut(tensor, chosen, 0)))
     for path, (dim, tags) in graph.vectors.items():
         owner, _, attribute = path.rpartition(".")
         tensor = getattr(modules[owner], attribute)
-        cuts[id(tensor)] = _cut(tensor, _choose(kept.units[graph.unit_of(tags)]), dim)
-    return cuts
+        chosen = _choose(kept.units[graph.unit_of(tags)])
+        found.append((tensor, _cut(tensor, chosen, dim)))
+    return {id(x): _like(x, cut) for x, cut in found if cut.shape != x.shape}
 
 
 def _cut_weight(weight: Tensor, layer: Layer, rows: Tensor, columns: Tensor) -> Tensor:
@@ -134,50 +135,37 @@ def _cut(tensor: Tensor, chosen: Tensor | None, dim: int) -> Tensor:
     return tensor.detach().index_select(dim, chosen.to(tensor.device))
 
 
-def _replacements(model: nn.Module, cuts: dict[int, Tensor]) -> dict[int, Tensor]:
-    """The cut tensors as what the originals are: parameters, in the same layout."""
-    made: dict[int, Tensor] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        cut = cuts.get(id(tensor))
-        if cut is None or cut.shape == tensor.shape:
-            continue
-        if tensor.ndim == 4 and _is_channels_last(tensor):
-            cut = cut.contiguous(memory_format=torch.channels_last)
-        if isinstance(tensor, nn.Parameter):
-            cut = nn.Parameter(cut, requires_grad=tensor.requires_grad)
-        made[id(tensor)] = cut
-    return made
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    return tensor.is_contiguous(memory_format=torch.channels_last)
+def _like(tensor: Tensor, cut: Tensor) -> Tensor:
+    """What is cut as what it was cut from: a parameter, in the same layout."""
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        cut = cut.contiguous(memory_format=torch.channels_last)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(cut, requires_grad=tensor.requires_grad)
+    return cut
 
 
 # -- modules ---------------------------------------------------------------------------
 
 
 def _resize_modules(
-    graph: Graph,
-    kept: Kept,
-    columns: dict[str, Tensor],
-    norms: dict[str, Tensor],
-    modules: dict[str, Any],
+    graph: Graph, kept: Kept, norms: dict[str, Tensor], modules: dict[str, Any]
 ) -> None:
-    """The sizes that modules keep beside their tensors."""
-    for name, alive in kept.rows.items():
-        module, rows = modules[name], int(alive.sum())
-        inputs = int(columns[name].sum())
+    """The sizes that modules keep beside their tensors, read from what was cut."""
+    for name in kept.rows:
+        module, layer = modules[name], graph.layers[name]
+        rows, inputs = module.weight.shape[:2]
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = rows, inputs
-        else:
-            module.out_channels, module.in_channels = rows, inputs
-            module.groups = inputs if graph.layers[name].depthwise else module.groups
+            continue
+        if layer.depthwise:  # as many groups as channels are read
+            module.groups = rows * layer.groups // len(layer.outputs)
+        module.out_channels, module.in_channels = rows, inputs * module.groups
     for name, alive in norms.items():
-        module, width = modules[name], int(alive.sum())
+        module = modules[name]
         if hasattr(module, "num_features"):
-            module.num_features = width
+            module.num_features = int(alive.sum())
         elif isinstance(module, nn.PReLU) and module.num_parameters > 1:
-            module.num_parameters = width
+            module.num_parameters = int(alive.sum())
 
 
 def _replace_movers(
@@ -189,9 +177,10 @@ def _replace_movers(
         if not (read.all() and write.all()):
             replace(small, name, Remap(modules[name], read, write))
     for name, tags in graph.norms.items():
-        alive = kept.units[graph.unit_of(tags)]
-        if isinstance(modules[name], nn.LocalResponseNorm) and not alive.all():
-            replace(small, name, GappedLRN(modules[name], alive))
+        if isinstance(modules[name], nn.LocalResponseNorm):
+            alive = kept.units[graph.unit_of(tags)]
+            if not alive.all():
+                replace(small, name, GappedLRN(modules[name], alive))
     for name, move in graph.shuffles.items():
         _pin_shuffle(modules[name], *_ends(graph, kept, move))
 

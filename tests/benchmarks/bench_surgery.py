@@ -1,21 +1,26 @@
-"""Plan and surgery against Torch-Pruning: seconds per step, side by side.
+"""Plan and surgery against Torch-Pruning in CPU time, and how long the import takes.
 
 Run from the repository's root: `python tests/benchmarks/bench_surgery.py [NET ...]`.
-Both sides halve the channels of the same net in one process at 224 pixels on two
-threads. Ours: `from_scores` on given scores and `shrink`, all tracing included.
-Theirs: dependency graph, `BasePruner` (group L2, ratio 0.5) and one step.
+Both sides halve the channels of the same net at 224 pixels, in one process on one
+thread, in turns; what counts is the process's CPU time, of which a busy machine or a
+spinning thread takes nothing. Ours: `build_graph`, `from_scores` on given scores and
+`shrink`, its check included. Theirs: dependency graph, `BasePruner` (group L2, ratio
+0.5) and one step on a copy made before. `--write` puts the ratios into surgery.csv,
 `--profile` prints where our time goes.
 """
 
 import argparse
 import copy
 import cProfile
+import csv
 import pstats
 import statistics
+import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -27,27 +32,17 @@ from lib import baselines, models, surgery
 from lib import plan as plans
 from lib.graph import build_graph
 
-NETS = ["densenet121", "alexnet", "resnet50", "googlenet", "mobilenet_v2"]
+NETS = ["resnet50", "googlenet", "mobilenet_v2", "densenet121", "alexnet"]
 SHAPE = (3, 224, 224)
-RATE = 0.5
-
-
-def time_all(steps: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call in `steps`, which take turns; one round warms up."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(repeats + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if turn:
-                found[name].append(time.perf_counter() - start)
-    return found
+TABLE = Path(__file__).with_name("surgery.csv")
+IMPORTS = ("import torch", "from lib import surgery")
 
 
 def prune_ours(model: nn.Module, scores: dict) -> nn.Module:
     """From given scores to the smaller net."""
-    plan = plans.from_scores(model, scores, SHAPE, rate=RATE)
-    return surgery.shrink(model, plan, SHAPE)
+    graph = build_graph(model, SHAPE)
+    plan = plans.from_scores(model, scores, SHAPE, rate=0.5, graph=graph)
+    return surgery.shrink(model, plan, SHAPE, graph=graph)
 
 
 def prune_theirs(tp, model: nn.Module) -> nn.Module:
@@ -57,85 +52,100 @@ def prune_theirs(tp, model: nn.Module) -> nn.Module:
         model,
         torch.randn(1, *SHAPE),
         importance=tp.importance.GroupMagnitudeImportance(p=2),
-        pruning_ratio=RATE,
+        pruning_ratio=0.5,
         ignored_layers=[last],
     )
     pruner.step()
     return model
 
 
-def list_steps(model: nn.Module, tp, copies: list[nn.Module]) -> dict[str, Callable]:
-    """What is timed; each round of Torch-Pruning takes one of `copies`."""
-    scores = baselines.l1(model)
-    plan = plans.from_scores(model, scores, SHAPE, rate=RATE)
-    steps = {
-        "ours": lambda: prune_ours(model, scores),
-        "trace": lambda: build_graph(model, SHAPE),
-        "plan": lambda: plans.from_scores(model, scores, SHAPE, rate=RATE),
-        "shrink": lambda: surgery.shrink(model, plan, SHAPE),
-    }
-    if tp is not None:
-        steps["theirs"] = lambda: prune_theirs(tp, copies.pop())
-    return steps
+def time_in_turns(ours: Callable, theirs: Callable, copies: list) -> tuple[list, list]:
+    """CPU milliseconds of each round; the first of the rounds warms up."""
+    found: tuple[list, list] = ([], [])
+    for fresh in copies:
+        for times, step, model in ((found[0], ours, None), (found[1], theirs, fresh)):
+            start = time.process_time()
+            step(model)
+            times.append(1e3 * (time.process_time() - start))
+    return found[0][1:], found[1][1:]
 
 
-def bench(name: str, tp, repeats: int) -> None:
+def bench(name: str, tp, repeats: int) -> dict:
     """One row of the table."""
     model = models.build(name, num_classes=1000).eval()
-    copies = [copy.deepcopy(model) for _ in range(repeats + 1 if tp else 0)]
-    times = time_all(list_steps(model, tp, copies), repeats)
-    median = {n: statistics.median(t) for n, t in times.items()}
-    row = [f"{median[n]:8.3f}" for n in ("ours", "trace", "plan", "shrink")]
-    row.append(f"{min(times['ours']):8.3f}")
-    if tp is not None:
-        ratio = median["theirs"] / median["ours"]
-        row += [f"{median['theirs']:8.3f}", f"{min(times['theirs']):8.3f}"]
-        row.append(f"{ratio:7.1f}x")
-    print(f"{name:14}", *row, flush=True)
+    scores = baselines.l1(model)
+    copies = [copy.deepcopy(model) for _ in range(repeats + 1)]
+    times = time_in_turns(
+        lambda _: prune_ours(model, scores), lambda m: prune_theirs(tp, m), copies
+    )
+    ours, theirs = map(statistics.median, times)
+    return {
+        "net": name,
+        "ours_ms": round(ours, 1),
+        "theirs_ms": round(theirs, 1),
+        "ratio": round(theirs / ours, 2),
+        "torch": torch.__version__,
+        "torch_pruning": version("torch_pruning"),
+        "cpu": name_cpu(),
+    }
+
+
+def name_cpu() -> str:
+    """The processor as Linux calls it."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next(x.partition(": ")[2] for x in lines if x.startswith("model name"))
+
+
+def time_imports(repeats: int) -> str:
+    """Wall seconds of each import in fresh processes, in turns, and their ratio."""
+    found: dict[str, list[float]] = {line: [] for line in IMPORTS}
+    for _ in range(repeats):
+        for line in IMPORTS:
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", line], check=True)
+            found[line].append(time.perf_counter() - start)
+    torch_s, ours_s = (statistics.median(found[line]) for line in IMPORTS)
+    return (
+        f"import: torch {torch_s:.2f} s, ours {ours_s:.2f} s, {ours_s / torch_s:.2f}x"
+    )
 
 
 def profile(name: str) -> None:
-    """Our functions by cumulative and by own time."""
+    """Our functions by own time."""
     model = models.build(name, num_classes=1000).eval()
     scores = baselines.l1(model)
     prune_ours(model, scores)
     with cProfile.Profile() as profiler:
         prune_ours(model, scores)
-    stats = pstats.Stats(profiler)
-    stats.sort_stats("cumulative").print_stats(35)
-    stats.sort_stats("tottime").print_stats(20)
-
-
-def find_torch_pruning():
-    """The package, or None with a line that says so."""
-    try:
-        import torch_pruning
-    except ImportError:
-        print("torch_pruning is not installed (pip install -e .[bench]): ours alone")
-        return None
-    return torch_pruning
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(30)
 
 
 def main() -> None:
     """Print the table, or profiles."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("nets", nargs="*", default=NETS)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     if options.profile:
         for name in options.nets:
             profile(name)
         return
-    tp = find_torch_pruning()
-    heads = ["ours", "trace", "plan", "shrink", "ours min"]
-    heads += ["theirs", "min", "ratio"] if tp else []
-    threads = torch.get_num_threads()
-    print(f"seconds, median of {options.repeats}, {SHAPE[1]} px, {threads} threads")
-    print(f"{'net':14}", *(f"{head:>8}" for head in heads))
+    import torch_pruning as tp  # pip install -e .[bench]
+
+    rows = []
     for name in options.nets:
-        bench(name, tp, options.repeats)
+        rows.append(bench(name, tp, options.repeats))
+        print(*(f"{value!s:>13}" for value in rows[-1].values()), flush=True)
+    print(time_imports(options.repeats))
+    if options.write:
+        with TABLE.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":
