@@ -48,7 +48,7 @@ n_train epochs baseline_epochs finetune_epochs control_epochs select_epochs
 select_images resolution depth_epochs depth_images point_images part
 """.split()
 ONES = "threads batch_size repetitions rounds multiple parts degree".split()
-POSITIVE = "lr baseline_lr finetune_lr select_lr".split()
+POSITIVE = "lr baseline_lr finetune_lr select_lr depth_lr".split()
 PARAMETERS = {
     **dict.fromkeys(("run", "dataset", "net", "control"), Rule(str)),
     **dict.fromkeys(("methods", "controls"), Rule(str, many=True)),

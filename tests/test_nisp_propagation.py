@@ -464,6 +464,18 @@ def test_what_joint_removes_passes_nothing_on_and_is_what_the_plan_removes(name,
     assert any(not torch.allclose(found[n], whole[n]) for n in alone)
 
 
+def test_joint_counts_a_rate_as_it_is_written():
+    """.58 of 50 is 29, and 28.999... in floats: what is passed on is what is kept."""
+    layers = [nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 50), nn.ReLU(), nn.Linear(50, 2)]
+    model, shape, scores = nn.Sequential(nn.Flatten(), *layers), (4, 1, 1), rand(50)
+    found = propagate(model, scores, shape, joint={"3": 0.58})
+    chosen = plan.from_scores(model, {"3": found["3"]}, shape, rate=0.58)
+    best = scores.argsort(descending=True)[: 50 - 29]
+    assert chosen.keep == {"3": sorted(best.tolist())}
+    weight = model[3].weight.detach().double().abs()
+    assert_same({"1": found["1"]}, {"1": weight[best].T @ scores[best].double()})
+
+
 def test_joint_takes_a_rate_per_layer():
     model, shape = small_net(), (3, 8, 8)
     alone = propagate(model, rand(7), shape)

@@ -17,6 +17,7 @@ from lib.graph import Graph, Group, build_graph
 from lib.messages import suggest
 from lib.nisp.absolute import run_absolute
 from lib.nisp.frl import find_frl
+from lib.plan import count_share
 
 ROOM = 1000  # powers of two that scores may grow or shrink by in float64
 
@@ -224,7 +225,7 @@ def choose_units(group: Group, scores: Mapping[str, Tensor], rate: float) -> Ten
         total.index_add_(0, group.index[name], values.cpu())
     kept = torch.ones(group.size, dtype=torch.bool)
     for block in group.unit_blocks:
-        count = min(int(rate * len(block)), len(block) - 1)
+        count = min(count_share(rate, len(block)), len(block) - 1)
         kept[block[total[block].sort(stable=True).indices[:count]]] = False
     return kept
 
