@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.graph.dry_run import meta_tensors, tensors_in, to_meta
+from lib.graph.dry_run import meta_tensors, move_all, tensors_in
 from lib.graph.watch import dtype_of, modes_kept
 
 
@@ -56,7 +56,7 @@ class _OnMeta(TorchDispatchMode):
         kwargs = kwargs or {}
         devices = {t.device.type for t in tensors_in((*args, *kwargs.values()))}
         if len(devices) > 1:
-            args, kwargs = to_meta(args), to_meta(kwargs)
+            args, kwargs = move_all(args, "meta"), move_all(kwargs, "meta")
         return func(*args, **kwargs)
 
 

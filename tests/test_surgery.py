@@ -1013,8 +1013,7 @@ REFUSED = {
     ),
     "transposed": (
         lambda: net(
-            forward=lambda s, x: s.b(s.c(s.a(x))),
-            **two(c=nn.ConvTranspose2d(8, 8, 3)),
+            forward=lambda s, x: s.b(s.c(s.a(x))), **two(c=nn.ConvTranspose2d(8, 8, 3))
         ),
         "ConvTranspose2d",
     ),
@@ -1113,6 +1112,21 @@ def test_scatter_needs_an_addition():
     plan = Plan({"layer1.0.conv1": [0]}, scatter={"layer1.0.conv1"})
     with pytest.raises(ValueError, match="feeds no addition"):
         surgery.shrink(model, plan, shape)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "shufflenet_v2_x0_5", "caffenet"])
+def test_index_maps_without_values_are_refused(name):
+    """On the meta device a net can be shrunk once: then its maps have no numbers."""
+    with torch.device("meta"):
+        model = models.build(name)
+    shape = (3, 227, 227) if name == "caffenet" else (3, 64, 64)
+    scores = baselines.uniform(model)
+    plan = plans.from_scores(model, scores, shape, rate=0.3)
+    small = surgery.shrink(model, plan, shape)
+    with pytest.raises(ValueError, match=r"cannot be shrunk twice|no pruning rule"):
+        scores = baselines.uniform(small)
+        plan = plans.from_scores(small, scores, shape, rate=0.3)
+        surgery.shrink(small, plan, shape)
 
 
 # -- random nets --------------------------------------------------------------------

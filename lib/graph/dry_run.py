@@ -21,6 +21,9 @@ from lib.graph.leaves import LAYERS, guess_output, is_leaf
 from lib.graph.tags import SHAPE_KEEPING, Operand, Value
 from lib.graph.watch import dtype_of
 
+Function = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 BATCH = 2  # images in the pass: one would make batch and channels hard to tell apart
 
 
@@ -41,7 +44,7 @@ class Node:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     within: tuple[str, ...] = ()
-    function: Callable[..., Any] | None = None
+    function: Function | None = None
     operands: Sequence[Operand] = ()
     raw: tuple[Any, ...] = ()
 
@@ -118,9 +121,7 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
             wrap = self._wrap_leaf if is_leaf(module) else self._wrap_module
             module.__dict__["forward"] = wrap(name, module, module.forward)
 
-    def _wrap_module(
-        self, name: str, module: nn.Module, forward: Callable[..., Any]
-    ) -> Callable[..., Any]:
+    def _wrap_module(self, name: str, module: nn.Module, forward: Function) -> Function:
         def run(*args: Any, **kwargs: Any) -> Any:
             if self._in_leaf:
                 return forward(*args, **kwargs)
@@ -132,9 +133,7 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         return run
 
-    def _wrap_leaf(
-        self, name: str, module: nn.Module, forward: Callable[..., Any]
-    ) -> Callable[..., Any]:
+    def _wrap_leaf(self, name: str, module: nn.Module, forward: Function) -> Function:
         kind = type(module).__name__
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -156,17 +155,13 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return run
 
     def _run_inside(
-        self,
-        name: str,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, name: str, function: Function, args: Args, kwargs: Kwargs
     ) -> Any:
         before, self._within = self._within, (*self._within, name)
         try:
             return function(*args, **kwargs)
         except Exception:
-            self._failed = self._failed or self._within
+            self._failed = self._failed or self._within  # the innermost one
             raise
         finally:
             self._within = before
@@ -185,32 +180,26 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
     def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:
         """Run one operation on the meta device and write it down."""
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
-        tensors = tensors_in((*args, *kwargs.values()))
-        output = run_operation(name, func, args, kwargs, tensors)
+        output = run_operation(name, func, args, kwargs)
         if self._in_leaf:
             return output
         if not self.evaluated and func._overloadpacket in flop_registry:
             self.has_other_work = True
+        tensors = tensors_in((*args, *kwargs.values()))
         inputs = tuple(self._known[id(t)] for t in tensors if id(t) in self._known)
-        if not inputs:
-            return output
-        operands = [self._read(t) for t in tensors]  # an in-place operation renames
-        made = tuple(self._put(t) for t in tensors_in((output,)))
-        within = self._within
-        rest, within = _without_tensors(args), self._within
-        place = within[-1] if within else ""
-        node = Node(name, place, inputs, made, rest, kwargs, within, func)
-        node.operands, node.raw = operands, args
-        self.events.append(node)
+        if inputs:
+            # Before `_put`: what an operation wrote in place is the same tensor.
+            operands = [self._read(t) for t in tensors]
+            made = tuple(self._put(t) for t in tensors_in((output,)))
+            rest, within = tuple(_without_tensors(args)), self._within
+            node = Node(name, within[-1], inputs, made, rest, kwargs, within, func)
+            node.operands, node.raw = operands, args
+            self.events.append(node)
         return output
 
     def _read(self, tensor: Tensor) -> Operand:
@@ -250,11 +239,14 @@ def meta_tensors(model: nn.Module) -> Iterator[dict[int, str]]:
     Whatever a pass does to the attributes of a module, modes and cached constants
     among them, is taken back afterwards.
     """
-    modules = list(model.named_modules())
+    modules = [
+        (path, module)
+        for path, module in model.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+    ]
     kept = [
         (store, dict(store))
         for _, module in modules
-        if not isinstance(module, torch.jit.ScriptModule)
         for store in (module.__dict__, module._parameters, module._buffers)
     ]
     made: dict[int, Tensor] = {}
@@ -283,9 +275,28 @@ def _stand_in(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def to_meta(tree: Any) -> Any:
-    """The same nest of arguments with every tensor on the meta device."""
-    return tree_map_only(Tensor, lambda t: t.to("meta"), tree)
+def run_operation(name: str, func: Function, args: Args, kwargs: Kwargs) -> Any:
+    """The operation on the meta device, or its shape alone where that is plain.
+
+    Real tensors (constants, indices) are moved there, or, where they are by themselves
+    and on several devices, to the CPU. Meta kernels of element-wise operations are slow
+    Python, so equal shapes skip them: a view of the input stands in for the output.
+    """
+    tensors = tensors_in((*args, *kwargs.values()))
+    devices = {t.device for t in tensors}
+    if len(devices) > 1:
+        place = "meta" if any(t.is_meta for t in tensors) else "cpu"
+        args, kwargs = move_all(args, place), move_all(kwargs, place)
+    elif name in SHAPE_KEEPING and tensors[0].is_meta:
+        x = tensors[0]
+        if all(t.shape == x.shape and t.dtype == x.dtype for t in tensors):
+            return x if name.endswith("_") else x.detach()
+    return func(*args, **kwargs)
+
+
+def move_all(tree: Any, device: str) -> Any:
+    """The same nest of arguments with every tensor on `device`."""
+    return tree_map_only(Tensor, lambda t: t.to(device), tree)
 
 
 def tensors_in(items: Iterable[Any]) -> list[Tensor]:
@@ -299,50 +310,10 @@ def tensors_in(items: Iterable[Any]) -> list[Tensor]:
     return found
 
 
-def _without_tensors(args: Iterable[Any]) -> tuple[Any, ...]:
-    return tuple(
-        None
-        if isinstance(a, Tensor)
-        else list(_without_tensors(a))
-        if isinstance(a, (list, tuple))
-        else a
-        for a in args
-    )
-
-
-def run_operation(
-    name: str,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    tensors: list[Tensor],
-) -> Any:
-    """The operation on the meta device, or its shape alone where that is plain.
-
-    Real tensors (constants, indices) are moved there, or, where they are by themselves
-    and on several devices, to the CPU. Meta kernels of element-wise operations are slow
-    Python, so equal shapes skip them: a view of the input stands in for the output.
-    """
-    abstract = [t.is_meta for t in tensors]
-    if not any(abstract):
-        return _run_real(func, args, kwargs, tensors)
-    if not all(abstract):
-        args, kwargs = to_meta(args), to_meta(kwargs)
-    elif name in SHAPE_KEEPING:
-        x = tensors[0]
-        if all(t.shape == x.shape and t.dtype == x.dtype for t in tensors):
-            return x if name.endswith("_") else x.detach()
-    return func(*args, **kwargs)
-
-
-def _run_real(
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    tensors: list[Tensor],
-) -> Any:
-    if len({t.device for t in tensors}) > 1:
-        args, kwargs = (
-            tree_map_only(Tensor, lambda t: t.cpu(), x) for x in (args, kwargs)
-        )
-    return func(*args, **kwargs)
+def _without_tensors(args: Iterable[Any]) -> list[Any]:
+    kept: list[Any] = []
+    for item in args:
+        nested = isinstance(item, (list, tuple))
+        plain = None if isinstance(item, Tensor) else item
+        kept.append(_without_tensors(item) if nested else plain)
+    return kept

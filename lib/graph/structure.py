@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lib.graph.trace import Layer, Node, Trace, trace
 
 RELUS = {"relu", "relu_"}
+NONE = torch.empty(0, dtype=torch.long)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +132,7 @@ class _Grouping:
         self.graph, self.record = graph, record
         rows = graph.rows
         self.names = list(rows)
-        none = torch.empty(0, dtype=torch.long)
-        self.units = torch.cat([none, *rows.values()])
+        self.units = torch.cat([NONE, *rows.values()])
         sizes = torch.tensor([len(row) for row in rows.values()], dtype=torch.long)
         self.owners = torch.arange(len(rows)).repeat_interleave(sizes)
         self.joined = self._find_joined()
@@ -152,7 +152,7 @@ class _Grouping:
     def _find_joined(self) -> set[str]:
         """The layers whose own outputs are tied by an addition."""
         outputs = [layer.outputs for layer in self.graph.layers.values()]
-        joined = self._mark(self.record.ledger.added)[torch.cat(outputs)]
+        joined = self._mark(self.record.ledger.added)[torch.cat([NONE, *outputs])]
         return {self.names[i] for i in torch.unique(self.owners[joined]).tolist()}
 
     def _find_reasons(self) -> Tensor:
@@ -165,7 +165,7 @@ class _Grouping:
     def _count_readers(self, rows: list[Tensor]) -> Tensor:
         """How often each tag is in the rows; constants share the last place."""
         places = self.graph.num_tags + 1
-        row = torch.cat([torch.empty(0, dtype=torch.long), *rows]) % places
+        row = torch.cat([NONE, *rows]) % places
         return torch.bincount(row, minlength=places)
 
     def _make_groups(self) -> list[Group]:
@@ -310,8 +310,7 @@ def dropped_units(graph: Graph, block: str) -> Tensor:
 def block_units(graph: Graph, block: str) -> tuple[Tensor, Tensor]:
     """The units that a block reads and those that it hands on, in channel order."""
     source, target = (graph.values[v].tags for v in graph.calls[block])
-    none = torch.empty(0, dtype=torch.long)
-    before, after = (none if x is None else x.flatten() for x in (source, target))
+    before, after = (NONE if x is None else x.flatten() for x in (source, target))
     return graph.unit_of(before), graph.unit_of(after)
 
 

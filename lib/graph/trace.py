@@ -113,41 +113,35 @@ class Trace:
         module = self.record.modules[node.module]
         value = self.values[node.inputs[0]] if node.inputs else None
         made = self.values[node.outputs[0]]
-        if isinstance(module, _ConvNd):
-            made.tags = self._read_layer(node.module, module, value, made, evaluating)
-        elif isinstance(module, nn.Linear):
-            made.tags = self._read_layer(node.module, module, value, made, evaluating)
+        if isinstance(module, (_ConvNd, nn.Linear)):
+            layer = self._read_layer(node.module, module, value)
+            dim = -1 if isinstance(module, nn.Linear) else 1
+            made.tags = _along(layer.outputs, dim, len(made.shape))
+            if evaluating:
+                numbers = torch.Size(made.shape).numel()
+                layer.positions.append(numbers // (BATCH * len(layer.outputs)))
         elif isinstance(module, _DropoutNd):
             made.tags = None if value is None else value.tags
         else:
             made.tags = self._read_norm(node.module, value)
 
     def _read_layer(
-        self,
-        name: str,
-        module: _ConvNd | nn.Linear,
-        value: Value | None,
-        made: Value,
-        evaluating: bool,
-    ) -> Tensor:
-        dim = -1 if isinstance(module, nn.Linear) else 1
+        self, name: str, module: _ConvNd | nn.Linear, value: Value | None
+    ) -> Layer:
+        linear = isinstance(module, nn.Linear)
         out, channels = module.weight.shape[:2]
         groups = 1 if isinstance(module, nn.Linear) else module.groups
-        where = self.record.locate(name)
+        dim, where = -1 if linear else 1, self.record.locate(name)
         inputs = self.ledger.row(value, dim, channels * groups, where)
-        layer = self.layers.get(name)
-        if layer is None:
-            kernel = module.weight[0, 0].numel() if module.weight.ndim > 2 else 1
-            layer = Layer(name, inputs, self.ledger.fresh(out), groups, kernel, [])
-            self.layers[name] = layer
-            if layer.depthwise:
-                repeated = inputs.repeat_interleave(out // groups)
-                self.ledger.tie(layer.outputs, repeated)
-        else:
-            self.ledger.tie(layer.inputs, inputs)
-        if evaluating:
-            layer.positions.append(_count(made.shape) // (BATCH * out))
-        return _along(layer.outputs, dim, len(made.shape))
+        if name in self.layers:  # it runs a second time
+            self.ledger.tie(self.layers[name].inputs, inputs)
+            return self.layers[name]
+        kernel = module.weight[0, 0].numel()
+        layer = Layer(name, inputs, self.ledger.fresh(out), groups, kernel, [])
+        if layer.depthwise:
+            self.ledger.tie(layer.outputs, inputs.repeat_interleave(out // groups))
+        self.layers[name] = layer
+        return layer
 
     def _read_norm(self, name: str, value: Value | None) -> Tensor | None:
         """A norm, a PReLU or a response normalisation hands channels on in place."""
@@ -164,26 +158,20 @@ class Trace:
         return value.tags
 
     def _read_call(self, call: Call, evaluating: bool) -> None:
-        name = call.module
-        moving = name in self._moving
-        self._moving.discard(name)
+        moving = call.module in self._moving
+        self._moving.discard(call.module)
         source = call.inputs[0] if len(call.inputs) == 1 else None
-        if source is None or call.output is None:
-            return self._freeze_moved(call) if moving else None
-        target = self.values[call.output]
-        if target.tags is None:
-            return self._freeze_moved(call) if moving else None
-        if evaluating:
-            self.calls[name] = (source, call.output)
+        target = None if call.output is None else self.values[call.output]
+        if source is None or target is None or target.tags is None:
+            for place in call.inputs if moving else ():
+                if place is not None:
+                    reason = f"'{call.module}' moves channels between tensors"
+                    self.ledger.freeze(self.values[place].tags, reason)
+            return
+        if evaluating and call.output is not None:
+            self.calls[call.module] = (source, call.output)
         if moving:
-            self._read_move(name, self.values[source], target)
-        return None
-
-    def _freeze_moved(self, call: Call) -> None:
-        for place in call.inputs:
-            if place is not None:
-                reason = f"'{call.module}' moves channels between tensors"
-                self.ledger.freeze(self.values[place].tags, reason)
+            self._read_move(call.module, self.values[source], target)
 
     def _read_move(self, name: str, source: Value, target: Value) -> None:
         where, width = self.record.locate(name), target.shape[1]
@@ -298,10 +286,6 @@ def _along(row: Tensor, dim: int, ndim: int) -> Tensor:
     shape = [1] * ndim
     shape[dim] = len(row)
     return row.view(shape)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 def _has_index(node: Node) -> bool:

@@ -131,12 +131,7 @@ def _make_pools(graph: Graph, scores: Scores, residual: str) -> list[_Pool]:
 
 
 def _make_pool(
-    graph: Graph,
-    group: Group,
-    names: tuple[str, ...],
-    scores: Scores,
-    *,
-    scatter: bool,
+    graph: Graph, group: Group, names: tuple[str, ...], scores: Scores, *, scatter: bool
 ) -> _Pool:
     total = torch.zeros(group.size, dtype=torch.float64)
     for name in names:

@@ -16,10 +16,7 @@ __all__ = ["channel_groups", "droppable", "mask", "shrink", "shrunk_from"]
 
 
 def channel_groups(
-    model: nn.Module,
-    input_shape: tuple[int, int, int],
-    *,
-    graph: Graph | None = None,
+    model: nn.Module, input_shape: tuple[int, int, int], *, graph: Graph | None = None
 ) -> list[Group]:
     """The groups of layers whose output channels must be kept together.
 
@@ -30,10 +27,7 @@ def channel_groups(
 
 
 def droppable(
-    model: nn.Module,
-    input_shape: tuple[int, int, int],
-    *,
-    graph: Graph | None = None,
+    model: nn.Module, input_shape: tuple[int, int, int], *, graph: Graph | None = None
 ) -> list[str]:
     """Names of the blocks that `Plan.drop` may replace by the identity."""
     return droppable_blocks(graph or build_graph(model, input_shape), model)

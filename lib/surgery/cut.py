@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.graph import Graph, Layer, Node, build_graph
-from lib.graph.dry_run import run_dry
+from lib.graph.dry_run import DryRun, run_dry
 from lib.graph.tags import ELEMENTWISE, REDUCTIONS
 from lib.graph.trace import Move
 from lib.plan import Kept, Plan, resolve
@@ -19,9 +19,12 @@ from lib.surgery.movers import (
     Remap,
     Scatter,
     device_of,
+    on_cpu,
     positions,
     replace,
 )
+
+Modules = dict[str, Any]  # modules by name; their attributes differ by type
 
 # A PReLU with one slope is an operation, with more it is a leaf: not compared.
 COUNTED = (ELEMENTWISE | REDUCTIONS) - {"prelu", "_prelu_kernel"}
@@ -46,9 +49,8 @@ def shrink(
     kept = resolve(graph, plan, model)
     if kept.is_whole() and plan.resolution is None:
         warnings.warn("the plan removes nothing", stacklevel=2)
-    columns = {n: kept.units[graph.columns[n]] for n in kept.rows}
     norms = _norm_rows(graph, kept)
-    cuts = _cut_tensors(graph, kept, columns, norms, dict(model.named_modules()))
+    cuts = _cut_tensors(graph, kept, norms, dict(model.named_modules()))
     small = copy_model(model, cuts)
     modules = dict(small.named_modules())
     _resize_modules(graph, kept, norms, modules)
@@ -86,17 +88,14 @@ def _norm_rows(graph: Graph, kept: Kept) -> dict[str, Tensor]:
 
 
 def _cut_tensors(
-    graph: Graph,
-    kept: Kept,
-    columns: dict[str, Tensor],
-    norms: dict[str, Tensor],
-    modules: dict[str, Any],
+    graph: Graph, kept: Kept, norms: dict[str, Tensor], modules: Modules
 ) -> dict[int, Tensor]:
     """Every parameter and buffer that loses channels, already cut, by its id."""
     found: list[tuple[Tensor, Tensor]] = []
     for name, rows in kept.rows.items():
         module, layer = modules[name], graph.layers[name]
-        cut = _cut_weight(module.weight, layer, rows, columns[name])
+        columns = kept.units[graph.columns[name]]
+        cut = _cut_weight(module.weight, layer, rows, columns)
         found.append((module.weight, cut))
         if module.bias is not None:
             found.append((module.bias, _cut(module.bias, _choose(rows), 0)))
@@ -148,7 +147,7 @@ def _like(tensor: Tensor, cut: Tensor) -> Tensor:
 
 
 def _resize_modules(
-    graph: Graph, kept: Kept, norms: dict[str, Tensor], modules: dict[str, Any]
+    graph: Graph, kept: Kept, norms: dict[str, Tensor], modules: Modules
 ) -> None:
     """The sizes that modules keep beside their tensors, read from what was cut."""
     for name in kept.rows:
@@ -169,7 +168,7 @@ def _resize_modules(
 
 
 def _replace_movers(
-    graph: Graph, kept: Kept, small: nn.Module, modules: dict[str, Any]
+    graph: Graph, kept: Kept, small: nn.Module, modules: Modules
 ) -> None:
     """Modules that move or mix channels get index maps in the place of their code."""
     for name, move in graph.moves.items():
@@ -195,7 +194,7 @@ def _pin_shuffle(module: Any, read: Tensor, write: Tensor) -> None:
     """Turn split sizes and shuffle of one ShuffleNetV2 unit into numbers."""
     if isinstance(module, PinnedShuffleUnit):
         left = module.split[0] if module.split else 0
-        order = module.order.cpu()
+        order = on_cpu(module.order)
     elif bool(read.all()) and bool(write.all()):
         return
     else:
@@ -212,7 +211,7 @@ def _pin_shuffle(module: Any, read: Tensor, write: Tensor) -> None:
 
 
 def _insert_scatters(
-    graph: Graph, kept: Kept, small: nn.Module, modules: dict[str, Any]
+    graph: Graph, kept: Kept, small: nn.Module, modules: Modules
 ) -> None:
     for name in sorted(kept.scatter):
         rows = kept.rows[name]
@@ -232,11 +231,11 @@ def _check_runs(
     input_shape: tuple[int, int, int],
     resolution: int | None,
 ) -> None:
-    """Run the result dry: sizes written into the model's own code show up here."""
-    try:
-        after = run_dry(small, input_shape)
-    except ValueError as error:
-        raise ValueError(f"the shrunk network does not run; {error}") from error
+    """Run the result dry: sizes written into the model's own code show up here.
+
+    A size that does not fit fails; one that is only computed with changes a number.
+    """
+    after = _run_result(small, input_shape, "the shrunk network does not run")
     ours = (Remap, Scatter, GappedLRN, PinnedShuffleUnit)
     put_in = [n for n, m in after.modules.items() if isinstance(m, ours)]
     apart = {*put_in, *kept.dropped}
@@ -246,14 +245,18 @@ def _check_runs(
             f"'{module}' computes with the number of its channels (in "
             f"'{operation[0]}'), so a smaller copy of it would compute something else"
         )
-    if resolution is None:
-        return
+    if resolution is not None:
+        shape = (input_shape[0], resolution, resolution)
+        _run_result(small, shape, f"resolution {resolution} does not fit this network")
+
+
+def _run_result(
+    small: nn.Module, input_shape: tuple[int, int, int], problem: str
+) -> DryRun:
     try:
-        run_dry(small, (input_shape[0], resolution, resolution))
+        return run_dry(small, input_shape)
     except ValueError as error:
-        raise ValueError(
-            f"resolution {resolution} does not fit this network; {error}"
-        ) from error
+        raise ValueError(f"{problem}; {error}") from error
 
 
 def _operations(nodes: list[Node], apart: set[str]) -> Counter[Any]:

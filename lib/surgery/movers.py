@@ -10,9 +10,10 @@ from torch import Tensor, nn
 class Scatter(nn.Module):
     """Write [N, kept, ...] back into [N, width, ...], zero elsewhere."""
 
+    source: Tensor
+
     def __init__(self, kept: Tensor, width: int):
         super().__init__()
-        self.source: Tensor
         self.width = width
         self.register_buffer("source", inverse(kept, width), persistent=False)
 
@@ -24,11 +25,12 @@ class Scatter(nn.Module):
 class Remap(nn.Module):
     """A parameter-free module run at full width, between kept inputs and outputs."""
 
+    source: Tensor
+    write: Tensor
+
     def __init__(self, inner: nn.Module, read: Tensor, write: Tensor):
         super().__init__()
         self.inner = inner
-        self.source: Tensor
-        self.write: Tensor
         source = inverse(positions(read), len(read))
         self.register_buffer("source", source, persistent=False)
         self.register_buffer("write", positions(write), persistent=False)
@@ -45,13 +47,14 @@ class GappedLRN(nn.LocalResponseNorm):
     Channels that were removed count as zero, so the others keep their responses.
     """
 
+    alive: Tensor
+    kept: Tensor
+    source: Tensor
+
     def __init__(self, whole: nn.LocalResponseNorm, alive: Tensor):
         super().__init__(whole.size, whole.alpha, whole.beta, whole.k)
-        self.alive: Tensor
-        self.kept: Tensor
-        self.source: Tensor
         if isinstance(whole, GappedLRN):
-            alive = _restore(whole.alive.cpu(), alive)
+            alive = _restore(on_cpu(whole.alive), alive)
         self.register_buffer("alive", alive, persistent=False)
         self.register_buffer("kept", positions(alive), persistent=False)
         source = inverse(self.kept, len(alive))
@@ -71,10 +74,11 @@ class GappedLRN(nn.LocalResponseNorm):
 class Gate(nn.Module):
     """Zero the silenced channels before a module that reads across channels."""
 
+    alive: Tensor
+
     def __init__(self, inner: nn.Module, alive: Tensor):
         super().__init__()
         self.inner = inner
-        self.alive: Tensor
         self.register_buffer("alive", alive, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,6 +108,16 @@ class PinnedShuffleUnit(nn.Module):
         else:
             out = torch.cat((self.branch1(x), self.branch2(x)), 1)
         return out.index_select(1, self.order)
+
+
+def on_cpu(index: Tensor) -> Tensor:
+    """An index map where it can be computed with; one without values is refused."""
+    if index.is_meta:
+        raise ValueError(
+            "a network on the meta device cannot be shrunk twice: the index maps of "
+            "the first time have no values there"
+        )
+    return index.cpu()
 
 
 def positions(alive: Tensor) -> Tensor:
