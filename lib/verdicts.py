@@ -1,0 +1,280 @@
+"""From rows of runs to verdicts: paired by base, by one rule written before the rows.
+
+A replicate is a *base*: a network trained from its own seed, with selection and
+fine-tuning nested in it. Two arms are compared base by base, so what a base is worth
+cancels. Differences are in points (percent of the test images).
+"""
+
+import bisect
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+ALPHA = 0.05
+EFFECT = 0.2  # points; a smaller gain is no gain that a reader would pay for
+MARGIN = 0.3  # points; within it two arms count as equal
+MOST_FLIPS = 20  # bases up to which all 2^n signs are tried
+VERDICTS = (
+    "reproduced",
+    "contradicted",
+    "no difference",
+    "direction only",
+    "undecided",
+    "not tested",
+    "not testable here",
+)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """What one arm is better than another by, over bases.
+
+    `differences`: one per base; `mean` and `sd` of them; `low`, `high`: their t
+    interval at 95 %, and `corrected` the one that Holm's step asks for; `p`: of the t
+    test against 0, two-sided, `p_flips` of the exact sign-flip test; `bases_needed`:
+    the number that would decide an open case, None where it is decided.
+    """
+
+    name: str
+    differences: tuple[float, ...]
+    mean: float
+    sd: float
+    low: float
+    high: float
+    p: float
+    p_flips: float
+    corrected: tuple[float, float]
+    verdict: str
+    bases_needed: int | None
+
+    @property
+    def n(self) -> int:
+        """Number of bases."""
+        return len(self.differences)
+
+
+def pair_arms(
+    rows: pd.DataFrame,
+    left: str,
+    right: str,
+    *,
+    value: str = "after",
+    same: Sequence[str] = ("net", "dataset", "epochs", "recipe"),
+) -> pd.Series:
+    """`value` of arm `left` minus that of `right`, by base (mean over nested seeds).
+
+    `rows` has the columns arm, base, macs and `value`. Bases that have only one of the
+    two arms are left out. Raises `ValueError` where an arm is missing, where fewer than
+    two bases are left, where a number is not finite, and where the arms differ by more
+    than 2 % in MACs or at all in one of the columns `same`.
+    """
+    for arm in (left, right):
+        if arm not in set(rows["arm"]):
+            raise ValueError(f"no rows of arm '{arm}'")
+    both = rows[rows["arm"].isin([left, right])]
+    if not np.isfinite(both[value].astype(float)).all():
+        raise ValueError(f"{left} - {right}: '{value}' is not finite everywhere")
+    for column in [name for name in same if name in both]:
+        if both[column].nunique(dropna=False) > 1:
+            found = sorted(map(str, both[column].unique()))
+            raise ValueError(f"{left} - {right}: arms differ in '{column}': {found}")
+    work = both.groupby("arm")["macs"].mean()
+    if abs(work[left] / work[right] - 1) > 0.02:
+        raise ValueError(
+            f"{left} - {right}: {work[left]:.0f} against {work[right]:.0f} MACs; "
+            "arms are compared at equal cost"
+        )
+    table = both.pivot_table(value, "base", "arm", aggfunc="mean").dropna()
+    if len(table) < 2:
+        raise ValueError(f"{left} - {right}: {len(table)} base(s) in common, needs two")
+    return table[left] - table[right]
+
+
+def compare(
+    differences: dict[str, Sequence[float]], *, alpha: float = ALPHA
+) -> list[Contrast]:
+    """Judge all registered contrasts together: name -> differences by base.
+
+    One correction (Holm 1979) covers them all, so name all that were registered and
+    none that was not. Raises `ValueError` for fewer than two bases or for NaN.
+    """
+    values = {name: _read(name, d) for name, d in differences.items()}
+    p = {name: find_p(d) for name, d in values.items()}
+    levels = holm_levels(p, alpha)
+    return [_judge(name, d, p[name], levels[name], alpha) for name, d in values.items()]
+
+
+def holm_levels(p: dict[str, float], alpha: float = ALPHA) -> dict[str, float]:
+    """The level at which each p-value is judged: alpha / (m - rank), stepping down.
+
+    From the first that is not below its level on, all keep that level: nothing behind
+    it can be rejected (Holm 1979).
+    """
+    order = sorted(p, key=p.__getitem__)
+    levels, open_at = {}, None
+    for rank, name in enumerate(order):
+        level = alpha / (len(order) - rank) if open_at is None else open_at
+        levels[name] = level
+        if open_at is None and p[name] > level:
+            open_at = level
+    return levels
+
+
+def decide(
+    mean: float, interval: tuple[float, float], corrected: tuple[float, float]
+) -> str:
+    """The rule. `interval` is uncorrected, `corrected` wider or equal; in points."""
+    low, high = corrected
+    if low > 0 and mean >= EFFECT:
+        return "reproduced"
+    if high < 0:
+        return "contradicted"
+    if -MARGIN < low and high < MARGIN:
+        return "no difference"
+    return "direction only" if interval[0] > 0 else "undecided"
+
+
+def find_p(differences: np.ndarray) -> float:
+    """p of the two-sided t test of mean 0; 1 where all differences are 0."""
+    if not differences.any():
+        return 1.0
+    if np.ptp(differences) == 0:
+        return 0.0
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def interval_of(differences: np.ndarray, alpha: float = ALPHA) -> tuple[float, float]:
+    """The t interval of the mean at 1 - alpha."""
+    n = len(differences)
+    half = stats.t.ppf(1 - alpha / 2, n - 1) * differences.std(ddof=1) / math.sqrt(n)
+    return float(differences.mean() - half), float(differences.mean() + half)
+
+
+def flip_signs(differences: Sequence[float]) -> float:
+    """Exact two-sided p that the mean is 0, by all 2^n signs (Fisher 1935).
+
+    It needs no normal distribution, only that each difference is as likely to have the
+    other sign; with n bases it is at least 2 / 2^n, so below .05 from n = 6 on.
+    """
+    d = _read("sign flips", differences)
+    if len(d) > MOST_FLIPS:
+        raise ValueError(f"all signs of {len(d)} bases are too many to try")
+    signs = np.array(list(itertools.product((-1, 1), repeat=len(d))))
+    sums = np.abs(signs @ d)
+    return float((sums >= abs(d.sum()) - 1e-9 * np.abs(d).sum()).mean())
+
+
+def bootstrap_images(
+    left: np.ndarray,
+    right: np.ndarray,
+    *,
+    repeats: int = 2000,
+    seed: int = 0,
+    alpha: float = ALPHA,
+) -> tuple[float, float]:
+    """Interval of the difference in points, over bases and over test images at once.
+
+    left, right: bool [bases, images], which image each network got right. Bases and
+    images are drawn anew with replacement, both crossed, as both could have been others
+    (Owen 2007): wider than an interval over either alone.
+    """
+    gap = left.astype(float) - right.astype(float)
+    if gap.ndim != 2 or len(gap) < 2 or left.shape != right.shape:
+        raise ValueError(f"needs [bases >= 2, images], got {left.shape}, {right.shape}")
+    draw = np.random.default_rng(seed)
+    bases, images = gap.shape
+    means = np.empty(repeats)
+    for i in range(repeats):
+        weights = draw.multinomial(bases, np.full(bases, 1 / bases))
+        counts = draw.multinomial(images, np.full(images, 1 / images))
+        means[i] = weights @ gap @ counts / (bases * images)
+    low, high = np.quantile(100 * means, [alpha / 2, 1 - alpha / 2])
+    return float(low), float(high)
+
+
+def split_variance(rows: pd.DataFrame, *, value: str = "after") -> dict[str, float]:
+    """Variance of `value` from base, selection in base, fine-tuning in selection.
+
+    `rows`: balanced, columns base, selection, finetuning and `value`, of one arm. By
+    mean squares (nested analysis of variance); a negative estimate counts as 0. Raises
+    `ValueError` where the design is not balanced or a level has one member only.
+    """
+    counts = rows.groupby(["base", "selection"]).size().unstack()
+    if counts.isna().any(axis=None) or counts.nunique().max() > 1 or len(counts) < 2:
+        raise ValueError("needs two bases, each with as many runs nested in it")
+    selections, runs = counts.shape[1], int(counts.iloc[0, 0])
+    cells = rows.groupby(["base", "selection"])[value].mean().unstack()
+    within = rows.groupby(["base", "selection"])[value].var(ddof=1)
+    fine = float(within.mean()) if runs > 1 else float("nan")
+    select = float(cells.var(axis=1, ddof=1).mean()) if selections > 1 else float("nan")
+    base = float(cells.mean(axis=1).var(ddof=1))
+    parts = {
+        "base": base - (0 if math.isnan(select) else select / selections),
+        "selection": select - (0 if math.isnan(fine) else fine / runs),
+        "finetuning": fine,
+    }
+    return {k: v if math.isnan(v) else max(v, 0.0) for k, v in parts.items()}
+
+
+def count_bases_needed(
+    mean: float, sd: float, *, alpha: float = ALPHA, power: float = 0.8
+) -> int | None:
+    """The fewest bases with which a true difference `mean` is seen at `power`.
+
+    By the noncentral t distribution, two-sided; None where more than 1,000 would be.
+    """
+    enough = range(2, 1001)
+    place = bisect.bisect_left(
+        enough, power, key=lambda n: find_power(mean, sd, n, alpha=alpha)
+    )
+    return enough[place] if place < len(enough) else None
+
+
+def find_power(mean: float, sd: float, n: int, *, alpha: float = ALPHA) -> float:
+    """The chance that a t test over `n` bases sees a true difference `mean`."""
+    if sd == 0:
+        return 1.0 if mean else 0.0
+    centre = abs(mean) / sd * math.sqrt(n)
+    bound = stats.t.ppf(1 - alpha / 2, n - 1)
+    return float(
+        stats.nct.sf(bound, n - 1, centre) + stats.nct.cdf(-bound, n - 1, centre)
+    )
+
+
+def _read(name: str, differences: Sequence[float]) -> np.ndarray:
+    values = np.asarray(differences, float)
+    if values.ndim != 1 or len(values) < 2:
+        raise ValueError(f"{name}: needs at least two bases, got {values.size}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name}: a difference is not finite")
+    return values
+
+
+def _judge(name: str, d: np.ndarray, p: float, level: float, alpha: float) -> Contrast:
+    low, high = interval_of(d, alpha)
+    corrected = interval_of(d, level)
+    verdict = decide(float(d.mean()), (low, high), corrected)
+    open_case = verdict in ("direction only", "undecided")
+    sd = float(d.std(ddof=1))
+    needed = None
+    if open_case:  # what would be seen as a difference, at the level of this step
+        goal = max(abs(float(d.mean())), EFFECT)
+        needed = count_bases_needed(goal, sd, alpha=level)
+    return Contrast(
+        name=name,
+        differences=tuple(d.tolist()),
+        mean=float(d.mean()),
+        sd=sd,
+        low=low,
+        high=high,
+        p=p,
+        p_flips=flip_signs(d) if len(d) <= MOST_FLIPS else float("nan"),
+        corrected=corrected,
+        verdict=verdict,
+        bases_needed=needed,
+    )

@@ -1,0 +1,166 @@
+"""lib.verdicts against SciPy, statsmodels, brute force and drawn data."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from lib import verdicts
+
+numbers = st.lists(
+    st.floats(-5, 5, allow_nan=False).map(lambda x: round(x, 3)), min_size=3, max_size=8
+).filter(lambda d: np.ptp(d) > 0.01)
+
+
+def make_rows(arms: dict, **columns) -> pd.DataFrame:
+    rows = [
+        {"arm": arm, "base": base, "after": value, "macs": 100, "net": "n", **columns}
+        for arm, values in arms.items()
+        for base, value in enumerate(values)
+    ]
+    return pd.DataFrame(rows)
+
+
+@given(numbers)
+def test_interval_and_p_are_scipys(d):
+    d = np.array(d)
+    expected = stats.ttest_1samp(d, 0.0)
+    assert verdicts.find_p(d) == pytest.approx(expected.pvalue, abs=1e-12)
+    interval = expected.confidence_interval(0.95)
+    assert verdicts.interval_of(d) == pytest.approx(tuple(interval), abs=1e-9)
+
+
+@given(numbers)
+def test_sign_flips_are_scipys_exact_permutation_test(d):
+    expected = stats.permutation_test(
+        (np.array(d),), np.sum, permutation_type="samples", n_resamples=np.inf
+    )
+    assert verdicts.flip_signs(d) == pytest.approx(expected.pvalue, abs=1e-9)
+
+
+def test_sign_flips_need_six_bases():
+    assert verdicts.flip_signs([1.0, 2, 3, 4, 5]) == 2 / 32
+    assert verdicts.flip_signs([1.0, 2, 3, 4, 5, 6]) == 2 / 64 < 0.05
+
+
+@given(st.lists(st.floats(1e-6, 1), min_size=1, max_size=8))
+def test_holm_rejects_what_statsmodels_rejects(p):
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    named = {str(i): value for i, value in enumerate(p)}
+    levels = verdicts.holm_levels(named)
+    ours = [named[name] <= levels[name] for name in named]
+    assert ours == multitest.multipletests(p, 0.05, "holm")[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("n", "least"), [(3, 0.98), (5, 0.51), (6, 0.43), (8, 0.35), (10, 0.30)]
+)
+def test_power_of_the_planned_numbers_of_bases(n, least):
+    assert verdicts.find_power(least, 0.3, n) == pytest.approx(0.8, abs=0.03)
+    assert verdicts.count_bases_needed(least * 1.03, 0.3) == n
+
+
+def test_power_is_what_draws_say():
+    draw = np.random.default_rng(0)
+    d = draw.normal(0.4, 0.3, (20_000, 6))
+    seen = (stats.ttest_1samp(d, 0.0, axis=1).pvalue < 0.05).mean()
+    assert verdicts.find_power(0.4, 0.3, 6) == pytest.approx(seen, abs=0.01)
+
+
+def judge(*differences):
+    (contrast,) = verdicts.compare({"a - b": differences})
+    return contrast
+
+
+def test_every_verdict_is_reached_by_its_rule():
+    assert judge(1.0, 1.1, 0.9, 1.0).verdict == "reproduced"
+    assert judge(-1.0, -1.1, -0.9, -1.0).verdict == "contradicted"
+    assert judge(0.01, -0.02, 0.02, -0.01).verdict == "no difference"
+    assert judge(1.0, -1.0, 0.5, -0.4).verdict == "undecided"
+    assert judge(0.10, 0.11, 0.09, 0.10).verdict == "no difference", (
+        "too small to matter"
+    )
+    shaky = (0.9, 0.3, 0.6, 0.4)
+    assert judge(*shaky).verdict == "reproduced"
+    rest = {f"c{i}": (1.0, -1.0, 0.5, -0.5) for i in range(9)}
+    (first, *_) = verdicts.compare({"a - b": shaky} | rest)
+    assert first.verdict == "direction only" and first.bases_needed > 4
+
+
+def test_a_mean_just_below_the_effect_is_not_reproduced():
+    d = [0.19, 0.191, 0.189, 0.19, 0.19]
+    assert judge(*d).verdict == "no difference"
+    assert judge(*(x + 0.02 for x in d)).verdict == "reproduced"
+
+
+def test_the_rule_is_wrong_as_often_as_it_says():
+    """Ten true nulls with spread: something is called a finding in at most 5 %."""
+    draw = np.random.default_rng(1)
+    wrong = 0
+    for _ in range(200):
+        family = {str(i): draw.normal(0, 1, 6) for i in range(10)}
+        found = {c.verdict for c in verdicts.compare(family)}
+        wrong += bool(found & {"reproduced", "contradicted"})
+    assert wrong / 300 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
+
+
+def test_bootstrap_covers_bases_and_images():
+    draw = np.random.default_rng(2)
+    shape = (6, 400)
+    left, right = draw.random(shape) < 0.8, draw.random(shape) < 0.7
+    low, high = verdicts.bootstrap_images(left, right)
+    gap = 100 * (left.mean() - right.mean())
+    assert low < gap < high
+    spread = 100 * (left * 1.0 - right).std() / math.sqrt(left.size)
+    assert 1.5 * spread < (high - low) / 2 < 4 * spread
+    assert verdicts.bootstrap_images(left, left) == (0, 0)
+
+
+def test_variance_is_split_as_it_was_drawn():
+    draw = np.random.default_rng(3)
+    rows = [
+        {"base": b, "selection": s, "finetuning": f,
+         "after": base + select + draw.normal(0, 0.5)}
+        for b in range(300)
+        for base in [draw.normal(0, 2)]
+        for s in range(3)
+        for select in [draw.normal(0, 1)]
+        for f in range(3)
+    ]  # fmt: skip
+    parts = verdicts.split_variance(pd.DataFrame(rows))
+    assert parts["base"] == pytest.approx(4, rel=0.2)
+    assert parts["selection"] == pytest.approx(1, rel=0.15)
+    assert parts["finetuning"] == pytest.approx(0.25, rel=0.1)
+    with pytest.raises(ValueError, match="two bases"):
+        verdicts.split_variance(pd.DataFrame(rows[:-1]))
+
+
+def test_arms_are_paired_by_base():
+    rows = make_rows({"a": [1, 2, 4], "b": [0, 0, 1]})
+    again = make_rows({"a": [3, 2, 4]})  # a second fine-tuning of arm a
+    both = pd.concat([rows, again])
+    assert verdicts.pair_arms(rows, "a", "b").tolist() == [1, 2, 3]
+    assert verdicts.pair_arms(both, "a", "b").tolist() == [2, 2, 3]
+    assert verdicts.pair_arms(rows[:-1], "a", "b").tolist() == [1, 2]
+
+
+def test_what_cannot_be_compared_is_refused_by_name():
+    rows = make_rows({"a": [1, 2, 4], "b": [0, 0, 1]}, epochs=5)
+    other = rows.assign(macs=np.where(rows["arm"] == "a", 100, 110))
+    for bad, message in [
+        (rows[rows["arm"] == "a"], "no rows of arm 'b'"),
+        (rows[(rows["base"] == 0)], "1 base"),
+        (rows.assign(after=[1, 2, math.nan, 0, 0, 1]), "not finite"),
+        (rows.assign(epochs=[5, 5, 5, 20, 20, 20]), "differ in 'epochs'"),
+        (other, "equal cost"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            verdicts.pair_arms(bad, "a", "b")
+    with pytest.raises(ValueError, match="two bases"):
+        verdicts.compare({"a - b": [1.0]})
+    with pytest.raises(ValueError, match="not finite"):
+        verdicts.compare({"a - b": [1.0, math.inf]})
