@@ -155,7 +155,7 @@ def interval_of(differences: np.ndarray, alpha: float = ALPHA) -> tuple[float, f
     return float(differences.mean() - half), float(differences.mean() + half)
 
 
-def flip_signs(differences: Sequence[float]) -> float:
+def flip_signs(differences: Sequence[float] | np.ndarray) -> float:
     """Exact two-sided p that the mean is 0, by all 2^n signs (Fisher 1935).
 
     It needs no normal distribution, only that each difference is as likely to have the
@@ -207,7 +207,7 @@ def split_variance(rows: pd.DataFrame, *, value: str = "after") -> dict[str, flo
     counts = rows.groupby(["base", "selection"]).size().unstack()
     if counts.isna().any(axis=None) or counts.nunique().max() > 1 or len(counts) < 2:
         raise ValueError("needs two bases, each with as many runs nested in it")
-    selections, runs = counts.shape[1], int(counts.iloc[0, 0])
+    selections, runs = counts.shape[1], int(counts.to_numpy()[0, 0])
     cells = rows.groupby(["base", "selection"])[value].mean().unstack()
     within = rows.groupby(["base", "selection"])[value].var(ddof=1)
     fine = float(within.mean()) if runs > 1 else float("nan")
@@ -246,7 +246,7 @@ def find_power(mean: float, sd: float, n: int, *, alpha: float = ALPHA) -> float
     )
 
 
-def _read(name: str, differences: Sequence[float]) -> np.ndarray:
+def _read(name: str, differences: Sequence[float] | np.ndarray) -> np.ndarray:
     values = np.asarray(differences, float)
     if values.ndim != 1 or len(values) < 2:
         raise ValueError(f"{name}: needs at least two bases, got {values.size}")
