@@ -78,7 +78,7 @@ def uniform(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def prunable_layers(model: nn.Module) -> dict[str, nn.Module]:
+def prunable_layers(model: nn.Module) -> dict[str, _ConvNd | nn.Linear]:
     """Convolutions and linear layers but the classifiers.
 
     A classifier is the last such layer of the model, and any linear layer that ends its

@@ -1,13 +1,14 @@
 """Shrinking: the pruned network computes what the masked and the hooked one compute."""
 
+import concurrent.futures
 import contextlib
 import copy
 import io
+import multiprocessing
 import subprocess
 import sys
 import warnings
 
-import fake_card
 import oracle
 import pytest
 import torch
@@ -542,8 +543,21 @@ def test_nothing_pruned_warns():
         ("caffenet", "tie"),  # response normalisation with gaps
     ],
 )
-def test_on_a_card_as_on_the_cpu(name, residual):
+def test_on_a_card_as_on_the_cpu(name, residual, apart):
     """Scores, plan, mask, shrink, a second shrink and the count, all on the card."""
+    apart.submit(compare_places, name, residual).result()
+
+
+@pytest.fixture(scope="module")
+def apart():
+    """A process of its own: torch does not forget a card once it was told of one."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        yield pool
+
+
+def compare_places(name, residual):
+    """The same plans and the same numbers, whether on the card or on the CPU."""
     model, shape = make(name)
     second = [plan_on(model, shape, residual, places) for places in (False, True)]
     (here, plan, again), (there, same, again_there) = second
@@ -554,6 +568,8 @@ def test_on_a_card_as_on_the_cpu(name, residual):
 
 def plan_on(model, shape, residual, on_card):
     """Outputs of the masked and the shrunk net, and the same once more."""
+    import fake_card
+
     model = copy.deepcopy(model)
     x = oracle.images(shape)
     place = fake_card.FakeCard if on_card else contextlib.nullcontext

@@ -199,7 +199,9 @@ def run_joint(sweep: Sweep, seed: Tensor, whole: dict, rates: Mapping) -> dict:
 
     `whole` is what a pass without removal found.
     """
-    group_of, alive, decided = sweep.graph.group_of, {}, {}
+    group_of = sweep.graph.group_of
+    alive: dict[str, Tensor] = {}
+    decided: dict[str, list[Tensor]] = {}
     for group in {id(group_of[n]): group_of[n] for n in rates}.values():
         names = [n for n in group.layers if n in whole]
         if sum(len(whole[n]) for n in names) > 1:

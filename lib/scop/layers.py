@@ -128,7 +128,8 @@ def _stays_inside(graph: Graph, name: str, inside: set[str]) -> bool:
 
 def _readers_of_images(graph: Graph) -> set[str]:
     """Layers with no layer before them; the images may have been normalised."""
-    found, features = set(), set()
+    found: set[str] = set()
+    features: set[int] = set()
     for node in graph.nodes:
         later, layer = features & set(node.inputs), node.module in graph.layers
         if layer and not later:
