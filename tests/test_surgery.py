@@ -998,6 +998,12 @@ def flip_by_index(self, x):
     return self.b(x[:, torch.arange(x.shape[1], device=x.device).flip(0)])
 
 
+def turned_over():
+    layer = conv(8, 8)
+    layer.forward = lambda x: nn.Conv2d.forward(layer, x.flip(1))
+    return layer
+
+
 def plain_list(self, x):
     if "others" not in self.__dict__:
         self.__dict__["others"] = [conv(8, 8).double()]
@@ -1045,6 +1051,10 @@ REFUSED = {
             forward=lambda s, x: s.b(torch.cat(s.a(x).chunk(2, 1)[::-1], 1)), **two()
         ),
         "split",
+    ),
+    "a forward of the instance's own": (
+        lambda: net(forward=lambda s, x: s.b(s.c(s.a(x))), **two(c=turned_over())),
+        r"'c' \(Conv2d\) picks or reorders",
     ),
     "layers in a plain list": (
         lambda: net(forward=plain_list, **two()),

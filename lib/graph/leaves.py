@@ -7,6 +7,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 
 LAYERS = (_ConvNd, nn.Linear)
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.PReLU)
+FORWARDS = {k.forward for k in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *NORMS)}
 LEAVES = (*LAYERS, _BatchNorm, nn.LocalResponseNorm, nn.PReLU, _DropoutNd)
 
 
@@ -18,12 +20,9 @@ def is_leaf(module: nn.Module) -> bool:
         return False  # one slope for all channels is an element-wise operation
     if isinstance(module, (nn.LocalResponseNorm, _DropoutNd)):
         return True
-    plain = any(
-        getattr(module.forward, "__func__", None) is vars(base).get("forward")
-        for base in type(module).__mro__
-        if base.__module__.startswith("torch.nn.modules")
-    )
-    return plain and (isinstance(module, _BatchNorm) or "weight" in module._parameters)
+    if type(module).forward not in FORWARDS or "forward" in vars(module):
+        return False  # it runs in a way of its own
+    return isinstance(module, _BatchNorm) or "weight" in module._parameters
 
 
 def guess_output(module: nn.Module, x: Tensor) -> Tensor | None:

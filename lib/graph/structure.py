@@ -139,7 +139,7 @@ class _Grouping:
         self.bound = self._mark(record.ledger.bound)
         self.reasons = [reason for _, reason in record.ledger.frozen]
         self.reason_of = self._find_reasons()
-        self.readers = self._count_readers(list(graph.norms.values()))
+        self.strangers = self._find_strangers()
         self.place = torch.full((graph.num_units,), -1)
         self.groups = self._make_groups()
 
@@ -162,11 +162,15 @@ class _Grouping:
             found[self.graph.unit_of(tags)] = i
         return found
 
-    def _count_readers(self, rows: list[Tensor]) -> Tensor:
-        """How often each tag is in the rows; constants share the last place."""
-        places = self.graph.num_tags + 1
-        row = torch.cat([NONE, *rows]) % places
-        return torch.bincount(row, minlength=places)
+    def _find_strangers(self) -> Tensor:
+        """Is a tag read by other norms and the like than its own layer's BatchNorm?"""
+        norms, places = self.graph.norms, self.graph.num_tags + 1
+        own = [norms[x] for n, x in self.graph.pairs.items() if n in self.joined]
+        count, expected = (  # constants share the last place
+            torch.bincount(torch.cat([NONE, *rows]) % places, minlength=places)
+            for rows in (norms.values(), own)
+        )
+        return count != expected
 
     def _make_groups(self) -> list[Group]:
         """Layers are in one group if a unit is in both, or through other layers."""
@@ -223,7 +227,8 @@ class _Grouping:
                 if torch.equal(self.place[rows[name]], number):  # none of them twice
                     units = rows[name]
                     break
-        self.place[units] = number
+        else:
+            self.place[units] = number
         reasons = self.reason_of[units]
         reasons = reasons[reasons >= 0]
         joined = frozenset(self.joined.intersection(names))
@@ -243,11 +248,7 @@ class _Grouping:
     def _is_scatterable(self, name: str) -> bool:
         """Between it and the addition there is at most its own BatchNorm."""
         tags = self.graph.layers[name].outputs
-        if bool(self.bound[tags].any()):
-            return False
-        pair = self.graph.pairs.get(name)
-        own = self._count_readers([self.graph.norms[pair]] if pair else [])
-        return torch.equal(self.readers[tags], own[tags])
+        return not bool((self.bound[tags] | self.strangers[tags]).any())
 
 
 def _meet_blocks(units: Tensor, partitions: list[Tensor]) -> tuple[Tensor, str | None]:
@@ -270,11 +271,16 @@ def find_components(count: int, edges: list[Tensor]) -> tuple[Tensor, int]:
     """
     a, b = torch.cat([torch.empty(2, 0, dtype=torch.long), *edges], 1)
     root = torch.arange(count)
-    while not torch.equal(root[a], root[b]):
-        low = torch.minimum(root[a], root[b])
+    while True:
+        ends = root.index_select(0, a), root.index_select(0, b)  # quicker than root[a]
+        apart = torch.nonzero(ends[0] != ends[1]).flatten()
+        if not len(apart):
+            break
+        a, b = a.index_select(0, apart), b.index_select(0, apart)
+        low = torch.minimum(*ends).index_select(0, apart)
         for end in (a, b):
-            root = root.scatter_reduce(0, root[end], low, "amin")
-        while not torch.equal(further := root[root], root):
+            root = root.scatter_reduce(0, root.index_select(0, end), low, "amin")
+        while not torch.equal(further := root.index_select(0, root), root):
             root = further
     number = (root == torch.arange(count)).cumsum(0)  # of the roots, from 1 on
     return number[root] - 1, int(number[-1]) if count else 0

@@ -42,7 +42,7 @@ def resolve(
     for name in plan.keep.keys() - plan.scatter:
         units[graph.rows[name][~marks[name]]] = False
     left = _list_left(plan, graph.rows)
-    rows = {name: units[graph.rows[name]] for name in left}
+    rows = {name: units.index_select(0, graph.rows[name]) for name in left}
     rows |= {name: marks[name] for name in plan.scatter}
     return Kept(units, rows, frozenset(plan.scatter), tuple(plan.drop))
 
@@ -114,7 +114,8 @@ def _check_group(
     for name in cut:
         alive[group.index[name][~marks[name]]] = False
     _check_agreement(graph, group, marks, tied, cut, alive)
-    counts = {int(alive[block].sum()) for block in group.unit_blocks}
+    blocks = group.unit_blocks
+    counts = {int(alive[b].sum()) for b in blocks} if len(blocks) > 1 else set()
     if len(counts) > 1:
         raise ValueError(
             f"plan: {', '.join(cut)} feed or form a grouped convolution and must "

@@ -94,7 +94,7 @@ def _cut_tensors(
     found: list[tuple[Tensor, Tensor]] = []
     for name, rows in kept.rows.items():
         module, layer = modules[name], graph.layers[name]
-        columns = kept.units[graph.columns[name]]
+        columns = kept.units.index_select(0, graph.columns[name])
         cut = _cut_weight(module.weight, layer, rows, columns)
         found.append((module.weight, cut))
         if module.bias is not None:
