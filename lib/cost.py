@@ -40,7 +40,11 @@ def count(model: nn.Module, input_shape: tuple[int, int, int]) -> Cost:
     """
     x = torch.empty(1, *input_shape, device="meta", dtype=dtype_of(model))
     counter = FlopCounterMode(display=False)
-    with meta_tensors(model), torch.inference_mode(False), torch.no_grad():
+    with (
+        meta_tensors(dict(model.named_modules())),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
         model.eval()
         with counter, _OnMeta():
             model(x)

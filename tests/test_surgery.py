@@ -783,6 +783,21 @@ class Pick(nn.Module):
         return x[:, self.order.roll(self._shift)]
 
 
+def test_a_scripted_part_is_run_and_left_alone():
+    """Its layers cannot be cut; those around it can."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scripting is on its way out
+        part = torch.jit.script(nn.Sequential(conv(8, 8), bn(8)).double())
+    forward = lambda s, x: F.relu(s.b(s.c(F.relu(s.a(x)))))  # noqa: E731
+    model = net(forward=forward, **two(c=part))
+    groups = {g.layers: g.fixed for g in surgery.channel_groups(model, TINY)}
+    assert groups["b",] is None and "pruning rule only as" in groups["a",]
+    x, plan = oracle.images(TINY), Plan({"b": [1, 5]})
+    small = oracle.evaluate(surgery.shrink(model, plan, TINY), x)
+    with oracle.hooked(model, plan, x, behind=False):
+        assert oracle.difference(small, oracle.evaluate(model, x)) < 1e-10
+
+
 @pytest.mark.parametrize("change", ["buffer", "attribute"])
 def test_a_change_between_two_calls_is_seen(change):
     """What moves channels may itself have moved since the network was last traced."""

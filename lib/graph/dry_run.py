@@ -24,6 +24,8 @@ from lib.graph.watch import dtype_of
 Function = Callable[..., Any]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+SCRIPT = torch.jit.ScriptModule  # keeps its tensors where Python cannot swap them
+META = torch.device("meta")
 BATCH = 2  # images in the pass: one would make batch and channels hard to tell apart
 
 
@@ -116,8 +118,9 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Let every module report here; `parameters` names them by the id of each."""
         self._parameters = parameters
         for name, module in self.modules.items():
-            if type(module).forward is nn.Module.forward:
-                continue  # a list of modules is not run itself
+            kind = type(module)
+            if isinstance(module, SCRIPT) or kind.forward is nn.Module.forward:
+                continue  # a script is not run by Python, a list of modules not at all
             wrap = self._wrap_leaf if is_leaf(module) else self._wrap_module
             module.__dict__["forward"] = wrap(name, module, module.forward)
 
@@ -217,7 +220,7 @@ def run_dry(model: nn.Module, input_shape: tuple[int, ...]) -> DryRun:
     as found. Raises `ValueError` naming the module in which the pass failed.
     """
     record = DryRun(model)
-    with meta_tensors(model) as names:
+    with meta_tensors(record.modules) as names:
         if any(module.training for module in record.modules.values()):
             model.eval()
         record.attach(names)
@@ -232,28 +235,25 @@ def run_dry(model: nn.Module, input_shape: tuple[int, ...]) -> DryRun:
 
 
 @contextmanager
-def meta_tensors(model: nn.Module) -> Iterator[dict[int, str]]:
-    """Parameters and buffers on the meta device while inside, their names by id.
+def meta_tensors(modules: dict[str, nn.Module]) -> Iterator[dict[int, str]]:
+    """All tensors of a model's modules on the meta device while inside; names by id.
 
     Buffers of integers keep their values, on the CPU: a network moves channels by them.
     Whatever a pass does to the attributes of a module, modes and cached constants
     among them, is taken back afterwards.
     """
-    modules = [
-        (path, module)
-        for path, module in model.named_modules()
-        if not isinstance(module, torch.jit.ScriptModule)
-    ]
-    kept = [
+    own = {n: m for n, m in modules.items() if not isinstance(m, SCRIPT)}
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (store, dict(store))
-        for _, module in modules
+        for module in own.values()
         for store in (module.__dict__, module._parameters, module._buffers)
     ]
     made: dict[int, Tensor] = {}
     names: dict[int, str] = {}
     try:
-        for path, module in modules:
-            for store in (module._parameters, module._buffers):
+        for path, module in own.items():
+            stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for store in stores:
                 for key, tensor in store.items():
                     if tensor is None:
                         continue
@@ -271,7 +271,7 @@ def meta_tensors(model: nn.Module) -> Iterator[dict[int, str]]:
 
 def _stand_in(tensor: Tensor) -> Tensor:
     if tensor.is_floating_point() or tensor.is_meta:
-        return torch.empty_like(tensor, device="meta", requires_grad=False)
+        return torch.empty_like(tensor, device=META, requires_grad=False)
     return tensor.detach().to("cpu", copy=True)
 
 

@@ -56,9 +56,9 @@ def _is_plain(module: _ConvNd | nn.Linear, x: Tensor) -> bool:
 
 def _norm_fits(module: _BatchNorm, x: Tensor) -> bool:
     module._check_input_dim(x)  # type: ignore[no-untyped-call]
-    rows = (module.weight, module.bias, module.running_mean, module.running_var)
-    enough = not module.training or x.numel() > x.shape[1]
-    return enough and all(row is None or row.shape == x.shape[1:2] for row in rows)
+    enough, width = not module.training or x.numel() > x.shape[1], x.shape[1:2]
+    rows = (*module._parameters.values(), *module._buffers.values())
+    return enough and all(r is None or r.ndim == 0 or r.shape == width for r in rows)
 
 
 def _shape_of_linear(module: nn.Linear, x: Tensor) -> tuple[int, ...] | None:

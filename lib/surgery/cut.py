@@ -87,6 +87,7 @@ def _norm_rows(graph: Graph, kept: Kept) -> dict[str, Tensor]:
     return alive
 
 
+@torch.no_grad()
 def _cut_tensors(
     graph: Graph, kept: Kept, norms: dict[str, Tensor], modules: Modules
 ) -> dict[int, Tensor]:
@@ -130,8 +131,8 @@ def _choose(alive: Tensor) -> Tensor | None:
 
 def _cut(tensor: Tensor, chosen: Tensor | None, dim: int) -> Tensor:
     if chosen is None:
-        return tensor.detach()
-    return tensor.detach().index_select(dim, chosen.to(tensor.device))
+        return tensor
+    return tensor.index_select(dim, chosen.to(tensor.device))
 
 
 def _like(tensor: Tensor, cut: Tensor) -> Tensor:
