@@ -330,3 +330,11 @@ def test_files_that_hold_no_plan_are_refused_by_name(kind, tmp_path):
     path.write_text(FILES[kind])
     with pytest.raises(ValueError, match=r"plan\.json"):
         Plan.load(path)
+
+
+def test_scores_near_the_end_of_float64_are_finite():
+    """Their sum is not, which is no reason to refuse them."""
+    model = models.build("resnet8")
+    big = {"layer1.0.conv1": torch.linspace(0.5, 1, 16, dtype=torch.float64) * 1e308}
+    chosen = plans.from_scores(model, big, (3, 32, 32), rate=0.5)
+    assert chosen.keep["layer1.0.conv1"] == list(range(8, 16))

@@ -38,15 +38,14 @@ def propagate(
 ) -> dict[str, Tensor]:
     """Importance of the outputs of every layer in front of the final response layer.
 
-    `frl_scores` are float [D], >= 0, one for each number that the FRL holds for an
-    image of `input_shape` (C, H, W). The FRL is what the last linear layer reads, or
-    with `frl` what the module of that name makes. The result maps names of convolution
-    and linear layers, in forward order, to float64 scores [channels] on the model's
-    device: sums over positions of the neurons' scores at the layer's own output, in
-    front of its BatchNorm, whose |gamma| / sigma therefore counts. With `behind_norm`
-    they are those at the output of the BatchNorm that alone reads the layer (0 where
-    gamma = 0: that channel is constant). `neurons=True` gives the neurons' scores
-    instead, in the shape of the output of one image ([C, H, W] or [C]).
+    `frl_scores`: float [D], >= 0, one for each number that the FRL holds for an image
+    of `input_shape` (C, H, W). The FRL is what the last linear layer reads, or what the
+    module named `frl` makes. Returned, by convolution and linear layer in
+    forward order: float64 [channels] on the model's device, sums over positions of the
+    neurons' scores at the layer's output, in front of its BatchNorm, whose |gamma| /
+    sigma therefore counts; with `behind_norm` at the output of the BatchNorm that alone
+    reads it (0 where gamma = 0). `neurons=True` gives the neurons' scores instead, in
+    the shape of the output of one image ([C, H, W] or [C]).
 
     `joint` is the share of channels removed, for all layers that can be pruned or by
     name; what is removed passes nothing on. Channels are removed as in
@@ -55,25 +54,21 @@ def propagate(
     their scores in a pass without removal; those are the scores returned for them.
 
     `activity` puts back what the closed form replaces by one constant, the size of each
-    neuron's output (`measure_activity`; [C, H, W] or [C] by layer): a neuron's score is
+    neuron's output (`measure_activity`; [C, H, W] or [C] by layer): scores are
     multiplied by it before channels are summed and ranked, and handed on without. That
-    is the sharper of the two bounds, and unlike the closed form it does not change when
-    a layer's outputs are scaled up and its readers' weights down.
+    is the sharper bound, which no scaling of a layer against its readers changes.
 
     All scores are on the scale of `frl_scores` if float64 can hold them; if not, all
     are divided by the same power of two. Biases have no part. The model is left as
     found; `graph` is its graph where that is known already.
 
     Raises `ValueError` for scores that do not fit the FRL, are negative, not finite or
-    all zero, an FRL that cannot be found, rates outside [0, 1) or for layers that
-    cannot be pruned, weights that are not finite, nets so deep that float64 ends,
-    activity that is missing for a layer or does not fit it, and, by its name, an
-    operation without a rule. Source: Yu et al. 2018, sec. 3.
+    all zero; an unknown FRL; rates outside [0, 1) or of layers that cannot be pruned;
+    weights that are not finite; nets so deep that float64 ends; activity that does not
+    fit; and, by its name, an operation without a rule. Source: Yu et al. 2018, sec. 3.
     """
     if behind_norm and activity is not None:
-        raise ValueError(
-            "activity is measured in front of norms; leave behind_norm out"
-        )
+        raise ValueError("activity is measured before norms; leave behind_norm out")
     graph = graph or build_graph(model, input_shape)
     sweep = Sweep(model, input_shape, graph, frl, behind_norm, activity)
     check_scores(frl_scores, sweep.target)

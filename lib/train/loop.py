@@ -81,17 +81,14 @@ def fit(
 ) -> History:
     """Train `model` in place; the last epoch's weights are what counts.
 
-    How: a `recipe`, or `epochs` and `settings`, the fields of one. `val_set`, where
-    given, is measured after every epoch and decides nothing. `checkpoint`: file written
-    after every epoch and taken up when it belongs to the same recipe, data and starting
-    weights; another one is put aside. `precision`: "auto" (bfloat16 autocast where the
-    hardware has it), "float32" or "bfloat16". `watch`, where given, adds plain numbers
-    about the model to each epoch's row. `cuda_graph`: on a GPU "auto" captures the step
-    where that can be done; True insists; False is for a network that branches in plain
-    Python, of which a graph would repeat one branch for ever.
-    Parameters that do not require a gradient stay as they are.
-
-    Raises `ValueError` for bad settings and when the loss stops being finite.
+    How: a `recipe`, or `epochs` and `settings`, the fields of one. `val_set` is
+    measured after every epoch and decides nothing. `checkpoint`: written after every
+    epoch, taken up for the same recipe, data and starting weights, else put aside.
+    `precision`: "auto" (bfloat16 where the hardware has it), "float32" or "bfloat16".
+    `watch` adds plain numbers to each epoch's row. `cuda_graph`: on a GPU "auto"
+    captures the step where it can; True insists; False is for a network that branches
+    in plain Python, of which a graph would repeat one branch. Parameters that do not
+    require a gradient stay. `ValueError`: bad settings, a loss that is not finite.
     """
     recipe = _pick_recipe(recipe, epochs, settings)
     device = pick_device(device)

@@ -80,10 +80,9 @@ def _at_least_float32(output: Tensor) -> Tensor:
 class GraphUpdate(Update):
     """The same, captured once and replayed: no launch overhead, no waiting.
 
-    The first batches are trained on eagerly, on a side
-    stream as capture requires.
-    A network that cannot be captured stays eager, which is said once, or is an error
-    where capture is a `must`.
+    The first batches are trained on eagerly, on a side stream as capture requires. A
+    network that cannot be captured stays eager, which is said once, or is an error if
+    capture is a `must`.
     """
 
     cheap_to_read = False
