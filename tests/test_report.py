@@ -366,3 +366,18 @@ def test_places_follow_the_environment(tmp_path, monkeypatch):
     assert paths.runs_root() == paths.ROOT / "data" / "runs"
     assert paths.shown(paths.ROOT / "data" / "x") == "data/x"
     assert paths.shown(tmp_path / "x.pt") == "x.pt"
+
+
+def test_gaps_are_paired_by_seed():
+    rows = pd.DataFrame(
+        [("a", 0, 10.0, 50.0), ("a", 1, 20.0, 52.0), ("a", 2, 30.0, 60.0),
+         ("b", 1, 25.0, 51.0), ("b", 0, 5.0, 53.0)],
+        columns=["method", "seed", "before", "after"],
+    )  # fmt: skip
+    gaps = report.list_gaps(rows, [("a", "b"), ("b", "a")])
+    assert gaps["before"].tolist() == [0.0, 0.0], "5 and -5"
+    assert gaps["after"].tolist() == [-1.0, 1.0], "-3 and 1; seed 2 has no partner"
+    assert gaps["sd"].tolist() == pytest.approx([8**0.5, 8**0.5])
+    assert gaps["ahead"].tolist() == ["1 of 2", "1 of 2"]
+    with pytest.raises(ValueError, match="duplicate"):
+        report.list_gaps(pd.concat([rows, rows]), [("a", "b")])
