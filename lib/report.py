@@ -74,23 +74,16 @@ def list_gaps(rows: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFr
     points, `sd` the standard deviation of the one after, `ahead` on how many seeds it
     is positive. `rows` are of one setting: a method twice on a seed is a ValueError.
     """
-    wide = rows.set_index(["seed", "method"], verify_integrity=True)[
-        ["before", "after"]
-    ]
-    wide = wide.unstack("method")
+    before, after = (rows.pivot(index="seed", columns="method", values=value)
+                     for value in ("before", "after"))  # fmt: skip
     found = []
     for method, other in pairs:
-        gaps = {
-            k: (wide[k, method] - wide[k, other]).dropna() for k in ("before", "after")
-        }
-        after = gaps["after"]
-        found.append([
-            method, other, gaps["before"].mean(), after.mean(), after.std(),
-            f"{(after > 0).sum()} of {len(after)}",
-        ])  # fmt: skip
-    return pd.DataFrame(
-        found, columns=["method", "against", "before", "after", "sd", "ahead"]
-    )
+        gap = (after[method] - after[other]).dropna()
+        start = (before[method] - before[other]).mean()
+        ahead = f"{(gap > 0).sum()} of {len(gap)}"
+        found.append([method, other, start, gap.mean(), gap.std(), ahead])
+    columns = ["method", "against", "before", "after", "sd", "ahead"]
+    return pd.DataFrame(found, columns=columns)
 
 
 def format_table(table: pd.DataFrame) -> str:
