@@ -162,14 +162,15 @@ RECIPES = {
 def test_fit_equals_a_plain_loop(options, epochs, limit):
     if epochs == 1:  # one step
         options = {"batch_size": 48} | options
-    recipe = Recipe(**{"epochs": epochs, "lr": 0.05, "batch_size": BATCH} | options)
+    usual = {"lr": 0.05, "batch_size": BATCH, "precision": "float32"}
+    recipe = Recipe(epochs, **usual | options)
     ours, theirs = (nn.Sequential(*make_net(dropout=0.0)[:7]) for _ in range(2))
     for net in (ours, theirs):  # an average over positions takes every resolution
         torch.manual_seed(1)
         net.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)])
     images = make_set()
     settings = {k: v for k, v in vars(recipe).items() if k != "epochs"}
-    history = train.fit(ours, images, epochs=epochs, precision="float32", **settings)
+    history = train.fit(ours, images, epochs=epochs, **settings)
     rows = plain_loop(theirs, images, recipe)
     for name, tensor in theirs.state_dict().items():
         assert_close(ours.state_dict()[name], tensor, atol=limit, rtol=limit)
@@ -391,8 +392,8 @@ def test_unknown_settings_are_refused_with_the_nearest_name(make):
 
 def test_a_recipe_or_its_settings_but_not_both():
     by_recipe, by_settings, images = make_net(), make_net(), make_set()
-    recipe = Recipe(2, lr=0.05, batch_size=BATCH, seed=4)
-    train.fit(by_recipe, images, recipe=recipe, precision="float32")
+    recipe = Recipe(2, lr=0.05, batch_size=BATCH, precision="float32", seed=4)
+    train.fit(by_recipe, images, recipe=recipe)
     fit(by_settings, images, epochs=2, seed=4)
     assert_same(state_of(by_recipe), state_of(by_settings))
     for wrong in ({"epochs": 2}, {"lr": 0.1}, {"epochs": 2, "seed": 1}):

@@ -58,12 +58,12 @@ def select(
     lr: float = 0.004,
     batch_size: int = 512,
     seed: int = 0,
+    precision: str = "auto",
     recipe: train.Recipe | None = None,
     layers: list[str] | None = None,
     graph: Graph | None = None,
     checkpoint: str | Path | None = None,
     device: str | torch.device | None = None,
-    precision: str = "auto",
     label: str | None = None,
 ) -> Betas:
     """Learn `beta` for the channels of `layers` (default: those in residual blocks).
@@ -71,24 +71,25 @@ def select(
     Adam (betas .5, .9) at a constant `lr`, no weight decay, projected to [0, 1] after
     each step, from 1/2; `batch_size` images and as many controls a step. The defaults
     are those of the official code for ImageNet. A `recipe` stands for epochs, lr,
-    batch_size and seed together; its optimizer, schedule and decay are the method's all
-    the same. `model` is left bit-identical: weights, running statistics, modes; the
-    work is done on a copy whose BatchNorms use the statistics of the joint batch.
-    `graph`: of `model` at the images' size, if known. `checkpoint`, `device`,
-    `precision`: as in `train.fit`.
+    batch_size, seed and precision together; its optimizer, schedule and decay are the
+    method's all the same. `model` is left bit-identical: weights, running statistics,
+    modes; the work is done on a copy whose BatchNorms use those of the joint batch.
+    `graph`: of `model` at the images' size, if known. `checkpoint`, `device`: as in
+    `train.fit`.
 
     Raises `ValueError` for a layer without a BatchNorm, a control of another shape, or
     a beta that is not finite, naming the layer.
     """
-    given = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed}
-    recipe = replace(recipe or train.Recipe(**given), **METHOD)
+    recipe = recipe or train.Recipe(
+        epochs, lr=lr, batch_size=batch_size, seed=seed, precision=precision
+    )
+    recipe = replace(recipe, **METHOD)
     norms = _pick_layers(model, images.shape, layers, graph)
     mixed = MixedNet(model, control, norms)
     try:
         history = train.fit(
             mixed, images, recipe=recipe, checkpoint=checkpoint, device=device,
-            precision=precision, label=label or f"beta, control {control.name}",
-            watch=_describe,
+            label=label or f"beta, control {control.name}", watch=_describe,
         )  # fmt: skip
     finally:  # names the layer, also where the loss was the first to show it
         betas = mixed.read_betas()

@@ -73,7 +73,6 @@ def fit(
     recipe: Recipe | None = None,
     checkpoint: str | Path | None = None,
     device: str | torch.device | None = None,
-    precision: str = "auto",
     cuda_graph: bool | str = "auto",
     label: str = "fit",
     watch: Callable[[nn.Module], dict] | None = None,
@@ -84,7 +83,6 @@ def fit(
     How: a `recipe`, or `epochs` and `settings`, the fields of one. `val_set` is
     measured after every epoch and decides nothing. `checkpoint`: written after every
     epoch, taken up for the same recipe, data and starting weights, else put aside.
-    `precision`: "auto" (bfloat16 where the hardware has it), "float32" or "bfloat16".
     `watch` adds plain numbers to each epoch's row. `cuda_graph`: on a GPU "auto"
     captures the step where it can; True insists; False is for a network that branches
     in plain Python, of which a graph would repeat one branch. Parameters that do not
@@ -92,7 +90,7 @@ def fit(
     """
     recipe = _pick_recipe(recipe, epochs, settings)
     device = pick_device(device)
-    precision = pick_precision(precision, device, model)
+    precision = pick_precision(recipe.precision, device, model)
     model.to(device, memory_format=pick_layout(model, device))
     _check_sets(model, train_set, val_set)
     optimizer = make_optimizer(model, recipe, device)

@@ -6,7 +6,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 import torch
 from torch import nn
 
-from lib.messages import check_choice, check_known
+from lib.messages import check_known
 from lib.settings import Rule, check_rule
 
 
@@ -28,7 +28,8 @@ class Recipe:
     "cosine" to zero, "step" (times `gamma` at each of `milestones`, in epochs) or
     "constant". warmup: epochs of linear increase. weight_decay: on all parameters, or
     without norms and biases when `decay_norms` is False. resolution: side of the images
-    in pixels, None for their own. augment: random crop and flip. seed: order, crops,
+    in pixels, None for their own. augment: random crop and flip. precision: "auto"
+    (bfloat16 where the hardware has it), "float32" or "bfloat16". seed: order, crops,
     dropout.
 
     Raises `ValueError` for unknown settings (with the nearest name), for values of
@@ -52,6 +53,7 @@ class Recipe:
     aux_weight: float = setting(0.3, low=0)
     augment: bool = setting(True)
     resolution: int | None = setting(None, int, low=1)
+    precision: str = setting("auto", choices=("auto", "float32", "bfloat16"))
     seed: int = setting(0, low=0, high=2**31)
 
     def __new__(cls, *values, **settings):
@@ -172,7 +174,6 @@ def pick_precision(precision: str, device: torch.device, model: nn.Module) -> st
 
     A float64 model always keeps its own precision.
     """
-    check_choice("precision", precision, ("auto", "float32", "bfloat16"))
     if next(model.parameters()).dtype != torch.float32:
         return "float32"
     if precision != "auto":
