@@ -1,9 +1,14 @@
 """Plans: made from scores by the stated rule, checked, saved and read again."""
 
 import json
+import warnings
 
+import hypothesis
+import oracle
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from lib import baselines, cost, models, surgery
@@ -215,6 +220,118 @@ def test_macs_out_of_reach():
         plan_of("resnet20", {"conv1": torch.rand(16)}, macs=0.01)
 
 
+# -- multiples -----------------------------------------------------------------------
+
+WIDE = {  # nets with grouped, depthwise, concatenated and zero-padded channels
+    "resnet20": (3, 32, 32),
+    "resnet20_b": (3, 32, 32),
+    "mobilenet_v2_cifar": (3, 32, 32),
+    "densenet40": (3, 32, 32),
+    "resnext50_32x4d": (3, 32, 32),
+    "shufflenet_v2_x1_0": (3, 32, 32),
+    "googlenet": (3, 32, 32),
+}
+
+
+def check_multiples(model, plan, multiple):
+    """Every layer keeps a multiple of channels, or all that it has."""
+    for name, kept in plan.keep.items():
+        size = model.get_submodule(name).weight.shape[0]
+        assert len(kept) % multiple == 0 or len(kept) == size, name
+
+
+@pytest.mark.parametrize(
+    ("name", "residual"),
+    [(name, "tie") for name in WIDE]
+    + [(name, "scatter") for name in WIDE if name.startswith("res")],
+)
+def test_multiples_in_every_layer_and_the_macs_met(name, residual):
+    model, shape = models.build(name), WIDE[name]
+    plan = plans.from_scores(
+        model, baselines.random(model, 0), shape, macs=0.6, residual=residual,
+        multiple=8,
+    )  # fmt: skip
+    check_multiples(model, plan, 8)
+    small = surgery.shrink(model, plan, shape)
+    reached = cost.count(small, shape).macs / cost.count(model, shape).macs
+    assert reached == pytest.approx(0.6, rel=0.01)
+
+
+@given(
+    multiple=st.integers(1, 17),
+    rate=st.integers(0, 99),
+    seed=st.integers(0, 99),
+    scope=st.sampled_from(["layer", "global"]),
+)
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_a_rate_goes_to_the_nearest_multiple(multiple, rate, seed, scope):
+    """Of the lowest scores, so many go that the nearest multiple to the rate stays."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 18, 1), nn.Conv2d(18, 40, 1), nn.Conv2d(40, 2, 1)
+    )
+    g = torch.Generator().manual_seed(seed)
+    scores = {"0": torch.rand(18, generator=g), "1": torch.rand(40, generator=g)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # removes nothing
+        plan = plans.from_scores(
+            model, scores, (3, 2, 2), rate=rate / 100, scope=scope, multiple=multiple
+        )
+    check_multiples(model, plan, multiple)
+    for name, values in scores.items():
+        size = len(values)
+        removed = gone(plan, name, size)
+        assert removed == lowest(values, len(removed))
+        if scope == "layer" and multiple > 1:
+            allowed = {size, *range(multiple, size + 1, multiple)}
+            wanted = size - rate / 100 * size
+            nearest = min(abs(n - wanted) for n in allowed)
+            assert abs(size - len(removed) - wanted) == pytest.approx(nearest)
+
+
+def test_layers_that_share_some_units_are_multiples_each():
+    """A narrow layer and a wide one, added where the narrow one ends."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 24, 1), nn.Conv2d(3, 16, 1)
+            self.c, self.d = nn.Conv2d(3, 40, 1), nn.Conv2d(40, 2, 1)
+
+        def forward(self, x):
+            return self.d(torch.cat((self.a(x), self.b(x)), 1) + self.c(x))
+
+    model, shape = Net(), (3, 4, 4)
+    for seed in range(4):
+        scores = {"c": baselines.random(model, seed)["c"]}
+        plan = plans.from_scores(model, scores, shape, rate=0.4, multiple=8)
+        assert [len(plan.keep[n]) for n in "abc"] == [16, 8, 24]
+        surgery.shrink(model, plan, shape)
+
+
+def test_multiples_leave_grouped_convolutions_balanced_and_exact():
+    model, shape = models.build("resnext50_32x4d"), (3, 32, 32)
+    plan = plans.from_scores(
+        model, baselines.random(model, 0), shape, rate=0.5, multiple=64
+    )
+    check_multiples(model, plan, 64)
+    small = surgery.shrink(oracle.roughen(model), plan, shape)
+    masked, x = surgery.mask(model, plan, shape), oracle.images(shape, torch.float32)
+    gap = oracle.difference(oracle.evaluate(small, x), oracle.evaluate(masked, x))
+    assert gap < 1e-5
+
+
+def test_a_multiple_that_no_macs_meet_names_the_nearest():
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 1), nn.Conv2d(32, 2, 1)
+    )
+    # by brute force: 3 a + a b + 2 b multiply-adds at each position, for a, b kept
+    made = [3 * a + a * b + 2 * b for a in (16, 32) for b in (16, 32)]
+    nearest = min((n / max(made) for n in made), key=lambda share: abs(share - 0.6))
+    with pytest.raises(ValueError, match=f"1 %: the nearest is {nearest:.4f}, the"):
+        scores = baselines.random(model, 0)
+        plans.from_scores(model, scores, (3, 2, 2), macs=0.6, multiple=16)
+
+
 # -- refusals ------------------------------------------------------------------------
 
 NAN, INF = float("nan"), float("inf")
@@ -237,6 +354,13 @@ BAD = {
     "macs nan": ({}, {"macs": NAN}, "share of MACs"),
     "scope": ({}, {"rate": 0.5, "scope": "Layer"}, "scope must be"),
     "residual": ({}, {"rate": 0.5, "residual": "add"}, "residual must be"),
+    "multiple 0": ({}, {"rate": 0.5, "multiple": 0}, "multiple must be a positive"),
+    "multiple .5": ({}, {"rate": 0.5, "multiple": 0.5}, "multiple must be a positive"),
+    "no multiple": (
+        {"conv1": torch.rand(20)},
+        {"rate": 0.5, "multiple": 32},
+        "no layer with scores",
+    ),
     "rates, global": ({}, {"rate": {}, "scope": "global"}, "takes one rate"),
 }
 

@@ -1,8 +1,9 @@
 """From scores to a plan: by rate, by global threshold, or to a MAC target."""
 
+import itertools
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from lib.graph import Graph, Group, build_graph
 from lib.messages import check_choice, suggest
 from lib.plan.record import Plan
 from lib.plan.resolve import resolve
+from lib.plan.targets import meet
 
 Scores = Mapping[str, Tensor]
 Rate = float | Mapping[str, float]
@@ -27,6 +29,7 @@ def from_scores(
     macs: float | None = None,
     scope: str = "layer",
     residual: str = "tie",
+    multiple: int = 1,
     graph: Graph | None = None,
 ) -> Plan:
     """Keep the channels with the highest scores.
@@ -43,16 +46,20 @@ def from_scores(
     (score = sum over the scored members), "scatter" each on its own, written back
     full-width (Tang et al. 2020), "keep" leaves them whole.
 
+    With `multiple` every layer keeps a multiple of so many channels, or all of them:
+    the nearest to its share, at least one multiple. (Kernels work on 8 or 16 channels
+    at a time, so that a layer with 39 costs as much as one with 40 or 48.)
+
     Raises `ValueError` for scores that fit no layer, are not finite or belong to
     channels that cannot be pruned; warns when nothing is removed. `graph`, if given,
     is that of `build_graph(model, input_shape)`.
     """
-    _check_request(rate, macs, scope, residual)
+    _check_request(rate, macs, scope, residual, multiple)
     graph = graph or build_graph(model, input_shape)
     _check_scores(graph, scores, model)
     for name in rate.keys() - scores.keys() if isinstance(rate, Mapping) else ():
         raise ValueError(f"rate: '{name}' has no scores{suggest(name, scores)}")
-    pools = _make_pools(graph, scores, residual)
+    pools = _make_pools(graph, scores, residual, multiple)
     if macs is not None:
         other = 0
         if graph.has_other_work:
@@ -62,10 +69,7 @@ def from_scores(
     elif scope == "global" and not isinstance(rate, Mapping) and rate is not None:
         removed = _lowest(_global_order(pools), pools, rate)
     else:
-        removed = [
-            min(count_share(_rate_of(pool, rate), len(pool.order)), pool.most)
-            for pool in pools
-        ]
+        removed = [pool.round(_rate_of(pool, rate)) for pool in pools]
     plan = _make_plan(pools, removed)
     if not plan.keep:
         warnings.warn(
@@ -84,23 +88,40 @@ def count_share(rate: float, size: int) -> int:
 
 @dataclass(frozen=True)
 class _Pool:
-    """Units ranked against one another: `order` [steps, blocks], lowest score first.
+    """Units ranked against one another: `order` [ranks, blocks], in which they go.
 
-    One step removes one unit of every block. `ranks` holds the score of each step.
+    One rank is one unit of every block; `scores` holds the score of each. `stops` are
+    the numbers of ranks that may go, from 0 on: a step leads from one to the next.
     """
 
     group: Group
     layers: tuple[str, ...]
     order: Tensor
-    ranks: Tensor
+    scores: Tensor
+    stops: list[int]
     scatter: bool
 
     @property
     def most(self) -> int:
-        return len(self.order) - 1
+        """The steps that can be removed."""
+        return len(self.stops) - 1
+
+    def round(self, rate: float) -> int:
+        """Steps that remove `rate`: down, or to the nearest where steps are coarse."""
+        ranks = len(self.order)
+        if self.stops == list(range(ranks)):
+            return min(count_share(rate, ranks), self.most)
+        ends = enumerate(self.stops)
+        return min(ends, key=lambda end: (abs(end[1] - rate * ranks), end[0]))[0]
+
+    def steps(self) -> list[tuple[int, int]]:
+        """The ranks, from and to, that each step removes."""
+        return list(itertools.pairwise(self.stops))
 
 
-def _make_pools(graph: Graph, scores: Scores, residual: str) -> list[_Pool]:
+def _make_pools(
+    graph: Graph, scores: Scores, residual: str, multiple: int = 1
+) -> list[_Pool]:
     pools: list[_Pool] = []
     refused: list[str] = []
     for group in graph.groups:
@@ -118,32 +139,84 @@ def _make_pools(graph: Graph, scores: Scores, residual: str) -> list[_Pool]:
             )
         elif alone:
             pools += [
-                _make_pool(graph, group, (n,), scores, scatter=True) for n in alone
+                _make_pool(graph, group, (n,), scores, multiple, scatter=True)
+                for n in alone
             ]
         elif scored:
-            pools.append(_make_pool(graph, group, tuple(scored), scores, scatter=False))
+            names = tuple(scored)
+            pools.append(_make_pool(graph, group, names, scores, multiple))
     if refused:
         raise ValueError(
             "these layers cannot be pruned safely; leave them out of the scores to "
             "keep them whole. " + "; ".join(refused)
         )
+    if multiple > 1 and pools and not any(pool.most for pool in pools):
+        raise ValueError(
+            f"multiple={multiple}: no layer with scores can keep a smaller multiple of "
+            f"{multiple} channels; give a smaller one"
+        )
     return pools
 
 
 def _make_pool(
-    graph: Graph, group: Group, names: tuple[str, ...], scores: Scores, *, scatter: bool
+    graph: Graph,
+    group: Group,
+    names: tuple[str, ...],
+    scores: Scores,
+    multiple: int,
+    scatter: bool = False,
 ) -> _Pool:
     total = torch.zeros(group.size, dtype=torch.float64)
     for name in names:
         values = scores[name].detach().to("cpu", torch.float64)
         total.index_add_(0, group.index[name], values)
-    blocks: Iterable[Tensor] = group.unit_blocks
+    blocks = group.unit_blocks
     if scatter:  # alone, so only its own convolution's groups count
-        blocks = group.index[names[0]].chunk(graph.layers[names[0]].groups)
-    order = torch.stack(
-        [b[torch.sort(total[b], stable=True).indices] for b in blocks], 1
-    )
-    return _Pool(group, names, order, total[order].sum(1), scatter)
+        blocks = list(group.index[names[0]].chunk(graph.layers[names[0]].groups))
+    blocks = [b[torch.sort(total[b], stable=True).indices] for b in blocks]
+    if multiple == 1:
+        order, stops = torch.stack(blocks, 1), list(range(len(blocks[0])))
+    else:
+        written = names if scatter else group.layers
+        order, stops = _order_in_multiples(group, blocks, written, multiple)
+    return _Pool(group, names, order, total[order].sum(1), stops, scatter)
+
+
+def _order_in_multiples(
+    group: Group, blocks: list[Tensor], layers: tuple[str, ...], multiple: int
+) -> tuple[Tensor, list[int]]:
+    """Ranks [n, blocks] and the stops at which every layer keeps a multiple.
+
+    Where a narrow layer shares units with a wide one, both are multiples if each cell,
+    the units that the same layers have, is one in all of them. The first step brings
+    every cell there, each later one takes a multiple from one cell, evenly over cells.
+    """
+    counts = [torch.bincount(group.index[n], minlength=group.size) for n in layers]
+    cells, cell_of = torch.unique(torch.stack(counts, 1), dim=0, return_inverse=True)
+    first, later, last = [], [], []
+    left = torch.zeros(len(layers), dtype=torch.long)
+    for i, cell in enumerate(cells):
+        rows = [block[cell_of[block] == i] for block in blocks]
+        if len({len(row) for row in rows}) > 1:
+            raise ValueError(
+                f"multiple={multiple}: {', '.join(layers)} divide the blocks of a "
+                "grouped convolution unevenly; leave them out of the scores"
+            )
+        sizes = [int(n) * len(blocks) for n in cell if n]
+        stride = math.lcm(*(multiple // math.gcd(multiple, size) for size in sizes))
+        ranks, ends = torch.stack(rows, 1), len(rows[0])
+        first.append(ranks[: ends % stride])
+        for start in range(ends % stride, ends - stride, stride):
+            step = ranks[start : start + stride]
+            later.append(((start + stride) / ends, step))
+        last.append(ranks[ends - stride :] if ends >= stride else ranks[:0])
+        left += cell * len(last[-1])
+    later.sort(key=lambda entry: entry[0])
+    steps = [torch.cat(first), *(step for _, step in later)]
+    stops = [0, *itertools.accumulate(len(step) for step in steps)]
+    if not bool(left.all()):  # a layer would lose all that it has
+        stops = [0]
+    return torch.cat([*steps, *last]), sorted(set(stops))
 
 
 def _rate_of(pool: _Pool, rate: Rate | None) -> float:
@@ -157,14 +230,17 @@ def _rate_of(pool: _Pool, rate: Rate | None) -> float:
 
 def _global_order(pools: list[_Pool]) -> list[int]:
     """Pools in the order in which a rising threshold removes their next step."""
-    entries = [(float(r), i) for i, p in enumerate(pools) for r in p.ranks[: p.most]]
+    entries = []
+    for i, pool in enumerate(pools):
+        scores = pool.scores.tolist()
+        entries += [(sum(scores[a:b]) / (b - a), i) for a, b in pool.steps()]
     return [i for _, i in sorted(entries, key=lambda e: e[0])]
 
 
 def _share_order(pools: list[_Pool]) -> list[int]:
     """The same for a rising uniform rate."""
     entries = [
-        ((k + 1) / len(p.order), i) for i, p in enumerate(pools) for k in range(p.most)
+        (stop / len(p.order), i) for i, p in enumerate(pools) for stop in p.stops[1:]
     ]
     return [i for _, i in sorted(entries, key=lambda e: e[0])]
 
@@ -174,10 +250,12 @@ def _lowest(order: list[int], pools: list[_Pool], rate: float) -> list[int]:
     goal = count_share(rate, sum(p.order.numel() for p in pools))
     removed, gone = [0] * len(pools), 0
     for i in order:
-        if gone + pools[i].order.shape[1] > goal:
+        now, then = pools[i].stops[removed[i] : removed[i] + 2]
+        units = (then - now) * pools[i].order.shape[1]
+        if gone + units > goal:
             break
         removed[i] += 1
-        gone += pools[i].order.shape[1]
+        gone += units
     return removed
 
 
@@ -194,32 +272,15 @@ def _meet_macs(
         return other + _macs_of(graph, pools, counts)
 
     full = macs_of([0] * len(pools))
-    goal, tolerance = share * full, 0.01 * share * full
-    low, high = 0, len(order)
-    while low < high:  # the longest prefix that stays at or above the goal
-        middle = (low + high + 1) // 2
-        above = macs_of(_tally(order[:middle], pools)) >= goal
-        low, high = (middle, high) if above else (low, middle - 1)
-    removed = _tally(order[:low], pools)
-    for i in order[low : low + 256]:  # finer: skip steps that would overshoot
-        if macs_of(removed) <= goal + tolerance:
-            break
-        trial = [n + (j == i) for j, n in enumerate(removed)]
-        if macs_of(trial) >= goal - tolerance:
-            removed = trial
-    reached = macs_of(removed) / full
-    if abs(reached - share) > 0.01 * share:
-        least = macs_of([p.most for p in pools]) / full
+    most = [p.most for p in pools]
+    removed, macs = meet(order, most, share * full, macs_of)
+    if abs(macs / full - share) > 0.01 * share:
+        least = macs_of(most) / full
         raise ValueError(
-            f"macs={share:g} cannot be met within 1 %: the nearest is {reached:.4f}, "
-            f"the least these scores allow is {least:.4f} of the MACs"
+            f"macs={share:g} cannot be met within 1 %: the nearest is {macs / full:.4f}"
+            f", the least these scores allow is {least:.4f} of the MACs"
         )
     return removed
-
-
-def _tally(order: list[int], pools: list[_Pool]) -> list[int]:
-    counts = torch.bincount(torch.tensor(order, dtype=torch.long), minlength=len(pools))
-    return counts.tolist()
 
 
 def _macs_of(graph: Graph, pools: list[_Pool], removed: list[int]) -> int:
@@ -234,7 +295,7 @@ def _make_plan(pools: list[_Pool], removed: list[int]) -> Plan:
         if count == 0:
             continue
         alive = torch.ones(pool.group.size, dtype=torch.bool)
-        alive[pool.order[:count].flatten()] = False
+        alive[pool.order[: pool.stops[count]].flatten()] = False
         for name in pool.layers if pool.scatter else pool.group.layers:
             index = pool.group.index[name]
             keep[name] = torch.nonzero(alive[index]).flatten().tolist()
@@ -244,8 +305,10 @@ def _make_plan(pools: list[_Pool], removed: list[int]) -> Plan:
 
 
 def _check_request(
-    rate: Rate | None, macs: float | None, scope: str, residual: str
+    rate: Rate | None, macs: float | None, scope: str, residual: str, multiple: int
 ) -> None:
+    if type(multiple) is not int or multiple < 1:
+        raise ValueError(f"multiple must be a positive int, got {multiple!r}")
     check_choice("scope", scope, ("layer", "global"))
     check_choice("residual", residual, ("tie", "scatter", "keep"))
     if (rate is None) == (macs is None):
