@@ -1,15 +1,18 @@
-"""Scores to compare the papers with: L1 norm, BatchNorm scale, random, uniform.
+"""Scores to compare the papers with: L1, |gamma|, FPGM, Taylor, random, uniform.
 
 Each returns `dict[layer name -> float tensor [output channels]]` for every convolution
 and linear layer but the classifiers, whose outputs are the classes.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from lib.data import ImageSet, batches
 from lib.graph import Graph
+from lib.graph.watch import dtype_of, modes_kept
 
 
 def l1(model: nn.Module) -> dict[str, Tensor]:
@@ -59,6 +62,71 @@ def _find_pairs(model: nn.Module) -> dict[str, str]:
         if node.all_input_nodes[0].op == "call_module"
         if len(node.all_input_nodes[0].users) == 1
     }
+
+
+def fpgm(model: nn.Module) -> dict[str, Tensor]:
+    """Sum of the distances of each filter to the others of its layer (He et al. 2019).
+
+    A filter near the geometric median of its layer can be made of the others: low.
+    """
+    flat = {n: m.weight.detach().flatten(1) for n, m in prunable_layers(model).items()}
+    return {name: torch.cdist(w, w).sum(1) for name, w in flat.items()}
+
+
+def taylor(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    num_images: int = 2000,
+    batch_size: int = 100,
+    seed: int = 0,
+    graph: Graph | None = None,
+) -> dict[str, Tensor]:
+    """First-order estimate of the loss that a channel's absence costs, squared.
+
+    Molchanov et al. 2019, eq. 8: `(sum of g w)^2` with the gradient g of the loss, over
+    scale and shift of the BatchNorm that reads the layer alone, else over its own
+    filter and bias; summed over batches of `num_images` images (stratified, fixed by
+    `seed`). In evaluation mode: through the statistics of a batch the filter in front
+    of a BatchNorm would get no gradient along itself. float32 [channels], `graph` as in
+    `bn_scale`. ValueError: `num_images` or `batch_size` out of range.
+    """
+    parameters = dict(model.named_parameters())
+    norms = graph.pairs if graph else _find_pairs(model)
+    gates, scores = {}, {}
+    for name, layer in prunable_layers(model).items():
+        scores[name] = torch.zeros(layer.weight.shape[0])
+        reader = norms.get(name, name)
+        reader = reader if f"{reader}.weight" in parameters else name
+        names = (f"{reader}.weight", f"{reader}.bias")
+        gates[name] = [p for p in names if p in parameters]
+    watched = {p: parameters[p].detach() for found in gates.values() for p in found}
+    watched = {p: value.requires_grad_() for p, value in watched.items()}
+    sample = images.take(min(num_images, len(images)), seed)
+    stream = batches(
+        sample,
+        batch_size,
+        device=next(model.parameters()).device,
+        dtype=dtype_of(model),
+    )
+    with modes_kept(model), torch.enable_grad():
+        model.eval()
+        for x, y in stream:
+            output = torch.func.functional_call(model, watched, x)
+            output = output[0] if isinstance(output, tuple) else output
+            F.cross_entropy(output, y).backward()
+            for name, found in gates.items():
+                parts = [_project(watched[p]) for p in found]
+                scores[name] += sum(parts).square().float().cpu()
+            for value in watched.values():
+                value.grad = None
+    return scores
+
+
+def _project(value: Tensor) -> Tensor:
+    """Sum of g w over the entries of each channel; without a gradient it is 0."""
+    grad = torch.zeros_like(value) if value.grad is None else value.grad
+    return (value.detach() * grad).reshape(len(value), -1).sum(1)
 
 
 def random(model: nn.Module, seed: int) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 PUBLISHED = ROOT / "data" / "published"
 RESULTS = ROOT / "data" / "results"
+BASES = RESULTS / "bases"
 FIGURES = ROOT / "figures"
 
 

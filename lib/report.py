@@ -17,13 +17,16 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from lib import paths, settings, stages
+from lib.train import checkpoint
 
-KEYS = ["net", "dataset", "method", "rate", "keep", "residual", "epochs"]
+KEYS = ["net", "dataset", "method", "share", "rate", "keep", "residual", "epochs"]
+TABLES = ("points", "truth", "ranks", "hits")  # of metrics.json, published beside rows
 RESULT_COLUMNS = [
-    "method", "net", "dataset", "seed", "profile", "rate", "keep", "residual",
-    "epochs", "d", "w", "r", "base", "before", "after", "macs", "params", "macs_down",
-    "params_down", "seconds", "images_per_s", "precision", "device", "torch",
-    "revision",
+    "method", "net", "dataset", "base_id", "select_seed", "seed", "profile", "share",
+    "length", "rate", "keep", "residual", "epochs", "lr", "d", "w", "r", "base",
+    "before", "after", "val", "macs", "params", "macs_down", "params_down",
+    "shared_l1", "select_seconds", "select_images", "seconds", "images_per_s",
+    "precision", "device", "torch", "revision",
 ]  # fmt: skip
 MADE_WITH = ("device", "torch", "revision")
 QUICK = "quick"  # its numbers teach, they are not results
@@ -162,7 +165,8 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(f"report: {error}") from None
     missing = [run.name for run in runs if not _has_run(run)]
-    if len(missing) == len(runs) or (missing and options.publish):
+    blocked = all("base" in run.varied for run in runs)  # each base is an experiment
+    if len(missing) == len(runs) or (missing and options.publish and not blocked):
         names = ", ".join(missing)
         raise SystemExit(
             f"no results yet of {names}: run `make reproduce PROFILE={profile}` first"
@@ -205,7 +209,9 @@ def print_results(profile: str) -> None:
 def publish(profile: str) -> None:
     """Copy a profile's figures to `figures/`, its rows and points to `data/results/`.
 
-    Nothing else writes there. Of the quick profile only figures: its numbers teach.
+    Nothing else writes there. Of the quick profile only figures: its numbers teach. A
+    profile that varies `base` is published base by base: committed rows of bases that
+    have not run here stay, and the networks themselves go to `data/results/bases`.
     """
     drawn = sorted((stages.profile_folder(profile) / "figures").glob("[!.]*"))
     for path in drawn:
@@ -214,6 +220,9 @@ def publish(profile: str) -> None:
     if profile != QUICK:
         publish_rows(profile, collect_rows(profile))
         publish_points(profile, collect_rows(profile, "points"))
+        for kind in TABLES[1:]:
+            _write_table(f"{profile}_{kind}.csv", collect_rows(profile, kind))
+        publish_bases(profile)
 
 
 def publish_rows(profile: str, rows: pd.DataFrame) -> None:
@@ -231,10 +240,28 @@ def publish_points(profile: str, points: pd.DataFrame) -> None:
     _write_table(f"{profile}_points.csv", points)
 
 
+def publish_bases(profile: str) -> None:
+    """Copy the baselines of a profile that names its `base`, less optimizer's state."""
+    if not any("base" in run.parameters for run in settings.read_profile(profile)):
+        return
+    for path in sorted((stages.profile_folder(profile) / "baselines").glob("*.pt")):
+        state = checkpoint.load(path)
+        state["optimizer"] = {}
+        paths.BASES.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(paths.BASES / path.name, state.pop("identity"), **state)
+        print(f"wrote {paths.shown(paths.BASES / path.name)}")
+
+
 def _write_table(name: str, table: pd.DataFrame) -> None:
-    if not table.empty:
-        text = table.to_csv(index=False, float_format="%.4f", lineterminator="\n")
-        print(f"wrote {paths.shown(paths.write_text(paths.RESULTS / name, text))}")
+    if table.empty:
+        return
+    path = paths.RESULTS / name
+    if "base_id" in table and path.is_file():
+        before = pd.read_csv(path)
+        others = before[~before["base_id"].isin(table["base_id"])]
+        table = pd.concat([others, table]).sort_values("base_id", kind="stable")
+    text = table.to_csv(index=False, float_format="%.4f", lineterminator="\n")
+    print(f"wrote {paths.shown(paths.write_text(path, text))}")
 
 
 if __name__ == "__main__":

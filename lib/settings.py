@@ -45,7 +45,8 @@ class Rule:
 ABOVE_ONE = math.nextafter(1.0, 2.0)  # as an upper bound it lets 1 in
 COUNTS = """
 n_train epochs baseline_epochs finetune_epochs control_epochs select_epochs
-select_images resolution depth_epochs depth_images point_images part
+select_images resolution depth_epochs depth_images point_images part base others
+truth_images
 """.split()
 ONES = "threads batch_size repetitions rounds multiple parts degree".split()
 POSITIVE = "lr baseline_lr finetune_lr select_lr depth_lr".split()
@@ -56,7 +57,9 @@ PARAMETERS = {
     **dict.fromkeys(COUNTS, Rule(int, 0)),
     **dict.fromkeys(ONES, Rule(int, 1)),
     **dict.fromkeys(POSITIVE, Rule(float, 1e-12)),
-    **dict.fromkeys(("seeds", "depths"), Rule(int, 0, many=True)),
+    **dict.fromkeys(("seeds", "depths", "lengths"), Rule(int, 0, many=True)),
+    "shares": Rule(float, 1e-12, ABOVE_ONE, many=True),
+    "weight_decay": Rule(float, 0.0),
     "seed": Rule(int, 0, 2**31),
     "warmup": Rule(float, 0.0),
     "feature_images": Rule(int, 2),

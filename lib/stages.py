@@ -4,12 +4,13 @@ Each keeps what it makes in the folder of its profile and finds it there the nex
 what was found, and what had to be made, is printed.
 """
 
+import copy
 import re
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from lib import cost, data, models, paths, settings, surgery, train
 from lib.data import ImageSet
@@ -61,10 +62,11 @@ def make_baseline(
 ) -> nn.Module:
     """The unpruned network: published weights, or trained here, once per profile.
 
-    `run` is the name of the run that asks; its first part is the profile. A stored
-    baseline is used when recipe, data and starting weights (drawn from the recipe's
-    seed) are the same. Throughput and the rows of its epochs go into a JSON file beside
-    it. `options` go on to `models.build`.
+    `run` is the name of the run that asks; its first part is the profile. A baseline of
+    the profile is used when recipe, data and starting weights (drawn from the recipe's
+    seed) are the same; where there is none, the committed one of the same name, which
+    tells data, net and recipe. Throughput and the rows of its epochs go into a JSON
+    file beside it. `options` go on to `models.build`.
     """
     settings.seed_everything(recipe.seed)
     model = models.build(
@@ -79,6 +81,11 @@ def make_baseline(
     net_tag = "-".join([net, *(f"{key}{value}" for key, value in options.items())])
     name = f"{data_tag}-{net_tag}-{recipe.tag}.pt"
     path = profile_folder(run) / "baselines" / name
+    committed = paths.BASES / name
+    if committed.is_file() and not path.is_file():
+        print(f"baseline: reading {paths.shown(committed)}")
+        model.load_state_dict(train.load_checkpoint(committed)["model"])
+        return model.to(pick_device(None))
     known = path.is_file()
     print(f"baseline: {'reading' if known else 'training, into'} {paths.shown(path)}")
     history = train.fit(
@@ -94,13 +101,15 @@ def make_baseline(
 class Recovered:
     """A pruned and fine-tuned network, the row that describes it, its folder.
 
-    `curve`: accuracy on the validation images (percent), before and after each epoch;
-    empty unless it was asked for.
+    `hits`: which test images it gets right, bool [N]. `curve`: accuracy on the
+    validation images (percent), before and after each epoch; empty unless it was asked
+    for.
     """
 
     model: nn.Module
     row: dict
     folder: Path
+    hits: Tensor
     curve: list[float]
 
 
@@ -122,21 +131,26 @@ def recover(
     """Shrink, recalibrate, fine-tune, measure; everything is kept under `run`.
 
     Writes `plan.json` and `finetune.pt`, which together rebuild the network, into a
-    folder named after method, extra columns and seed. The row has accuracy on the
-    test set before pruning (`base_top1`, in percent), after recalibration over 100
-    batches (`before`) and after fine-tuning (`after`, last epoch), MACs and parameters
-    of the shrunk network, what the last epoch was trained with (device, torch and
-    revision; a later run may have taken it up), and the `extra` columns. The images'
-    side is the plan's. With `scratch` the shrunk network starts from new random
-    weights, drawn from the recipe's seed: what the small architecture is worth without
-    the large one's weights. `curve` also measures the validation images, before and
-    after every epoch. `graph`: that of `model`, where it is at hand.
+    folder named after method, extra columns, epochs and seed. The row has accuracy on
+    the test set before pruning (`base_top1`, in percent), after recalibration over 100
+    batches (`before`) and after fine-tuning (`after`, last epoch; `val` the same on the
+    validation images, for choices), MACs and parameters of the shrunk network, what the
+    last epoch was trained with (device, torch and revision; a later run may have taken
+    it up), and the `extra` columns. The images' side is the plan's; an empty plan is
+    that of the unpruned network. With `scratch` the shrunk network starts from new
+    random weights, drawn from the recipe's seed: what the small architecture is worth
+    without the large one's weights. `curve` also measures the validation images, before
+    and after every epoch. `graph`: that of `model`, where it is at hand.
     """
     recipe = _at_side(recipe, plan.resolution)
-    tag = "-".join([method, *map(str, extra.values()), f"seed{recipe.seed}"])
+    length = f"{recipe.epochs}epochs"
+    tag = "-".join([method, *map(str, extra.values()), length, f"seed{recipe.seed}"])
     folder = run_folder(f"{run}/{tag}")
     plan.save(folder / "plan.json")
-    small = surgery.shrink(model, plan, sets.train.shape, graph=graph)
+    if plan == Plan():
+        small = copy.deepcopy(model)
+    else:
+        small = surgery.shrink(model, plan, sets.train.shape, graph=graph)
     if scratch:
         models.draw_weights(small, recipe.seed)
     train.recalibrate(
@@ -153,17 +167,18 @@ def recover(
         small, sets.train, sets.val if curve else None, recipe=recipe,
         checkpoint=folder / "finetune.pt", label=folder.name,
     )  # fmt: skip
+    hits = train.find_hits(small, sets.test, resolution=recipe.resolution)
     row = {
         "method": method, "net": net, "dataset": sets.train.name, "seed": recipe.seed,
         "profile": run.split("/")[0], **extra, "epochs": recipe.epochs,
-        "base": base_top1, "before": before,
-        "after": measure(sets.test) if recipe.epochs else before,
+        "lr": recipe.lr, "base": base_top1, "before": before,
+        "after": 100 * float(hits.double().mean()), "val": measure(sets.val),
         **_count_costs(model, small, sets.train.shape, recipe.resolution),
         "seconds": history.seconds, "images_per_s": history.images_per_s,
         "precision": history.precision, **history.made_with,
     }  # fmt: skip
     steps = [epoch["val_top1"] for epoch in history.rows] if curve else []
-    return Recovered(small, row, folder, start + steps)
+    return Recovered(small, row, folder, hits, start + steps)
 
 
 def _at_side(recipe: Recipe, side: int | None) -> Recipe:

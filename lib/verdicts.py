@@ -5,6 +5,7 @@ fine-tuning nested in it. Two arms are compared base by base, so what a base is 
 cancels. Differences are in points (percent of the test images).
 """
 
+import base64
 import bisect
 import itertools
 import math
@@ -18,6 +19,7 @@ from scipy import stats
 ALPHA = 0.05
 EFFECT = 0.2  # points; a smaller gain is no gain that a reader would pay for
 MARGIN = 0.3  # points; within it two arms count as equal
+MACHINE = ("device", "precision", "torch")
 MOST_FLIPS = 20  # bases up to which all 2^n signs are tried
 VERDICTS = (
     "reproduced",
@@ -64,35 +66,100 @@ def pair_arms(
     right: str,
     *,
     value: str = "after",
-    same: Sequence[str] = ("net", "dataset", "epochs", "recipe"),
+    same: Sequence[str] = ("net", "dataset", "share", "length"),
 ) -> pd.Series:
-    """`value` of arm `left` minus that of `right`, by base (mean over nested seeds).
+    """`value` of method `left` minus that of `right`, by base (mean over nested seeds).
 
-    `rows` has the columns arm, base, macs and `value`. Bases that have only one of the
-    two arms are left out. Raises `ValueError` where an arm is missing, where fewer than
-    two bases are left, where a number is not finite, and where the arms differ by more
-    than 2 % in MACs or at all in one of the columns `same`.
+    `rows` has the columns method, base_id, macs and `value`. Bases that have only one
+    of the two arms are left out. Raises `ValueError` where an arm is missing, where
+    fewer than two bases are left, where a number is not finite, where the arms differ
+    by more than 2 % in MACs or at all in one of the columns `same`, and where one base
+    was pruned on two kinds of machine (columns `MACHINE`).
     """
     for arm in (left, right):
-        if arm not in set(rows["arm"]):
+        if arm not in set(rows["method"]):
             raise ValueError(f"no rows of arm '{arm}'")
-    both = rows[rows["arm"].isin([left, right])]
+    both = rows[rows["method"].isin([left, right])]
     if not np.isfinite(both[value].astype(float)).all():
         raise ValueError(f"{left} - {right}: '{value}' is not finite everywhere")
     for column in [name for name in same if name in both]:
         if both[column].nunique(dropna=False) > 1:
             found = sorted(map(str, both[column].unique()))
             raise ValueError(f"{left} - {right}: arms differ in '{column}': {found}")
-    work = both.groupby("arm")["macs"].mean()
+    for column in [name for name in MACHINE if name in both]:
+        kinds = both.groupby("base_id")[column].nunique(dropna=False)
+        if (kinds > 1).any():
+            raise ValueError(
+                f"{left} - {right}: base {kinds.idxmax()} has rows of two kinds of "
+                f"'{column}'; a base is compared on one machine"
+            )
+    work = both.groupby("method")["macs"].mean()
     if abs(work[left] / work[right] - 1) > 0.02:
         raise ValueError(
             f"{left} - {right}: {work[left]:.0f} against {work[right]:.0f} MACs; "
             "arms are compared at equal cost"
         )
-    table = both.pivot_table(value, "base", "arm", aggfunc="mean").dropna()
+    table = both.pivot_table(value, "base_id", "method", aggfunc="mean").dropna()
     if len(table) < 2:
         raise ValueError(f"{left} - {right}: {len(table)} base(s) in common, needs two")
     return table[left] - table[right]
+
+
+def judge(rows: pd.DataFrame, registered: pd.DataFrame) -> pd.DataFrame:
+    """Verdicts on the registered contrasts, from the rows of one budget and length.
+
+    registered: columns contrast, left, right. An arm is a method, or several joined by
+    "|": that of them with the highest mean accuracy on the validation images (column
+    `val`) stands for them. Returned, in the order of `registered`: what was compared
+    (left, right), then the fields of `Contrast`; a contrast whose arms have fewer than
+    two bases in common is "not tested", and Holm's correction covers the others.
+    """
+    arms = {
+        row.contrast: [pick_best(rows, side) for side in (row.left, row.right)]
+        for row in registered.itertuples()
+    }
+    bases = rows.groupby("method")["base_id"].agg(set).to_dict()
+    tested = {
+        name: pair_arms(rows, left, right).tolist()
+        for name, (left, right) in arms.items()
+        if len(bases.get(left, set()) & bases.get(right, set())) > 1
+    }
+    found = {contrast.name: contrast for contrast in compare(tested)}
+    table = []
+    for name, (left, right) in arms.items():
+        entry = {"contrast": name, "left": left, "right": right, "n": 0}
+        if name in found:
+            c = found[name]
+            entry |= {
+                "n": c.n, "mean": c.mean, "sd": c.sd, "low": c.low, "high": c.high,
+                "corrected_low": c.corrected[0], "corrected_high": c.corrected[1],
+                "p": c.p, "p_flips": c.p_flips, "bases_needed": c.bases_needed,
+            }  # fmt: skip
+        verdict = found[name].verdict if name in found else "not tested"
+        table.append(entry | {"verdict": verdict})
+    return pd.DataFrame(table)
+
+
+def pick_best(rows: pd.DataFrame, methods: str) -> str:
+    """Of methods joined by "|" that with the highest mean `val`; one stays itself."""
+    names = methods.split("|")
+    measured = rows[rows["method"].isin(names)]
+    if len(names) == 1 or measured.empty:
+        return methods
+    return str(measured.groupby("method")["val"].mean().idxmax())
+
+
+def pack_hits(hits: np.ndarray) -> str:
+    """Which images were classified rightly, bool [N], as text: a bit an image."""
+    return base64.b85encode(np.packbits(np.asarray(hits, bool)).tobytes()).decode()
+
+
+def unpack_hits(text: str, count: int) -> np.ndarray:
+    """What `pack_hits` packed: bool [count]. ValueError: text of another length."""
+    bits = np.unpackbits(np.frombuffer(base64.b85decode(text), np.uint8))
+    if not 0 <= len(bits) - count < 8:
+        raise ValueError(f"{len(bits)} bits do not hold {count} images")
+    return bits[:count].astype(bool)
 
 
 def compare(
@@ -200,16 +267,16 @@ def bootstrap_images(
 def split_variance(rows: pd.DataFrame, *, value: str = "after") -> dict[str, float]:
     """Variance of `value` from base, selection in base, fine-tuning in selection.
 
-    `rows`: balanced, columns base, selection, finetuning and `value`, of one arm. By
+    `rows`: balanced, columns base_id, select_seed, seed and `value`, of one arm. By
     mean squares (nested analysis of variance); a negative estimate counts as 0. Raises
     `ValueError` where the design is not balanced or a level has one member only.
     """
-    counts = rows.groupby(["base", "selection"]).size().unstack()
+    counts = rows.groupby(["base_id", "select_seed"]).size().unstack()
     if counts.isna().any(axis=None) or counts.nunique().max() > 1 or len(counts) < 2:
         raise ValueError("needs two bases, each with as many runs nested in it")
     selections, runs = counts.shape[1], int(counts.to_numpy()[0, 0])
-    cells = rows.groupby(["base", "selection"])[value].mean().unstack()
-    within = rows.groupby(["base", "selection"])[value].var(ddof=1)
+    cells = rows.groupby(["base_id", "select_seed"])[value].mean().unstack()
+    within = rows.groupby(["base_id", "select_seed"])[value].var(ddof=1)
     fine = float(within.mean()) if runs > 1 else float("nan")
     select = float(cells.var(axis=1, ddof=1).mean()) if selections > 1 else float("nan")
     base = float(cells.mean(axis=1).var(ddof=1))

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lib import baselines, models
+from lib import baselines, data, models
+from lib.data import batches
 from lib.graph import build_graph
 
 
@@ -130,3 +131,64 @@ def test_random_does_not_touch_the_global_generator():
 def test_a_model_without_layers():
     with pytest.raises(ValueError, match="Sequential has no convolution"):
         baselines.l1(nn.Sequential(nn.ReLU()))
+
+
+def test_fpgm_is_the_distance_to_all_others():
+    model = models.build("resnet8")
+    weight = model.layer2[0].conv1.weight.detach()
+    expected = [sum(float((a - b).norm()) for b in weight) for a in weight]
+    found = baselines.fpgm(model)["layer2.0.conv1"]
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-3)
+
+
+def gate_slopes(model, norm, images):
+    """dL/dz at z = 1 of a gate behind `norm`, by differences, in float64."""
+    x, y = next(batches(images, len(images), dtype=torch.float64))
+    slopes = []
+    for channel in range(norm.num_features):
+        losses = []
+        for z in (1 + 1e-5, 1 - 1e-5):
+            gate = torch.ones(norm.num_features, dtype=torch.float64)
+            gate[channel] = z
+            hook = norm.register_forward_hook(
+                lambda m, i, out, gate=gate: out * gate.view(1, -1, 1, 1)
+            )
+            losses.append(nn.functional.cross_entropy(model(x), y))
+            hook.remove()
+        slopes.append(float(losses[0] - losses[1]) / 2e-5)
+    return torch.tensor(slopes)
+
+
+def test_taylor_is_the_squared_slope_of_a_gate_behind_the_norm():
+    images = data.load("mnist5k", "train").take(40).scale(14)
+    model = models.build("resnet8", in_channels=1).double().eval()
+    with torch.no_grad():  # shift and statistics count too
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.bias.normal_()
+                module.running_mean.normal_(std=0.1)
+    model.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = baselines.taylor(model, images, num_images=40, batch_size=40)
+    expected = gate_slopes(model, model.layer1[0].bn1, images).square()
+    torch.testing.assert_close(
+        found["layer1.0.conv1"], expected.float(), rtol=1e-3, atol=1e-9
+    )
+    assert found.keys() == baselines.l1(model).keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+
+
+def test_taylor_without_a_norm_reads_the_layer_itself():
+    images = data.load("mnist5k", "train").take(20).scale(28)
+    model = models.build("lenet", in_channels=1).eval()
+    found = baselines.taylor(model, images, num_images=20, batch_size=10)
+    expected = torch.zeros(len(model.conv1.weight))
+    for x, y in batches(images, 10):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        layer = model.conv1
+        slope = (layer.weight * layer.weight.grad).flatten(1).sum(1)
+        expected += (slope + layer.bias * layer.bias.grad).square()
+    torch.testing.assert_close(found["conv1"], expected.detach(), rtol=1e-4, atol=1e-9)

@@ -6,9 +6,11 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from lib import paths, report, settings
+from lib.train import checkpoint
 
 RUNS: dict[str, list[settings.Run]] = {}  # what the profile of a test declares
 ENVIRONMENT = {"device": "CPU", "torch": "2.11", "revision": "abc", "python": "3.11"}
@@ -173,8 +175,7 @@ def test_published_rows_have_the_agreed_columns(monkeypatch):
     run_main(monkeypatch, "--profile", "toy", "--publish")
     published = pd.read_csv(paths.RESULTS / "toy.csv")
     assert len(published) == 4 and list_files(paths.RESULTS) == ["toy.csv"]
-    of_map = {"keep", "d", "w", "r"}
-    wanted = [name for name in report.RESULT_COLUMNS if name not in of_map]
+    wanted = [c for c in report.RESULT_COLUMNS if c in {*ROWS[0], *report.MADE_WITH}]
     assert list(published) == wanted, "in this order, and only those that rows have"
     assert published["after"].tolist() == [80, 82, 87, 70.25]
     assert published["macs"].dtype == "int64"
@@ -381,3 +382,36 @@ def test_gaps_are_paired_by_seed():
     assert gaps["ahead"].tolist() == ["1 of 2", "1 of 2"]
     with pytest.raises(ValueError, match="duplicate"):
         report.list_gaps(pd.concat([rows, rows]), [("a", "b")])
+
+
+# -- blocked by base -------------------------------------------------------------------
+
+
+def write_base(base: int, after: float) -> None:
+    row = make_row(after=after, base_id=base)
+    truth = [{"base_id": base, "layer": "a", "channel": 0, "worth": after}]
+    name = f"toy/40_comparison/base{base}"
+    write_run(name, [row], truth=truth)
+    varied = {"base": base}
+    RUNS["toy"][-1] = settings.Run("40_comparison", {"run": name, **varied}, varied)
+
+
+def test_bases_are_published_one_by_one_and_keep_those_of_before(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "BASES", tmp_path / "bases")
+    write_base(1, 81.0)
+    missing = {"base": 0}
+    name = "toy/40_comparison/base0"
+    RUNS["toy"].append(settings.Run("40_comparison", {"run": name, **missing}, missing))
+    run_main(monkeypatch, "--profile", "toy", "--publish")
+    RUNS["toy"].pop()
+    write_base(0, 80.0)
+    baseline = paths.runs_root() / "toy" / "baselines" / "net.pt"
+    state = {"model": {"w": torch.ones(2)}, "optimizer": {"m": torch.ones(9)}}
+    checkpoint.save(baseline, {"seed": 0}, rows=[], **state)
+    run_main(monkeypatch, "--profile", "toy", "--publish")
+    for table, column in (("toy", "after"), ("toy_truth", "worth")):
+        published = pd.read_csv(paths.RESULTS / f"{table}.csv")
+        assert published["base_id"].tolist() == [0, 1]
+        assert published[column].tolist() == [80, 81]
+    kept = checkpoint.load(paths.BASES / "net.pt", ("model", "optimizer", "rows"))
+    assert kept["optimizer"] == {} and kept["identity"] == {"seed": 0}

@@ -2,12 +2,14 @@
 
 import json
 import math
-from dataclasses import fields
+import shutil
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from lib import baselines, cost, models, paths, plan, settings, stages, surgery, train
+from lib.plan import Plan
 from lib.stages import Sets
 from lib.train import Recipe, loop
 
@@ -397,3 +399,35 @@ def test_two_processes_that_train_the_same_baseline_agree(sets, monkeypatch):
     assert same(slow, others[0])
     monkeypatch.setattr(loop, "_run_epoch", refuse_training)
     assert same(make_baseline(sets), slow)
+
+
+def test_a_committed_base_is_read_where_the_profile_has_none(
+    sets, tmp_path, monkeypatch, capsys
+):
+    recipe = Recipe(1, lr=0.02, batch_size=64, seed=5)
+    ask = {"net": "lenet", "recipe": recipe}
+    trained = stages.make_baseline(sets, run="one/x", **ask)
+    (made,) = (paths.runs_root() / "one" / "baselines").glob("*.pt")
+    monkeypatch.setattr(paths, "BASES", tmp_path / "bases")
+    paths.BASES.mkdir()
+    shutil.copy(made, paths.BASES)
+    capsys.readouterr()
+    found = stages.make_baseline(sets, run="two/x", **ask)
+    assert "reading" in capsys.readouterr().out
+    for name, value in trained.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value)
+    other = {**ask, "recipe": replace(recipe, seed=6)}
+    stages.make_baseline(sets, run="two/x", **other)
+    assert "training" in capsys.readouterr().out
+
+
+def test_an_empty_plan_fine_tunes_the_whole_network(sets, resnet):
+    found = stages.recover(
+        resnet, Plan(), sets, run="toy/whole", method="unpruned", net="resnet8",
+        base_top1=50.0, recipe=Recipe(1, lr=0.01, batch_size=64),
+    )  # fmt: skip
+    assert found.row["macs_down"] == 0
+    assert found.hits.dtype == torch.bool and len(found.hits) == len(sets.test)
+    assert found.row["after"] == pytest.approx(100 * found.hits.double().mean())
+    measured = train.evaluate(found.model, sets.val)["top1"]
+    assert found.row["val"] == pytest.approx(measured)

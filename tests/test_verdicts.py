@@ -18,7 +18,14 @@ numbers = st.lists(
 
 def make_rows(arms: dict, **columns) -> pd.DataFrame:
     rows = [
-        {"arm": arm, "base": base, "after": value, "macs": 100, "net": "n", **columns}
+        {
+            "method": arm,
+            "base_id": base,
+            "after": value,
+            "macs": 100,
+            "net": "n",
+            **columns,
+        }
         for arm, values in arms.items()
         for base, value in enumerate(values)
     ]
@@ -131,7 +138,7 @@ def test_bootstrap_covers_bases_and_images():
 def test_variance_is_split_as_it_was_drawn():
     draw = np.random.default_rng(3)
     rows = [
-        {"base": b, "selection": s, "finetuning": f,
+        {"base_id": b, "select_seed": s, "seed": f,
          "after": base + select + draw.normal(0, 0.5)}
         for b in range(300)
         for base in [draw.normal(0, 2)]
@@ -157,14 +164,18 @@ def test_arms_are_paired_by_base():
 
 
 def test_what_cannot_be_compared_is_refused_by_name():
-    rows = make_rows({"a": [1, 2, 4], "b": [0, 0, 1]}, epochs=5)
-    other = rows.assign(macs=np.where(rows["arm"] == "a", 100, 110))
+    rows = make_rows({"a": [1, 2, 4], "b": [0, 0, 1]}, length=5)
+    other = rows.assign(macs=np.where(rows["method"] == "a", 100, 110))
     for bad, message in [
-        (rows[rows["arm"] == "a"], "no rows of arm 'b'"),
-        (rows[(rows["base"] == 0)], "1 base"),
+        (rows[rows["method"] == "a"], "no rows of arm 'b'"),
+        (rows[(rows["base_id"] == 0)], "1 base"),
         (rows.assign(after=[1, 2, math.nan, 0, 0, 1]), "not finite"),
-        (rows.assign(epochs=[5, 5, 5, 20, 20, 20]), "differ in 'epochs'"),
+        (rows.assign(length=[5, 5, 5, 20, 20, 20]), "differ in 'length'"),
         (other, "equal cost"),
+        (
+            rows.assign(precision=["float32"] * 5 + ["bfloat16"]),
+            "base 2 .* 'precision'",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             verdicts.pair_arms(bad, "a", "b")
@@ -172,3 +183,38 @@ def test_what_cannot_be_compared_is_refused_by_name():
         verdicts.compare({"a - b": [1.0]})
     with pytest.raises(ValueError, match="not finite"):
         verdicts.compare({"a - b": [1.0, math.inf]})
+
+
+def test_judging_compares_what_is_registered_and_says_what_is_not():
+    draw = np.random.default_rng(5)
+    base = draw.normal(80, 2, 8)
+    noise = {name: draw.normal(0, 0.1, 8) for name in "abcd"}
+    rows = make_rows({
+        "a": base + 1 + noise["a"], "b": base + noise["b"], "c": base + noise["c"],
+        "d": base[:1],
+    })  # fmt: skip
+    rows["val"] = rows["after"] + rows["method"].map({"a": 0, "b": 3, "c": 0, "d": 0})
+    registered = pd.DataFrame(
+        [["one", "a", "c"], ["best", "a|b", "c"], ["lost", "d", "c"], ["no", "a", "z"]],
+        columns=["contrast", "left", "right"],
+    )
+    table = verdicts.judge(rows, registered).set_index("contrast")
+    assert table["left"].tolist() == ["a", "b", "d", "a"]  # b by validation, not test
+    assert table["n"].tolist() == [8, 8, 0, 0]
+    assert table["verdict"].tolist() == [
+        "reproduced", "no difference", "not tested", "not tested",
+    ]  # fmt: skip
+    by_hand = stats.ttest_rel(
+        rows[rows["method"] == "a"]["after"], rows[rows["method"] == "c"]["after"]
+    )
+    assert table.loc["one", "p"] == pytest.approx(by_hand.pvalue, rel=1e-9)
+    low, _ = by_hand.confidence_interval(0.975)  # Holm's first step of two
+    assert table.loc["one", "corrected_low"] == pytest.approx(low, abs=1e-9)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_hits_come_back_as_they_were_packed(hits):
+    text = verdicts.pack_hits(np.array(hits))
+    assert verdicts.unpack_hits(text, len(hits)).tolist() == hits
+    with pytest.raises(ValueError, match="bits do not hold"):
+        verdicts.unpack_hits(text, len(hits) + 8)

@@ -3,6 +3,7 @@
 from lib.train.loop import (
     History,
     evaluate,
+    find_hits,
     fit,
     forward,
     load_checkpoint,
@@ -14,6 +15,7 @@ __all__ = [
     "History",
     "Recipe",
     "evaluate",
+    "find_hits",
     "fit",
     "forward",
     "load_checkpoint",

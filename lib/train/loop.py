@@ -146,6 +146,18 @@ def evaluate(
     return {"top1": 100 * top1, "top5": 100 * top5, "loss": loss}
 
 
+def find_hits(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    resolution: int | None = None,
+    batch_size: int = 500,
+) -> Tensor:
+    """Which images are classified rightly, bool [N] on the CPU; else as `evaluate`."""
+    outputs = forward(model, images, resolution=resolution, batch_size=batch_size)
+    return torch.cat([(output.argmax(1) == y).cpu() for output, y in outputs])
+
+
 def forward(
     model: nn.Module,
     images: ImageSet,

@@ -96,6 +96,21 @@ class NoControl(Control):
         raise ValueError("control 'none' has no control images to sample")
 
 
+class Constant(Control):
+    """The mean image, always the same: a control stream that carries nothing.
+
+    All else is as in the arms with a control: start, mixing, batch, statistic. What an
+    arm is better by than this one, its control images are worth. Independence holds,
+    neither swap does.
+    """
+
+    name = "constant"
+
+    def make(self, batch: Tensor) -> Tensor:
+        """Zeros: normalised images have mean 0."""
+        return torch.zeros_like(batch)
+
+
 class Noise(Control):
     """White Gaussian noise of the images' mean and variance per channel.
 

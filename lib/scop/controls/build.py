@@ -7,7 +7,7 @@ import torch
 
 from lib.data import ImageSet
 from lib.messages import check_known
-from lib.scop.controls.base import Control, NoControl, Noise, Shuffle
+from lib.scop.controls.base import Constant, Control, NoControl, Noise, Shuffle
 from lib.scop.controls.gan import Generator
 from lib.scop.controls.reduced import Deep, Gaussian
 from lib.scop.controls.swap_gan import SwapGAN
@@ -16,7 +16,7 @@ from lib.train.recipe import pick_device
 
 ARMS: dict[str, type[Control]] = {
     arm.name: arm
-    for arm in (Generator, SwapGAN, Deep, Gaussian, Shuffle, Noise, NoControl)
+    for arm in (Generator, SwapGAN, Deep, Gaussian, Shuffle, Noise, Constant, NoControl)
 }
 
 

@@ -1,0 +1,196 @@
+"""Every criterion under one name, and what a channel is truly worth.
+
+`score_channels` is the one way to all of them, so that a comparison differs in the
+criterion and in nothing else; `measure_truth` asks the network itself.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from scipy.stats import spearmanr
+from torch import Tensor, fx, nn
+
+from lib import baselines, nisp, scop, train
+from lib.data import ImageSet, batches
+from lib.graph import Graph
+from lib.graph.watch import dtype_of, modes_kept
+from lib.messages import check_choice
+from lib.scop.controls import ARMS
+from lib.stages import Sets
+
+SCOP = tuple(f"scop-{arm}" for arm in ARMS)
+CRITERIA = (*SCOP, *nisp.METHODS, "fpgm", "taylor")
+
+
+CONTROLS = ("unpruned", "scratch", "scratch-compute")
+
+
+def check_names(methods: Sequence[str], controls: Sequence[str]) -> None:
+    """Refuse unknown criteria and controls before anything is trained."""
+    for name in methods:
+        check_choice("method", name, CRITERIA)
+    for name in controls:
+        check_choice("control", name, CONTROLS)
+
+
+class Scored(NamedTuple):
+    """Scores per layer, and what they cost: seconds of this process, images seen.
+
+    Of a control that is trained only the use counts, not the training: it is made once
+    for all networks of a profile.
+    """
+
+    scores: dict[str, Tensor]
+    seconds: float
+    images: int
+
+
+def score_channels(
+    criterion: str,
+    model: nn.Module,
+    sets: Sets,
+    *,
+    run: str,
+    net: str,
+    layers: Sequence[str],
+    graph: Graph,
+    select: train.Recipe,
+    select_images: int = 0,
+    control_epochs: int = 0,
+    num_images: int = 2000,
+) -> Scored:
+    """Scores of the channels of `layers` by one of `CRITERIA`.
+
+    "scop-ARM": the selection of `scop.learn_betas` by the recipe `select`, on
+    `select_images` images; the others are those of `nisp.score_layers` and
+    `lib.baselines`, on `num_images` where they look at images. The seed of every draw
+    is that of `select`. ValueError: an unknown criterion, a layer without a score.
+    """
+    check_choice("criterion", criterion, CRITERIA)
+    begin, seed, seen = time.process_time(), select.seed, num_images
+    seconds = 0.0
+    if criterion in SCOP:
+        betas = scop.learn_betas(
+            model, sets, run=run, net=net, control=criterion.removeprefix("scop-"),
+            recipe=select, num_images=select_images, control_epochs=control_epochs,
+            graph=graph,
+        )  # fmt: skip
+        scores = scop.importance(model, betas)
+        seconds = sum(row["seconds"] for row in betas.history)  # now, or when learnt
+        seen = select.epochs * (select_images or len(sets.train))
+    elif criterion == "fpgm":
+        scores, seen = baselines.fpgm(model), 0
+    elif criterion == "taylor":
+        scores = baselines.taylor(
+            model, sets.train, num_images=num_images, seed=seed, graph=graph
+        )
+    else:
+        scores = nisp.score_layers(
+            criterion, model, sets.train, num_images=num_images, seed=seed, graph=graph
+        )
+        seen = (
+            seen if criterion in {"nisp", "nisp-norm", "nisp-sharp", "layerwise"} else 0
+        )
+    lacking = [name for name in layers if name not in scores]
+    if lacking:
+        raise ValueError(f"criterion '{criterion}' has no score for {lacking[0]}")
+    seconds = seconds or time.process_time() - begin
+    return Scored({name: scores[name] for name in layers}, seconds, seen)
+
+
+# -- the truth ----------------------------------------------------------------------
+
+
+def measure_truth(
+    model: nn.Module,
+    images: ImageSet,
+    layers: Sequence[str],
+    *,
+    graph: Graph,
+    batch_size: int = 500,
+) -> dict[str, Tensor]:
+    """By how much the loss rises when a channel is silenced, alone: float64 [channels].
+
+    Silenced: what the BatchNorm behind the layer makes of it is set to zero, as a
+    scattered plan does. Mean cross-entropy in nats over `images`, in evaluation mode;
+    only what comes after the layer is computed anew. ValueError: a layer without a
+    BatchNorm, a forward that torch.fx does not trace or that works in place.
+    """
+    try:
+        traced = fx.symbolic_trace(model)
+    except Exception as error:  # fx raises many kinds
+        raise ValueError(
+            f"the forward of {type(model).__name__} cannot be traced by torch.fx "
+            f"({error})"
+        ) from error
+    nodes = {
+        node.target: node for node in traced.graph.nodes if node.op == "call_module"
+    }
+    for name in layers:
+        if graph.pairs.get(name) not in nodes:
+            raise ValueError(f"'{name}' has no BatchNorm of its own behind it")
+    sites = {name: nodes[graph.pairs[name]] for name in layers}
+    truth: dict[str, Tensor] = {}
+    stream = batches(
+        images,
+        batch_size,
+        device=next(model.parameters()).device,
+        dtype=dtype_of(model),
+    )
+    with modes_kept(model), torch.inference_mode():
+        traced.eval()
+        for x, y in stream:
+            for name, risen in _silence_each(traced, sites, x, y).items():
+                truth[name] = truth.get(name, 0) + risen * len(y) / len(images)
+    return truth
+
+
+def _silence_each(
+    traced: fx.GraphModule, sites: Mapping[str, fx.Node], x: Tensor, y: Tensor
+) -> dict[str, Tensor]:
+    """The rise of the loss on one batch, for every channel of every site."""
+    whole = fx.Interpreter(traced, garbage_collect_values=False)
+    loss = F.cross_entropy(whole.run(x).double(), y)
+    known = dict(whole.env)
+
+    def rerun(site: fx.Node, value: Tensor) -> Tensor:
+        order = iter(known)
+        before = {}
+        for node in order:
+            before[node] = known[node]
+            if node is site:
+                break
+        before[site] = value
+        output = fx.Interpreter(traced).run(x, initial_env=before)
+        return F.cross_entropy(output.double(), y)
+
+    risen = {}
+    for name, site in sites.items():
+        value = known[site]
+        found = torch.empty(value.shape[1], dtype=torch.float64)
+        for channel in range(value.shape[1]):
+            silent = value.clone()
+            silent[:, channel] = 0
+            found[channel] = rerun(site, silent) - loss
+        risen[name] = found
+        if not torch.equal(rerun(site, value), loss):
+            raise ValueError(f"the forward works in place behind '{name}'")
+    return risen
+
+
+def rank_agreement(
+    scores: Mapping[str, Tensor], truth: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Spearman's rank correlation of two sets of scores, layer by layer.
+
+    0 where either is constant: it says nothing about order.
+    """
+    found = {}
+    for name, worth in truth.items():
+        constant = min(len(scores[name].unique()), len(worth.unique())) < 2
+        pair = scores[name].double().cpu(), worth.cpu()
+        found[name] = 0.0 if constant else float(spearmanr(*pair).statistic)
+    return found

@@ -1,0 +1,129 @@
+"""Criteria under one name, and the truth against a forward with a hook."""
+
+import pytest
+import torch
+from torch import nn
+
+from lib import criteria, data, models, scop, stages, train
+from lib.graph import build_graph
+
+SHAPE = (1, 14, 14)
+
+
+@pytest.fixture(scope="module")
+def sets():
+    images = data.load("mnist5k", "train").take(600).scale(14)
+    rest, val = data.split_validation(images)
+    return stages.Sets(rest, val, val)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    net = models.build("resnet8", in_channels=1).eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+    return net
+
+
+@pytest.fixture(scope="module")
+def graph(model):
+    return build_graph(model, SHAPE)
+
+
+@pytest.mark.parametrize("name", ["layer1.0.conv1", "layer2.0.conv2"])
+def test_truth_is_the_loss_of_a_forward_with_the_channel_at_zero(
+    sets, model, graph, name
+):
+    found = criteria.measure_truth(model, sets.val, [name], graph=graph, batch_size=25)
+    norm = model.get_submodule(name.replace("conv", "bn"))
+    before = train.evaluate(model, sets.val)["loss"]
+    for channel in (0, 5, len(found[name]) - 1):
+
+        def silence(module, args, output, channel=channel):
+            output = output.clone()
+            output[:, channel] = 0
+            return output
+
+        hook = norm.register_forward_hook(silence)
+        risen = train.evaluate(model, sets.val)["loss"] - before
+        hook.remove()
+        assert float(found[name][channel]) == pytest.approx(risen, abs=2e-6)
+
+
+def test_truth_leaves_the_model_as_it_was(sets, model, graph):
+    model.train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    criteria.measure_truth(model, sets.val, ["layer3.0.conv1"], graph=graph)
+    assert all(module.training for module in model.modules())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name])
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.act, self.head = nn.ReLU(inplace=True), nn.Linear(4, 10)
+
+    def forward(self, x):
+        return self.head(self.act(self.norm(self.conv(x))).mean((2, 3)))
+
+
+def test_truth_of_a_forward_in_place_is_right_or_refused(sets):
+    model = InPlace().eval()
+    nn.init.normal_(model.norm.bias)
+    graph = build_graph(model, SHAPE)
+    try:
+        found = criteria.measure_truth(model, sets.val, ["conv"], graph=graph)["conv"]
+    except ValueError as error:
+        assert "in place" in str(error)
+        return
+    model.act.inplace = False
+    expected = criteria.measure_truth(model, sets.val, ["conv"], graph=graph)["conv"]
+    torch.testing.assert_close(found, expected)
+
+
+def test_truth_needs_a_norm(sets):
+    model = models.build("lenet", in_channels=1, image_size=14)
+    with pytest.raises(ValueError, match="'conv1' has no BatchNorm"):
+        criteria.measure_truth(
+            model, sets.val, ["conv1"], graph=build_graph(model, SHAPE)
+        )
+
+
+def test_every_criterion_scores_every_layer_of_the_blocks(sets, model, graph):
+    layers = scop.block_layers(model, SHAPE, graph=graph)
+    cheap = [c for c in criteria.CRITERIA if c not in ("scop-generator", "scop-deep")]
+    cheap = [c for c in cheap if c not in ("scop-swap_gan", "scop-gaussian")]
+    select = train.Recipe(1, lr=0.01, batch_size=64, seed=3)
+    for criterion in cheap:
+        found = criteria.score_channels(
+            criterion, model, sets, run="toy/x", net="resnet8", layers=layers,
+            graph=graph, select=select, select_images=128, num_images=60,
+        )  # fmt: skip
+        assert list(found.scores) == layers
+        for name, values in found.scores.items():
+            assert len(values) == len(graph.layers[name].outputs)
+            assert torch.isfinite(values).all()
+        assert found.seconds > 0 and found.images >= 0
+
+
+def test_an_unknown_criterion_is_refused_with_the_nearest(sets, model, graph):
+    with pytest.raises(ValueError, match=r"criterion .*'taylr'"):
+        criteria.score_channels(
+            "taylr", model, sets, run="toy/x", net="resnet8", layers=[], graph=graph,
+            select=train.Recipe(1),
+        )  # fmt: skip
+
+
+def test_agreement_is_the_rank_correlation_by_layer():
+    truth = {"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.tensor([1.0, 2.0, 3.0])}
+    scores = {"a": torch.tensor([2.0, 4.0, 60.0]), "b": torch.ones(3)}
+    assert criteria.rank_agreement(scores, truth) == {"a": 1.0, "b": 0.0}
+    scores["a"] = -scores["a"]
+    assert criteria.rank_agreement(scores, truth)["a"] == -1.0
