@@ -649,6 +649,69 @@ class Gated(nn.Module):
         return x * torch.sigmoid(self.up(F.relu(self.down(gate))))
 
 
+class ActiveNorm(nn.BatchNorm2d):
+    """timm's: norm and activation in one, by a functional call."""
+
+    def forward(self, x):
+        rest = self.weight, self.bias, self.training, 0.1, self.eps
+        return F.relu(F.batch_norm(x, self.running_mean, self.running_var, *rest))
+
+
+class FrozenNorm(nn.Module):
+    """Detection's: statistics and scale in buffers, folded by arithmetic."""
+
+    def __init__(self, width):
+        super().__init__()
+        for name in ("weight", "bias", "mean", "var"):
+            constant = torch.rand(width) + 0.5 if name in ("weight", "var") else 0
+            self.register_buffer(name, torch.zeros(width) + constant)
+
+    def forward(self, x):
+        scale = self.weight * (self.var + 1e-5).rsqrt()
+        shift = (self.bias - self.mean * scale).view(1, -1, 1, 1)
+        return x * scale.reshape(1, -1, 1, 1) + shift
+
+
+class SameConv(nn.Conv2d):
+    """Pads its input itself."""
+
+    def forward(self, x):
+        x = F.pad(x, [1] * 4)
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, 1, self.groups)
+
+
+class CalledLinear(nn.Linear):
+    """A linear layer by a functional call."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class Scaled(nn.Module):
+    """A residual branch behind a learnt scale."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.gamma = conv(width, width), nn.Parameter(torch.rand(width))
+
+    def forward(self, x):
+        return x + self.conv(x) * self.gamma.view(1, -1, 1, 1)
+
+
+class Token(nn.Module):
+    """Pixels become tokens, a learnt one comes before them, each has a place."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.token = nn.Parameter(torch.rand(1, 1, width))
+        self.place = nn.Parameter(torch.rand(1, 65, width))
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.place
+        return x.transpose(1, 2)
+
+
 def pad_channels(x):
     return F.pad(x[:, :, ::1, ::1], (0, 0, 0, 0, 4, 4), "constant", 0)
 
@@ -694,6 +757,10 @@ def with_parameter():
     model = net(forward=times_constant, **two())
     model.constant = nn.Parameter(torch.rand(8, 1, 1, dtype=torch.float64))
     return model
+
+
+def _as_image():
+    return Lambda(lambda x: x[..., None, None])
 
 
 relu, bn = nn.ReLU, nn.BatchNorm2d
@@ -751,6 +818,15 @@ WORKING = {
     "halves compared": lambda: net(
         conv(3, 16), Lambda(lambda x: torch.maximum(*x.chunk(2, 1))), conv(8, 8)
     ),
+    "norm with an activation": lambda: net(conv(3, 8), ActiveNorm(8), conv(8, 8)),
+    "frozen norm": lambda: net(conv(3, 8), FrozenNorm(8), relu(), conv(8, 8)),
+    "padding convolutions": lambda: net(
+        SameConv(3, 8, 3), relu(), SameConv(8, 16, 3, groups=8), SameConv(16, 8, 3)
+    ),
+    "linear by a call": lambda: net(
+        conv(3, 8), Lambda(lambda x: x.mean((2, 3))), CalledLinear(8, 8), _as_image()
+    ),
+    "scaled branch": lambda: net(conv(3, 8), Scaled(8), relu(), conv(8, 8)),
     "upsampled and dropped out": lambda: net(
         conv(3, 8), nn.Dropout2d(), nn.Upsample(scale_factor=2), conv(8, 8), relu()
     ),
@@ -769,6 +845,33 @@ def test_small_nets_shrink_exactly(kind):
             model, plan, TINY, oracle.images(TINY), hooks=hooks, behind=False
         )
         oracle.train_step(small, oracle.images(TINY))
+
+
+def test_tokens_share_the_channels_of_the_pixels():
+    """What stands before them and what is added to them is cut with them."""
+    model = net(conv(3, 8), Token(8), nn.Conv1d(8, 8, 1))
+    plan = Plan({"body.0": [0, 3, 4]})
+    x = oracle.images(TINY)
+    small = surgery.shrink(model, plan, TINY)
+    masked = surgery.mask(model, plan, TINY)
+    got = oracle.evaluate(small, x)
+    assert oracle.difference(got, oracle.evaluate(masked, x)) < 1e-10
+    with torch.no_grad():  # by hand: the last convolution reads three channels
+        model.body[2].weight[:, [1, 2, 5, 6, 7]] = 0
+    assert oracle.difference(got, oracle.evaluate(model, x)) < 1e-10
+    assert small.body[1].token.shape == (1, 1, 3)
+    assert small.body[1].place.shape == (1, 65, 3)
+
+
+def test_an_activation_inside_a_norm_forbids_to_scatter_behind_it():
+    forward = lambda s, x: s.a(x) + s.c(s.b(F.relu(s.a(x))))  # noqa: E731
+    plan = Plan({"b": [0, 3, 5]}, scatter={"b"})
+    model = net(forward=forward, **two(c=bn(8)))
+    oracle.assert_exact(model, plan, TINY, oracle.images(TINY))
+    model = net(forward=forward, **two(c=ActiveNorm(8)))
+    assert build_graph(model, TINY).pairs["b"] == "c"
+    with pytest.raises(ValueError, match="'b' cannot be scattered"):
+        surgery.shrink(model, plan, TINY)
 
 
 class Pick(nn.Module):

@@ -87,8 +87,9 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def nodes(self) -> list[Node]:
-        """The operations of the evaluation pass."""
-        return [e for e in self.events[: self.evaluated] if isinstance(e, Node)]
+        """The operations of the evaluation pass on what depends on the images."""
+        nodes = (e for e in self.events[: self.evaluated] if isinstance(e, Node))
+        return [node for node in nodes if node.inputs or node.function is None]
 
     def locate(self, name: str | None) -> str:
         """A module in words, for messages."""
@@ -130,7 +131,7 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return forward(*args, **kwargs)
             output = self._run_inside(name, forward, args, kwargs)
             given = tensors_in((*args, *kwargs.values()))
-            inputs = tuple(self._known.get(id(t)) for t in given)
+            inputs = tuple(self._find(t) for t in given)
             self.events.append(Call(name, inputs, self._known.get(id(output))))
             return output
 
@@ -150,7 +151,7 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     y = self._run_inside(name, forward, args, kwargs)
                 finally:
                     self._in_leaf = False
-            source = self._known.get(id(x))
+            source = self._find(x)
             inputs = () if source is None else (source,)
             self.events.append(Node(kind, name, inputs, (self._put(y),)))
             return y
@@ -177,6 +178,16 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.values.append(Value(tuple(tensor.shape)))
         return len(self.values) - 1
 
+    def _find(self, tensor: Tensor) -> int | None:
+        """The place of a tensor in `values`; None for what no image changes."""
+        place = self._known.get(id(tensor))
+        return None if place is None or self.values[place].derived else place
+
+    def _is_derived(self, tensors: list[Tensor]) -> bool:
+        """Do parameters alone go into the operation? Integers are constants."""
+        known = [id(t) in self._known or id(t) in self._parameters for t in tensors]
+        return any(k and t.is_meta for k, t in zip(known, tensors, strict=True))
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Not guarded against torch.compile: that guard takes a second to import."""
@@ -194,11 +205,16 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self.evaluated and func._overloadpacket in flop_registry:
             self.has_other_work = True
         tensors = tensors_in((*args, *kwargs.values()))
-        inputs = tuple(self._known[id(t)] for t in tensors if id(t) in self._known)
-        if inputs:
+        found = [self._find(t) for t in tensors]
+        inputs = tuple(place for place in found if place is not None)
+        if inputs or self._is_derived(tensors):
             # Before `_put`: what an operation wrote in place is the same tensor.
             operands = [self._read(t) for t in tensors]
             made = tuple(self._put(t) for t in tensors_in((output,)))
+            for place in () if inputs else made:
+                self.values[place].derived = True
+                if name == "t" and operands[0].value is None:
+                    self.values[place].parameter = operands[0].parameter
             rest, within = tuple(_without_tensors(args)), self._within
             node = Node(name, within[-1], inputs, made, rest, kwargs, within, func)
             node.operands, node.raw = operands, args
@@ -208,7 +224,8 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _read(self, tensor: Tensor) -> Operand:
         place = self._known.get(id(tensor))
         if place is not None:
-            return Operand(self.values[place].shape, self.values[place])
+            value = self.values[place]
+            return Operand(value.shape, value, value.parameter)
         name = self._parameters.get(id(tensor))
         return Operand(tuple(tensor.shape), None, name, not tensor.is_meta)
 

@@ -53,7 +53,8 @@ class Graph:
 
     `layers` maps names to what each convolution and linear layer reads and makes (as
     tags), `norms`, `vectors`, `moves` and `shuffles` the same for everything else with
-    a size, `pairs` each layer with the BatchNorm that alone reads it; `unit_of` maps
+    a size, `pairs` each layer with the BatchNorm that alone reads it, `made` the
+    values it makes, `normed` the BatchNorm that reads a value; `unit_of` maps
     tags to units, the last unit stands for constants and is always kept. `rows` and
     `columns` are the units of each layer's outputs and inputs. `has_other_work` says
     whether the pass has MACs outside of `layers`.
@@ -65,6 +66,7 @@ class Graph:
         self.values = record.values
         self.layers: dict[str, Layer] = record.layers
         self.norms = record.norms
+        self.made, self.normed = record.made, record.normed
         self.vectors = ledger.vectors
         self.moves = record.moves
         self.shuffles = record.shuffles
@@ -91,11 +93,10 @@ class Graph:
             for value in node.inputs:
                 readers[value].append(node)
         pairs = {}
-        for node in self.nodes:
-            if node.module in self.layers and node.outputs:
-                after = readers[node.outputs[0]]
-                if len(after) == 1 and after[0].op.startswith("BatchNorm"):
-                    pairs[node.module] = after[0].module
+        for name, made in self.made.items():
+            for value in made:
+                if len(readers[value]) == 1 and value in self.normed:
+                    pairs[name] = self.normed[value]
         return pairs
 
     def count_macs(self, rows: dict[str, Tensor], alive: Tensor) -> int:
@@ -248,7 +249,20 @@ class _Grouping:
     def _is_scatterable(self, name: str) -> bool:
         """Between it and the addition there is at most its own BatchNorm."""
         tags = self.graph.layers[name].outputs
+        if not self._ends_in_norm(self.graph.pairs.get(name)):
+            return False
         return not bool((self.bound[tags] | self.strangers[tags]).any())
+
+    def _ends_in_norm(self, norm: str | None) -> bool:
+        """Nothing in the norm's own module comes behind it (an activation)."""
+        if norm not in self.graph.calls:  # a plain one
+            return True
+        _, target = self.graph.calls[norm]
+        return any(
+            target in node.outputs
+            for node in self.graph.nodes
+            if node.inputs and self.graph.normed.get(node.inputs[0]) == norm
+        )
 
 
 def _meet_blocks(units: Tensor, partitions: list[Tensor]) -> tuple[Tensor, str | None]:

@@ -52,18 +52,24 @@ MOVES = set(
 
 @dataclass(slots=True, eq=False)
 class Value:
-    """A tensor of the pass: its shape and its tags, None where they were lost."""
+    """A tensor of the pass: its shape and its tags, None where they were lost.
+
+    `derived` says that it was made of parameters alone, `parameter` which of them it
+    is the transpose of.
+    """
 
     shape: tuple[int, ...]
     tags: Tensor | None = None
+    derived: bool = False
+    parameter: str | None = None
 
 
 @dataclass(slots=True, eq=False)
 class Operand:
     """One tensor that an operation reads: its shape, and what is known of it.
 
-    `value` is None for a constant, `parameter` its name if it is one of the model's;
-    `real` says whether it holds numbers, not just a shape.
+    `value` is None for a constant, `parameter` its name if it is one of the model's (or
+    the transpose of one); `real` says whether it holds numbers, not just a shape.
     """
 
     shape: tuple[int, ...]
@@ -75,6 +81,11 @@ class Operand:
     def tags(self) -> Tensor | None:
         """Its tags; None for a constant and for what could not be followed."""
         return None if self.value is None else self.value.tags
+
+    @property
+    def constant(self) -> bool:
+        """The same for every image."""
+        return self.value is None or self.value.derived
 
 
 class Ledger:
@@ -131,21 +142,28 @@ class Ledger:
         self, name: str, operands: Sequence[Operand], shape: Sequence[int], where: str
     ) -> Tensor | None:
         """Operands broadcast against one another; channels keep their places."""
-        rows = [x.tags for x in operands if x.tags is not None]
-        if not rows:
+        rows = [x.tags for x in operands if x.tags is not None and not x.constant]
+        vectors = [x.tags for x in operands if x.tags is not None and x.constant]
+        if not rows and not vectors:
             return None
+        first = (rows or vectors)[0]
         for x in operands:
-            if x.value is None:
-                self._meet_constant(x, rows[0], shape, where)
+            if x.constant and x.tags is None:
+                self._meet_constant(x, first, shape, where)
             elif x.tags is None:
-                self.freeze(rows[0], f"{where} mixes in channels that have no rule")
-        rows = [_widen(row, len(shape)) for row in rows]
-        if len(rows) == 1:
-            return rows[0]
-        return self._join(rows, added=name in ADDITIONS, where=where)
+                for row in (*rows, *vectors):
+                    self.freeze(row, f"{where} mixes in channels that have no rule")
+        rows, vectors = ([_widen(r, len(shape)) for r in x] for x in (rows, vectors))
+        if rows:  # a parameter that lies along the pixels concerns no channel
+            rows = [self._join(rows, added=name in ADDITIONS, where=where)]
+            dims = [d for d, n in enumerate(rows[0].shape) if n > 1]
+            vectors = [v for v in vectors if any(v.shape[d] > 1 for d in dims)]
+        return self._join([*rows, *vectors], added=False, where=where)
 
     def _join(self, rows: list[Tensor], *, added: bool, where: str) -> Tensor:
         """Channel i of every row is channel i of the result."""
+        if len(rows) == 1:
+            return rows[0]
         widest = max(rows, key=lambda row: row.numel())
         for row in rows:
             if row.numel() == 1 and widest.numel() > 1:
@@ -176,11 +194,34 @@ class Ledger:
             return
         if x.parameter is None or len(dims) != 1:
             self.freeze(row, f"{where} combines it with a constant that has channels")
-        elif x.parameter in self.vectors:
-            self.tie(self.vectors[x.parameter][1], row)
         else:
             dim = dims[0] - (len(shape) - len(x.shape))
-            self.vectors[x.parameter] = (dim, row.flatten())
+            self.lie_along(x.parameter, dim, row, where)
+
+    def lie_along(self, parameter: str, dim: int, row: Tensor, where: str) -> None:
+        """The parameter has an entry per channel along `dim`, pruned with it."""
+        known, tags = self.vectors.setdefault(parameter, (dim, row.flatten()))
+        if known != dim or tags.numel() != row.numel():
+            for each in (tags, row):
+                self.freeze(each, f"{where} uses '{parameter}' along two dimensions")
+        else:
+            self.tie(tags, row)
+
+    def vector(self, parameter: str, shape: Sequence[int]) -> Tensor | None:
+        """The tags of a parameter that has one dimension, for what is made of it."""
+        dims = [d for d, n in enumerate(shape) if n > 1]
+        if len(dims) != 1:
+            return None
+        (dim,) = dims
+        if parameter not in self.vectors:
+            self.vectors[parameter] = (dim, self.fresh(shape[dim]))
+        known, tags = self.vectors[parameter]
+        layout = [1] * len(shape)
+        layout[dim] = shape[dim]
+        if known == dim and tags.numel() == shape[dim]:
+            return tags.view(layout)
+        self.freeze(tags, f"'{parameter}' is used along two dimensions")
+        return None
 
     def spatial(self, name: str, x: Operand, where: str) -> Tensor | None:
         """Pooling and resizing: channels are dimension 1 and stay."""
@@ -215,12 +256,16 @@ class Ledger:
         """Labels one behind the other along `dim`."""
         ndim = len(operands[0].shape)
         dim %= ndim
-        parts = []
-        for x in operands:
-            tags = torch.full([1] * ndim, CONSTANT) if x.tags is None else x.tags
-            parts.append(
-                tags.expand([x.shape[d] if d == dim else -1 for d in range(ndim)])
-            )
+        constant = torch.full([1] * ndim, CONSTANT)
+        tags = [constant if x.tags is None else x.tags for x in operands]
+        if all(
+            t.shape[dim] == 1 < t.numel() and t.shape == tags[0].shape for t in tags
+        ):
+            return self._join(tags, added=False, where=where)  # of tokens, say
+        parts = [
+            t.expand([x.shape[d] if d == dim else -1 for d in range(ndim)])
+            for t, x in zip(tags, operands, strict=True)
+        ]
         layouts = {(*part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}
         if len(layouts) == 1:
             return compress(torch.cat(parts, dim), only=dim)

@@ -5,10 +5,12 @@ tags of its inputs on to its outputs (`lib.graph.tags`), layer by layer.
 `lib.graph.structure` draws the conclusions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -19,6 +21,7 @@ from lib.graph.tags import (
     REDUCTIONS,
     SPATIAL,
     Ledger,
+    Operand,
     Value,
     move_tags,
 )
@@ -31,6 +34,8 @@ SHUFFLE_UNITS = {
     ("torchvision.models.shufflenetv2", "InvertedResidual"),
     ("lib.surgery.movers", "PinnedShuffleUnit"),
 }
+
+BATCH_NORMS = {"native_batch_norm", "cudnn_batch_norm"}
 
 
 @dataclass(eq=False)
@@ -71,8 +76,10 @@ class Trace:
     """What a dry run means for channels.
 
     `layers` maps names to what each convolution and linear layer reads and makes,
-    `norms`, `moves` and `shuffles` the same for everything else with a size; `calls`
-    maps every module that ran in evaluation on one tensor to its input and output.
+    `norms`, `moves` and `shuffles` the same for everything else with a size; `made`
+    lists the values that each layer makes, `normed` maps the values that a BatchNorm
+    reads to its name; `calls` maps every module that ran in evaluation on one tensor to
+    its input and output.
     """
 
     def __init__(self, record: DryRun):
@@ -80,7 +87,9 @@ class Trace:
         self.nodes, self.values = record.nodes, record.values
         self.ledger = Ledger()
         self.layers: dict[str, Layer] = {}
+        self.made: dict[str, list[int]] = {}
         self.norms: dict[str, Tensor] = {}
+        self.normed: dict[int, str] = {}
         self.moves: dict[str, Move] = {}
         self.shuffles: dict[str, Move] = {}
         self.calls: dict[str, tuple[int, int]] = {}
@@ -99,7 +108,7 @@ class Trace:
                 self._read_call(event, evaluating)
             elif event.function is None:
                 self._read_leaf(event, evaluating)
-            else:
+            elif not self._read_known_module(event, evaluating):
                 made = self._read_operation(event)
                 for place, tags in zip(event.outputs, made, strict=False):
                     self.values[place].tags = tags
@@ -114,16 +123,29 @@ class Trace:
         value = self.values[node.inputs[0]] if node.inputs else None
         made = self.values[node.outputs[0]]
         if isinstance(module, (_ConvNd, nn.Linear)):
-            layer = self._read_layer(node.module, module, value)
-            dim = -1 if isinstance(module, nn.Linear) else 1
-            made.tags = _along(layer.outputs, dim, len(made.shape))
-            if evaluating:
-                numbers = torch.Size(made.shape).numel()
-                layer.positions.append(numbers // (BATCH * len(layer.outputs)))
+            self._read_layer_call(node, module, value, evaluating)
         elif isinstance(module, _DropoutNd):
             made.tags = None if value is None else value.tags
         else:
             made.tags = self._read_norm(node.module, value)
+            if isinstance(module, _BatchNorm) and node.inputs:
+                self.normed[node.inputs[0]] = node.module
+
+    def _read_layer_call(
+        self,
+        node: Node,
+        module: _ConvNd | nn.Linear,
+        value: Value | None,
+        evaluating: bool,
+    ) -> None:
+        layer = self._read_layer(node.module, module, value)
+        made = self.values[node.outputs[0]]
+        dim = -1 if isinstance(module, nn.Linear) else 1
+        made.tags = _along(layer.outputs, dim, len(made.shape))
+        if evaluating:
+            self.made.setdefault(node.module, []).append(node.outputs[0])
+            numbers = torch.Size(made.shape).numel()
+            layer.positions.append(numbers // (BATCH * len(layer.outputs)))
 
     def _read_layer(
         self, name: str, module: _ConvNd | nn.Linear, value: Value | None
@@ -199,11 +221,61 @@ class Trace:
 
     # -- operations ----------------------------------------------------------------
 
+    def _read_known_module(self, node: Node, evaluating: bool) -> bool:
+        """A layer or BatchNorm whose own forward ends in the operation that it is.
+
+        It may pad its input before, or have an activation behind: what counts is that
+        this operation is given the parameters of the module, and as they are.
+        """
+        if node.op in BATCH_NORMS:
+            return self._read_functional_norm(node)
+        return self._read_functional_layer(node, evaluating)
+
+    def _read_functional_layer(self, node: Node, evaluating: bool) -> bool:
+        """Is it the module's own operation, with its own weight, bias and groups?"""
+        name, module = node.module, self.record.modules[node.module]
+        if isinstance(module, nn.Linear):
+            known = node.op in {"addmm", "mm"} and not node.kwargs
+            bias, x, weight = [None, None, *node.operands][-3:]
+            known = known and weight is not None and weight.value is not None
+        elif isinstance(module, _ConvNd) and node.op == "convolution":
+            known = node.raw[6] is False and node.raw[8] == module.groups
+            x, weight, bias = [*node.operands, None][:3]
+        else:
+            return False
+        for key, given in (("weight", weight), ("bias", bias)):
+            if given is not None:
+                known = known and given.parameter == f"{name}.{key}".removeprefix(".")
+        if not known or weight is None or x is None or x.value is None:
+            return False
+        self._read_layer_call(node, module, x.value, evaluating)
+        return True
+
+    def _read_functional_norm(self, node: Node) -> bool:
+        """Statistics, scale and shift lie along the channels."""
+        x, *rest = node.operands
+        if x.tags is None or any(y.parameter is None for y in rest):
+            return False
+        where = self.record.locate(node.module)
+        row = self.ledger.row(x.value, 1, x.shape[1], where)
+        owners = {str(y.parameter).rpartition(".")[0] for y in rest}
+        owner = owners.pop() if len(owners) == 1 else None
+        if owner is not None and isinstance(self.record.modules[owner], _BatchNorm):
+            self._read_norm(owner, x.value)
+            self.normed[node.inputs[0]] = owner
+        else:
+            for y in rest:
+                self.ledger.lie_along(str(y.parameter), 0, row, where)
+        self.values[node.outputs[0]].tags = x.tags
+        return True
+
     def _read_operation(self, node: Node) -> list[Tensor | None]:
         """The tags of each tensor that the operation made."""
         name, operands, ledger = node.op, node.operands, self.ledger
         where = self.record.locate(node.module)
         row: Tensor | None = None
+        if not node.inputs:
+            operands = [self._see_vector(x) for x in operands]
         if name in ELEMENTWISE:
             shape = self.values[node.outputs[0]].shape
             row = ledger.elementwise(name, operands, shape, where)
@@ -216,15 +288,24 @@ class Trace:
             dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
             row = ledger.cat(operands, dim, where)
         elif name in MOVES and operands[0].tags is not None and _has_index(node):
-            return self._move(node, where)
+            return self._move(node, operands, where)
         else:
             for x in operands:
                 ledger.freeze(x.tags, f"{where} uses '{name}', {_why_frozen(name)}")
         return [row] * len(node.outputs)
 
-    def _move(self, node: Node, where: str) -> list[Tensor | None]:
+    def _see_vector(self, x: Operand) -> Operand:
+        """A parameter with one dimension gets tags, for what is made of it."""
+        if x.parameter is None or x.value is not None:
+            return x
+        tags = self.ledger.vector(x.parameter, x.shape)
+        return Operand(x.shape, Value(x.shape, tags, derived=True), x.parameter)
+
+    def _move(
+        self, node: Node, operands: Sequence[Operand], where: str
+    ) -> list[Tensor | None]:
         """Where channels are picked or reordered: who can be rewritten, or freeze."""
-        source = node.operands[0]
+        source = operands[0]
         assert source.tags is not None and node.function is not None
         pieces, in_order = move_tags(
             node.op, node.function, source.tags, source.shape, node.raw, node.kwargs
@@ -255,6 +336,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Trace:
     """
     found = Trace(run_dry(model, input_shape))
     _freeze_shared(found)
+    _tie_vectors(found)
     return found
 
 
@@ -273,6 +355,17 @@ def _freeze_shared(found: Trace) -> None:
             rows = [layer.inputs, layer.outputs] if layer else [found.norms.get(name)]
             for row in rows:
                 found.ledger.freeze(row, reason)
+
+
+def _tie_vectors(found: Trace) -> None:
+    """Parameters of a layer or a norm that are also used beside it go with it."""
+    for path, (_, tags) in list(found.ledger.vectors.items()):
+        owner, _, key = path.rpartition(".")
+        layer, norm = found.layers.get(owner), found.norms.get(owner)
+        if layer is not None and key == "bias":
+            found.ledger.tie(tags, layer.outputs)
+        elif norm is not None and len(norm) == tags.numel():
+            found.ledger.tie(tags, norm)
 
 
 def is_shuffle_unit(module: nn.Module) -> bool:

@@ -113,11 +113,12 @@ def find_chain(
     name: str, graph: Graph, modules: dict, readers: dict, *, norms: bool
 ) -> Chain:
     """The function of the chain behind a layer's first call."""
-    value = next(n for n in graph.nodes if n.module == name and n.outputs).outputs[0]
+    value = graph.made[name][0]
     steps: list[Chain] = []
     while len(readers.get(value, [])) == 1:
         node = readers[value][0]
-        if norms and isinstance(modules[node.module], _BatchNorm):
+        plain = node.function is None
+        if norms and plain and isinstance(modules[node.module], _BatchNorm):
             steps.append(modules[node.module])
         elif node.op.removesuffix("_") in ACTIVATIONS:
             steps.append(repeat(node))
