@@ -462,3 +462,52 @@ def test_scores_near_the_end_of_float64_are_finite():
     big = {"layer1.0.conv1": torch.linspace(0.5, 1, 16, dtype=torch.float64) * 1e308}
     chosen = plans.from_scores(model, big, (3, 32, 32), rate=0.5)
     assert chosen.keep["layer1.0.conv1"] == list(range(8, 16))
+
+
+class Standardised(nn.Conv2d):
+    """Its weight is not used as it is."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+def half_prunable():
+    """One free layer, one before a softmax over channels, one that runs never."""
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 8, 3), nn.ReLU(), Standardised(8, 8, 3), nn.Softmax(1)]
+    body += [nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 5, 1)]
+    model = nn.Sequential(*body)
+    model[1].spare = nn.Linear(4, 4)
+    return model
+
+
+def test_skip_fixed_leaves_what_cannot_go_and_says_so():
+    model, shape = half_prunable(), (3, 8, 8)
+    listed = surgery.prunable(model, shape)
+    assert list(listed) == ["0", "1.spare", "2", "4", "6"]
+    assert listed["4"] is None and "does not run" in listed["1.spare"]
+    assert "'2' (Standardised)" in listed["2"] and "'2'" in listed["0"]
+    assert listed["6"] == "they are the outputs of the network"
+    scores = {n: m.weight.flatten(1).norm(dim=1) for n, m in model.named_modules()
+              if n in listed}  # fmt: skip
+    with pytest.raises(ValueError, match="skip_fixed=True"):
+        plans.from_scores(model, {"0": scores["0"]}, shape, rate=0.5)
+    with pytest.warns(UserWarning, match="4 scored layers stay whole.*'2'.*prunable"):
+        plan = plans.from_scores(model, scores, shape, rate=0.5, skip_fixed=True)
+    assert plan.keep.keys() == {"4"} and len(plan.keep["4"]) == 3
+    wrong = {"4": scores["4"], "44": scores["4"]}
+    with pytest.raises(ValueError, match="no layer '44'"):
+        plans.from_scores(model, wrong, shape, rate=0.5, skip_fixed=True)
+
+
+def test_skip_fixed_leaves_what_cannot_be_scattered():
+    model = models.build("resnet8")
+    model.layer1[0].bn2 = nn.Sequential(nn.ReLU(), model.layer1[0].bn2)
+    scores, shape = baselines.l1(model), (3, 32, 32)
+    options = {"rate": 0.5, "residual": "scatter"}
+    with pytest.raises(ValueError, match=r"layer1\.0\.conv2.*cannot be scattered"):
+        plans.from_scores(model, scores, shape, **options)
+    with pytest.warns(UserWarning, match=r"layer1\.0\.conv2"):
+        plan = plans.from_scores(model, scores, shape, skip_fixed=True, **options)
+    assert "layer1.0.conv2" not in plan.keep and "layer2.0.conv2" in plan.scatter
+    surgery.shrink(model, plan, shape)

@@ -11,6 +11,7 @@ from lib.graph.structure import (
     build_graph,
     droppable_blocks,
     dropped_units,
+    list_prunable,
 )
 from lib.graph.trace import Layer, Node, trace
 
@@ -23,5 +24,6 @@ __all__ = [
     "build_graph",
     "droppable_blocks",
     "dropped_units",
+    "list_prunable",
     "trace",
 ]

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from lib.graph.leaves import LAYERS
 from lib.graph.trace import Layer, Node, Trace, trace
 
 RELUS = {"relu", "relu_"}
@@ -117,6 +118,24 @@ def build_graph(model: nn.Module, input_shape: tuple[int, ...]) -> Graph:
     remembered: build it once at the entry of a task and hand it down.
     """
     return Graph(trace(model, input_shape))
+
+
+def list_prunable(graph: Graph, model: nn.Module) -> dict[str, str | None]:
+    """Every convolution and linear layer: None where it can be pruned, else why not."""
+    ran = {name for node in graph.nodes for name in (node.module, *node.within)}
+    found: dict[str, str | None] = {}
+    for name, module in model.named_modules():
+        if name in graph.group_of:
+            found[name] = graph.group_of[name].fixed
+        elif isinstance(module, LAYERS) and name in ran:
+            kind = type(module).__name__
+            found[name] = (
+                f"'{name}' ({kind}) does not run as a plain convolution or linear "
+                "layer, with its own weight as it is"
+            )
+        elif isinstance(module, LAYERS):
+            found[name] = "it does not run in evaluation at this input shape"
+    return found
 
 
 # -- groups ----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import itertools
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import cost
-from lib.graph import Graph, Group, build_graph
+from lib.graph import Graph, Group, build_graph, list_prunable
 from lib.messages import check_choice, suggest
 from lib.plan.record import Plan
 from lib.plan.resolve import resolve
@@ -30,6 +31,7 @@ def from_scores(
     scope: str = "layer",
     residual: str = "tie",
     multiple: int = 1,
+    skip_fixed: bool = False,
     graph: Graph | None = None,
 ) -> Plan:
     """Keep the channels with the highest scores.
@@ -51,11 +53,16 @@ def from_scores(
     at a time, so that a layer with 39 costs as much as one with 40 or 48.)
 
     Raises `ValueError` for scores that fit no layer, are not finite or belong to
-    channels that cannot be pruned; warns when nothing is removed. `graph`, if given,
-    is that of `build_graph(model, input_shape)`.
+    channels that cannot be pruned; with `skip_fixed` such layers stay whole, and a
+    warning says how many and why (`surgery.prunable` lists all). Warns when nothing
+    is removed. `graph`, if given, is that of `build_graph(model, input_shape)`.
     """
     _check_request(rate, macs, scope, residual, multiple)
     graph = graph or build_graph(model, input_shape)
+    left = _find_fixed(graph, scores, model, residual) if skip_fixed else {}
+    if left:
+        warnings.warn(_say_left(left), stacklevel=2)
+    scores = {name: score for name, score in scores.items() if name not in left}
     _check_scores(graph, scores, model)
     for name in rate.keys() - scores.keys() if isinstance(rate, Mapping) else ():
         raise ValueError(f"rate: '{name}' has no scores{suggest(name, scores)}")
@@ -122,40 +129,75 @@ class _Pool:
 def _make_pools(
     graph: Graph, scores: Scores, residual: str, multiple: int = 1
 ) -> list[_Pool]:
-    pools: list[_Pool] = []
-    refused: list[str] = []
-    for group in graph.groups:
-        scored = [n for n in group.layers if n in scores]
-        alone = [n for n in scored if n in group.scatterable and residual == "scatter"]
-        if residual == "keep" and group.joined:
-            continue
-        if scored and group.fixed:
-            refused.append(f"{', '.join(scored)}: {group.fixed}")
-        elif residual == "scatter" and group.joined and len(alone) < len(scored):
-            rest = ", ".join(n for n in scored if n not in alone)
-            refused.append(
-                f"{rest}: cannot be scattered, something other than its own BatchNorm "
-                "stands between it and the addition"
-            )
-        elif alone:
-            pools += [
-                _make_pool(graph, group, (n,), scores, multiple, scatter=True)
-                for n in alone
-            ]
-        elif scored:
-            names = tuple(scored)
-            pools.append(_make_pool(graph, group, names, scores, multiple))
+    refused = _find_refused(graph, scores, residual)
     if refused:
         raise ValueError(
-            "these layers cannot be pruned safely; leave them out of the scores to "
-            "keep them whole. " + "; ".join(refused)
+            "these layers cannot be pruned safely; leave them out of the scores, or "
+            "give skip_fixed=True, to keep them whole. " + _say_each(refused)
         )
+    pools: list[_Pool] = []
+    for group in graph.groups:
+        scored = [n for n in group.layers if n in scores]
+        if not scored or (residual == "keep" and group.joined):
+            continue
+        alone = residual == "scatter" and group.joined
+        pools += [
+            _make_pool(graph, group, names, scores, multiple, scatter=bool(alone))
+            for names in ([(n,) for n in scored] if alone else [tuple(scored)])
+        ]
     if multiple > 1 and pools and not any(pool.most for pool in pools):
         raise ValueError(
             f"multiple={multiple}: no layer with scores can keep a smaller multiple of "
             f"{multiple} channels; give a smaller one"
         )
     return pools
+
+
+def _find_refused(graph: Graph, scores: Scores, residual: str) -> dict[str, str]:
+    """The scored layers that cannot be pruned, with the reason."""
+    refused: dict[str, str] = {}
+    for group in graph.groups:
+        if residual == "keep" and group.joined:
+            continue
+        for name in group.layers:
+            if name in scores and group.fixed:
+                refused[name] = group.fixed
+            elif name in scores and residual == "scatter" and group.joined:
+                if name not in group.scatterable:
+                    refused[name] = (
+                        "cannot be scattered, something other than its own BatchNorm "
+                        "stands between it and the addition"
+                    )
+    return refused
+
+
+def _find_fixed(
+    graph: Graph, scores: Scores, model: nn.Module, residual: str
+) -> dict[str, str]:
+    """What `skip_fixed` leaves whole, with the reason; no misspelt name is among it."""
+    known = list_prunable(graph, model)
+    left = {n: str(known[n]) for n in scores if known.get(n) is not None}
+    return left | _find_refused(graph, scores, residual)
+
+
+def _say_each(reasons: dict[str, str]) -> str:
+    """Layers with the same reason stand together."""
+    together: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        together.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(n)}: {reason}" for reason, n in together.items())
+
+
+def _say_left(left: dict[str, str]) -> str:
+    """One line on the layers that stay whole, the commonest reason first."""
+    reasons = Counter(left.values()).most_common()
+    reason, count = reasons[0]
+    example = next(name for name in left if left[name] == reason)
+    more = f"; {len(reasons) - 1} more reasons" if len(reasons) > 1 else ""
+    return (
+        f"{len(left)} scored layers stay whole (e.g. {count} as '{example}': {reason}"
+        f"{more}); surgery.prunable(model, input_shape) lists them"
+    )
 
 
 def _make_pool(

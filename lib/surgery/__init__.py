@@ -8,11 +8,11 @@ across channels), small modules with integer index maps take that step's place.
 
 from torch import nn
 
-from lib.graph import Graph, Group, build_graph, droppable_blocks
+from lib.graph import Graph, Group, build_graph, droppable_blocks, list_prunable
 from lib.surgery.cut import shrink, shrunk_from
 from lib.surgery.silence import mask
 
-__all__ = ["channel_groups", "droppable", "mask", "shrink", "shrunk_from"]
+__all__ = ["channel_groups", "droppable", "mask", "prunable", "shrink", "shrunk_from"]
 
 
 def channel_groups(
@@ -31,3 +31,14 @@ def droppable(
 ) -> list[str]:
     """Names of the blocks that `Plan.drop` may replace by the identity."""
     return droppable_blocks(graph or build_graph(model, input_shape), model)
+
+
+def prunable(
+    model: nn.Module, input_shape: tuple[int, int, int], *, graph: Graph | None = None
+) -> dict[str, str | None]:
+    """Every convolution and linear layer with None, or the reason to leave it whole.
+
+    The reason names the module and the operation to change. Layers that are tied to
+    one another have one reason.
+    """
+    return list_prunable(graph or build_graph(model, input_shape), model)
