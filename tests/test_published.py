@@ -20,7 +20,8 @@ KEY = ["dataset", "net", "method", "variant", "quantity"]
 FILLED = [name for name in COLUMNS if name not in ("variant", "note")]
 UNITS = {"percent", "points", "count", "ratio", "M", "G", "ms"}
 STATUSES = {"read", "second-hand", "unverified"}
-FILES = sorted(paths.PUBLISHED.glob("*.csv"))
+OURS = ("contrasts", "claims", "our_claims")  # what is registered and claimed here
+FILES = sorted(p for p in paths.PUBLISHED.glob("*.csv") if p.stem not in OURS)
 # an absolute or home path, a folder of a checkout, a backslash, a file of notes or code
 PATH = re.compile(
     r"(?<![\w.:/])[~.]*/\w"
