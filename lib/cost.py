@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.graph.dry_run import meta_tensors, move_all, tensors_in
+from lib.graph.on_meta import meta_tensors, move_all, tensors_in
 from lib.graph.watch import dtype_of, modes_kept
 
 

@@ -6,26 +6,32 @@ runs, control flow and shape arithmetic need no special handling, and a net that
 pruned once can be traced and pruned again. `lib.graph.trace` reads the record.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from lib.graph.leaves import LAYERS, guess_output, is_leaf
-from lib.graph.tags import SHAPE_KEEPING, Operand, Value
+from lib.graph.holders import find_tensors
+from lib.graph.leaves import LAYERS, guess_output, is_leaf, numbers_of
+from lib.graph.on_meta import (
+    SCRIPT,
+    Args,
+    Function,
+    KeepNumbers,
+    Kwargs,
+    meta_tensors,
+    own_tensors,
+    run_operation,
+    tensors_in,
+    without_tensors,
+)
+from lib.graph.tags import Operand, Value
 from lib.graph.watch import dtype_of
 
-Function = Callable[..., Any]
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
-SCRIPT = torch.jit.ScriptModule  # keeps its tensors where Python cannot swap them
-META = torch.device("meta")
 BATCH = 2  # images in the pass: one would make batch and channels hard to tell apart
 
 
@@ -50,6 +56,11 @@ class Node:
     operands: Sequence[Operand] = ()
     raw: tuple[Any, ...] = ()
 
+    @property
+    def constant(self) -> bool:
+        """It reads nothing that comes from the images."""
+        return self.function is not None and not self.inputs
+
 
 @dataclass(slots=True, eq=False)
 class Call:
@@ -64,9 +75,9 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The record of the passes of a model; `run_dry` fills one.
 
     `events` holds nodes and calls in the order of the evaluation pass and, behind the
-    first `evaluated` of them, of the training pass. `images` and `results` are the
-    positions in `values` of what went in and came out. `has_other_work` says whether
-    something else than a layer has MACs.
+    first `evaluated` of them, of the training pass; operations on constants alone are
+    among them. `images` and `results` are the positions in `values` of what went in and
+    came out. `has_other_work` says whether something else than a layer has MACs.
     """
 
     def __init__(self, model: nn.Module):
@@ -87,9 +98,9 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def nodes(self) -> list[Node]:
-        """The operations of the evaluation pass on what depends on the images."""
-        nodes = (e for e in self.events[: self.evaluated] if isinstance(e, Node))
-        return [node for node in nodes if node.inputs or node.function is None]
+        """The operations of the evaluation pass on what comes from the images."""
+        done = self.events[: self.evaluated]
+        return [e for e in done if isinstance(e, Node) and not e.constant]
 
     def locate(self, name: str | None) -> str:
         """A module in words, for messages."""
@@ -102,15 +113,15 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
         x = torch.empty(BATCH, *input_shape, device="meta", dtype=dtype_of(model))
         self.images.append(self._put(x))
         try:
-            with torch.inference_mode(False), torch.no_grad(), self:
+            with torch.inference_mode(False), torch.no_grad(), self, KeepNumbers():
                 output = model(x)
         except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise ValueError(
                 f"the forward pass at input shape {tuple(input_shape)} failed in "
-                f"{self.locate((self._failed or ('',))[-1])}: {reason}"
+                f"{self.locate((self._failed or ('',))[-1])}: "
+                + _explain(error, at_root=self._failed == ("",))
             ) from error
-        made = [self._known.get(id(leaf)) for leaf in tree_leaves(output)]
+        made = [self._place_of(tensor) for tensor in find_tensors(output)]
         self.results += [place for place in made if place is not None]
 
     # -- modules: each gets a `forward` that takes notes while the pass lasts ---------
@@ -131,8 +142,8 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return forward(*args, **kwargs)
             output = self._run_inside(name, forward, args, kwargs)
             given = tensors_in((*args, *kwargs.values()))
-            inputs = tuple(self._find(t) for t in given)
-            self.events.append(Call(name, inputs, self._known.get(id(output))))
+            inputs = tuple(self._place_of(t) for t in given)
+            self.events.append(Call(name, inputs, self._place_of(output)))
             return output
 
         return run
@@ -141,7 +152,8 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kind = type(module).__name__
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            if self._in_leaf:
+            plain = all(id(t) in self._parameters for t in own_tensors(module))
+            if self._in_leaf or not plain:  # a hook gave it other tensors
                 return forward(*args, **kwargs)
             x = tensors_in((*args, *kwargs.values()))[0]
             y = self._run_inside(name, guess_output, (module, x), {})
@@ -151,9 +163,11 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     y = self._run_inside(name, forward, args, kwargs)
                 finally:
                     self._in_leaf = False
-            source = self._find(x)
-            inputs = () if source is None else (source,)
-            self.events.append(Node(kind, name, inputs, (self._put(y),)))
+            operand = self._read(x)
+            inputs = () if operand.constant else (operand.place,)
+            node = Node(kind, name, inputs, (), numbers_of(module), {}, self._within)
+            node.operands, node.outputs = [operand], (self._put(y, not inputs),)
+            self.events.append(node)
             return y
 
         return run
@@ -172,21 +186,16 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # -- operations ----------------------------------------------------------------
 
-    def _put(self, tensor: Tensor) -> int:
+    def _put(self, tensor: Tensor, constant: bool = False) -> int:
         self._known[id(tensor)] = len(self.values)
         self._alive.append(tensor)  # keeps the id from being used again
-        self.values.append(Value(tuple(tensor.shape)))
+        self.values.append(Value(tuple(tensor.shape), None, constant))
         return len(self.values) - 1
 
-    def _find(self, tensor: Tensor) -> int | None:
-        """The place of a tensor in `values`; None for what no image changes."""
+    def _place_of(self, tensor: Any) -> int | None:
+        """Where a tensor stands in `values`, if it comes from the images."""
         place = self._known.get(id(tensor))
         return None if place is None or self.values[place].derived else place
-
-    def _is_derived(self, tensors: list[Tensor]) -> bool:
-        """Do parameters alone go into the operation? Integers are constants."""
-        known = [id(t) in self._known or id(t) in self._parameters for t in tensors]
-        return any(k and t.is_meta for k, t in zip(known, tensors, strict=True))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -204,30 +213,30 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return output
         if not self.evaluated and func._overloadpacket in flop_registry:
             self.has_other_work = True
-        tensors = tensors_in((*args, *kwargs.values()))
-        found = [self._find(t) for t in tensors]
-        inputs = tuple(place for place in found if place is not None)
-        if inputs or self._is_derived(tensors):
-            # Before `_put`: what an operation wrote in place is the same tensor.
-            operands = [self._read(t) for t in tensors]
-            made = tuple(self._put(t) for t in tensors_in((output,)))
-            for place in () if inputs else made:
-                self.values[place].derived = True
-                if name == "t" and operands[0].value is None:
-                    self.values[place].parameter = operands[0].parameter
-            rest, within = tuple(_without_tensors(args)), self._within
-            node = Node(name, within[-1], inputs, made, rest, kwargs, within, func)
-            node.operands, node.raw = operands, args
-            self.events.append(node)
+        # Before `_put`: what an operation wrote in place is the same tensor.
+        operands = [self._read(t) for t in tensors_in((*args, *kwargs.values()))]
+        inputs = tuple(x.place for x in operands if not x.constant)
+        made = tuple(self._put(t, not inputs) for t in tensors_in((output,)))
+        if name == "t" and not inputs and operands[0].value is None:
+            self.values[made[0]].parameter = operands[0].parameter
+        rest, within = tuple(without_tensors(args)), self._within or ("",)
+        node = Node(name, within[-1], inputs, made, rest, kwargs, within, func)
+        node.operands, node.raw = operands, args
+        self.events.append(node)
         return output
 
     def _read(self, tensor: Tensor) -> Operand:
-        place = self._known.get(id(tensor))
+        place = self._place_of(tensor)
         if place is not None:
-            value = self.values[place]
-            return Operand(value.shape, value, value.parameter)
-        name = self._parameters.get(id(tensor))
-        return Operand(tuple(tensor.shape), None, name, not tensor.is_meta)
+            return Operand(self.values[place].shape, place, self.values[place])
+        found = Operand(tuple(tensor.shape), self._known.get(id(tensor), -1))
+        found.parameter = self._parameters.get(id(tensor))
+        if found.parameter is None and found.place >= 0:  # made of constants
+            found.value = self.values[found.place]
+            found.parameter = found.value.parameter
+        if not tensor.is_meta:
+            found.content = tensor.detach()
+        return found
 
 
 def run_dry(model: nn.Module, input_shape: tuple[int, ...]) -> DryRun:
@@ -237,6 +246,7 @@ def run_dry(model: nn.Module, input_shape: tuple[int, ...]) -> DryRun:
     as found. Raises `ValueError` naming the module in which the pass failed.
     """
     record = DryRun(model)
+    _refuse_wrappers(record.modules)
     with meta_tensors(record.modules) as names:
         if any(module.training for module in record.modules.values()):
             model.eval()
@@ -251,86 +261,31 @@ def run_dry(model: nn.Module, input_shape: tuple[int, ...]) -> DryRun:
     return record
 
 
-@contextmanager
-def meta_tensors(modules: dict[str, nn.Module]) -> Iterator[dict[int, str]]:
-    """All tensors of a model's modules on the meta device while inside; names by id.
-
-    Buffers of integers keep their values, on the CPU: a network moves channels by them.
-    Whatever a pass does to the attributes of a module, modes and cached constants
-    among them, is taken back afterwards.
-    """
-    own = {n: m for n, m in modules.items() if not isinstance(m, SCRIPT)}
-    kept: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (store, dict(store))
-        for module in own.values()
-        for store in (module.__dict__, module._parameters, module._buffers)
-    ]
-    made: dict[int, Tensor] = {}
-    names: dict[int, str] = {}
-    try:
-        for path, module in own.items():
-            stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for store in stores:
-                for key, tensor in store.items():
-                    if tensor is None:
-                        continue
-                    if id(tensor) not in made:
-                        made[id(tensor)] = _stand_in(tensor)
-                    store[key] = made[id(tensor)]
-                    name = f"{path}.{key}" if path else key
-                    names.setdefault(id(store[key]), name)
-        yield names
-    finally:
-        for store, content in kept:
-            store.clear()
-            store.update(content)
+def _refuse_wrappers(modules: dict[str, nn.Module]) -> None:
+    """One line for what stands in the way of every pass."""
+    for name, module in modules.items():
+        kind = type(module).__name__
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise ValueError(f"'{name}' is a {kind}: give the network in it, `.module`")
+        if any(map(nn.parameter.is_lazy, own_tensors(module))):
+            raise ValueError(
+                f"'{name}' ({kind}) has no weights yet: run the network once on a "
+                "batch of images, which makes them"
+            )
 
 
-def _stand_in(tensor: Tensor) -> Tensor:
-    if tensor.is_floating_point() or tensor.is_meta:
-        return torch.empty_like(tensor, device=META, requires_grad=False)
-    return tensor.detach().to("cpu", copy=True)
-
-
-def run_operation(name: str, func: Function, args: Args, kwargs: Kwargs) -> Any:
-    """The operation on the meta device, or its shape alone where that is plain.
-
-    Real tensors (constants, indices) are moved there, or, where they are by themselves
-    and on several devices, to the CPU. Meta kernels of element-wise operations are slow
-    Python, so equal shapes skip them: a view of the input stands in for the output.
-    """
-    tensors = tensors_in((*args, *kwargs.values()))
-    devices = {t.device for t in tensors}
-    if len(devices) > 1:
-        place = "meta" if any(t.is_meta for t in tensors) else "cpu"
-        args, kwargs = move_all(args, place), move_all(kwargs, place)
-    elif name in SHAPE_KEEPING and tensors[0].is_meta:
-        x = tensors[0]
-        if all(t.shape == x.shape and t.dtype == x.dtype for t in tensors):
-            return x if name.endswith("_") else x.detach()
-    return func(*args, **kwargs)
-
-
-def move_all(tree: Any, device: str) -> Any:
-    """The same nest of arguments with every tensor on `device`."""
-    return tree_map_only(Tensor, lambda t: t.to(device), tree)
-
-
-def tensors_in(items: Iterable[Any]) -> list[Tensor]:
-    """The tensors among `items` and in the lists among them (quicker than a pytree)."""
-    found: list[Tensor] = []
-    for item in items:
-        if isinstance(item, Tensor):
-            found.append(item)
-        elif isinstance(item, (list, tuple)):
-            found.extend(tensors_in(item))
-    return found
-
-
-def _without_tensors(args: Iterable[Any]) -> list[Any]:
-    kept: list[Any] = []
-    for item in args:
-        nested = isinstance(item, (list, tuple))
-        plain = None if isinstance(item, Tensor) else item
-        kept.append(_without_tensors(item) if nested else plain)
-    return kept
+def _explain(error: Exception, at_root: bool) -> str:
+    """What went wrong, in a line, and what to change where that is known."""
+    reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if "item()" in reason or "_local_scalar_dense" in reason or "on meta" in reason:
+        return (
+            f"{reason}. It reads a number out of a tensor (`.item()`, `float(x)`, `if "
+            "x`), which a pass on shapes alone cannot know; compute it outside of the "
+            "forward"
+        )
+    if at_root and isinstance(error, (TypeError, LookupError, AttributeError)):
+        return (
+            f"{reason}. The pass gives one tensor of images: wrap the network in a "
+            "module whose forward takes nothing else"
+        )
+    return reason

@@ -1,5 +1,7 @@
 """Leaf modules: those that a rule knows by their type, and what shape they make."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -7,22 +9,71 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 
 LAYERS = (_ConvNd, nn.Linear)
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.PReLU)
-FORWARDS = {k.forward for k in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *NORMS)}
 LEAVES = (*LAYERS, _BatchNorm, nn.LocalResponseNorm, nn.PReLU, _DropoutNd)
+OWN = ("lib.surgery.movers", "GappedLRN")  # surgery's leaf, known by name
+
+# What a subclass may have of its own: nothing of it decides what the module computes.
+HARMLESS = set(
+    "extra_repr reset_parameters reset_running_stats _get_name train eval "
+    "T_destination dump_patches call_super_init".split()
+)
+SIZES = set(  # numbers that follow from the tensors of a leaf, or do not matter
+    "in_channels out_channels in_features out_features num_features num_parameters "
+    "groups training".split()
+)
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Does it run as torch defines it, so that a rule knows it by its type?"""
+    """Does it run as torch defines it, so that a rule knows it by its type?
+
+    Nothing of it may be overridden, by its class or in the instance, and its tensors
+    must be its own: not computed by a parametrization or a hook.
+    """
     if not isinstance(module, LEAVES) or isinstance(module, _ConvTransposeNd):
         return False
     if isinstance(module, nn.PReLU) and module.num_parameters == 1:
         return False  # one slope for all channels is an element-wise operation
-    if isinstance(module, (nn.LocalResponseNorm, _DropoutNd)):
+    return not is_overridden(module)
+
+
+def is_overridden(module: nn.Module) -> bool:
+    """Has it, or its class, something of its own that the class of torch's runs?"""
+    kind, own = type(module), vars(module)
+    base = next((k for k in kind.__mro__ if _is_known(k)), nn.Module)
+    tensors = module._parameters.keys() | module._buffers.keys()
+    needed = ("weight", "bias") if hasattr(module, "bias") else ("weight",)
+    if any(name not in tensors for name in needed if hasattr(module, name)):
+        return True  # a parametrization or a hook computes it
+    if not own.keys().isdisjoint(tensors) or any(hasattr(base, name) for name in own):
         return True
-    if type(module).forward not in FORWARDS or "forward" in vars(module):
-        return False  # it runs in a way of its own
-    return isinstance(module, _BatchNorm) or "weight" in module._parameters
+    inherited = kind.__mro__[: kind.__mro__.index(base)]
+    return any(
+        name not in HARMLESS and (hasattr(base, name) or name in own or name in tensors)
+        for each in inherited
+        for name in vars(each)
+        if not name.startswith("__") or name in {"__call__", "__getattr__"}
+    )
+
+
+def _is_known(kind: type) -> bool:
+    return kind.__module__.startswith("torch.nn.modules.") or (
+        (kind.__module__, kind.__name__) == OWN
+    )
+
+
+def numbers_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """What a leaf computes with beside its tensors, such as its stride or its eps."""
+    return tuple(
+        (name, value)
+        for name, value in vars(module).items()
+        if name not in SIZES and not name.startswith("_") and _is_plain_value(value)
+    )
+
+
+def _is_plain_value(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain_value, value))
+    return isinstance(value, (int, float, str))
 
 
 def guess_output(module: nn.Module, x: Tensor) -> Tensor | None:

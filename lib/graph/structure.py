@@ -57,8 +57,9 @@ class Graph:
     a size, `pairs` each layer with the BatchNorm that alone reads it, `made` the
     values it makes, `normed` the BatchNorm that reads a value; `unit_of` maps
     tags to units, the last unit stands for constants and is always kept. `rows` and
-    `columns` are the units of each layer's outputs and inputs. `has_other_work` says
-    whether the pass has MACs outside of `layers`.
+    `columns` are the units of each layer's outputs and inputs, `frozen` marks those
+    that must stay. `has_other_work` says whether the pass has MACs outside of `layers`;
+    `record` is the dry run itself.
     """
 
     def __init__(self, record: Trace):
@@ -72,7 +73,8 @@ class Graph:
         self.moves = record.moves
         self.shuffles = record.shuffles
         self.calls = record.calls
-        self.has_other_work = record.record.has_other_work
+        self.record = record.record
+        self.has_other_work = self.record.has_other_work
         self.num_tags = ledger.count
         self.pairs: dict[str, str] = self._find_pairs()
         found, self.num_units = find_components(ledger.count, ledger.ties)
@@ -80,7 +82,9 @@ class Graph:
         self.rows = {n: self.unit_of(x.outputs) for n, x in self.layers.items()}
         self.columns = {n: self.unit_of(x.inputs) for n, x in self.layers.items()}
         self.followers = frozenset(n for n, x in self.layers.items() if x.depthwise)
-        self.groups: list[Group] = _Grouping(self, record).groups
+        grouping = _Grouping(self, record)
+        self.groups: list[Group] = grouping.groups
+        self.frozen = grouping.reason_of >= 0
         self.group_of = {name: group for group in self.groups for name in group.layers}
 
     def unit_of(self, tags: Tensor) -> Tensor:
@@ -211,13 +215,16 @@ class _Grouping:
         return [self._make_group(names, own, blocks) for names, own in pairs]
 
     def _fix_mixed_groups(self, member: Tensor) -> None:
-        """A grouped convolution that reads a concatenation balances several layers."""
+        """A grouped convolution that reads a concatenation balances several layers.
+
+        Constants among what it reads stay, and with them everything else.
+        """
         for name, layer in self.graph.layers.items():
             if layer.groups == 1 or layer.depthwise:
                 continue
-            units = self.graph.columns[name]
-            units = units[units < self.graph.num_units]
-            if len(torch.unique(member[units])) > 1:
+            columns = self.graph.columns[name]
+            units = columns[columns < self.graph.num_units]
+            if len(torch.unique(member[units])) > 1 or 0 < len(units) < len(columns):
                 free = units[self.reason_of[units] < 0]
                 self.reason_of[free] = len(self.reasons)
                 self.reasons.append(
@@ -262,7 +269,7 @@ class _Grouping:
             blocks=partition,
             joined=joined,
             scatterable=frozenset(n for n in joined if self._is_scatterable(n)),
-            fixed=self.reasons[int(reasons[0])] if len(reasons) else clash,
+            fixed=self.reasons[int(reasons.min())] if len(reasons) else clash,
         )
 
     def _is_scatterable(self, name: str) -> bool:
@@ -336,6 +343,7 @@ def droppable_blocks(graph: Graph, model: nn.Module) -> list[str]:
         if name in inner
         and _carries_input(graph, name, made_by)
         and _is_residual(graph, name)
+        and not bool(graph.frozen[dropped_units(graph, name)].any())
     ]
 
 

@@ -42,6 +42,7 @@ SPATIAL = set(
     "upsample_nearest2d upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d "
     "_upsample_nearest_exact2d reflection_pad2d replication_pad2d".split()
 )
+CONSTANTS = {"new_zeros", "new_ones", "new_full", "new_empty"}
 REDUCTIONS = {"mean", "sum", "amax", "amin"}
 MOVES = set(
     "view _unsafe_view reshape _reshape_alias permute transpose t squeeze unsqueeze "
@@ -54,8 +55,8 @@ MOVES = set(
 class Value:
     """A tensor of the pass: its shape and its tags, None where they were lost.
 
-    `derived` says that it was made of parameters alone, `parameter` which of them it
-    is the transpose of.
+    `derived` says that no image changes it, `parameter` which of the parameters it is
+    the transpose of.
     """
 
     shape: tuple[int, ...]
@@ -68,14 +69,17 @@ class Value:
 class Operand:
     """One tensor that an operation reads: its shape, and what is known of it.
 
-    `value` is None for a constant, `parameter` its name if it is one of the model's (or
-    the transpose of one); `real` says whether it holds numbers, not just a shape.
+    `place` is its position among the values, -1 for what the pass did not make.
+    `value` is None for what the pass did not make, `parameter` its name if it is one of
+    the model's (or the transpose of one), `content` the tensor where it holds numbers,
+    not just a shape.
     """
 
     shape: tuple[int, ...]
-    value: Value | None
+    place: int
+    value: Value | None = None
     parameter: str | None = None
-    real: bool = False
+    content: Tensor | None = None
 
     @property
     def tags(self) -> Tensor | None:
@@ -103,6 +107,7 @@ class Ledger:
         self.bound: list[Tensor] = []
         self.frozen: list[tuple[Tensor, str]] = []
         self.vectors: dict[str, tuple[int, Tensor]] = {}
+        self.met: set[str] = set()  # parameters that the operation at hand added there
 
     def fresh(self, size: int) -> Tensor:
         """New tags [size]."""
@@ -115,7 +120,8 @@ class Ledger:
         if a is b or torch.equal(a, b):
             return
         pairs = torch.stack([a, b])
-        if pairs.numel() and int(pairs.min()) < 0:  # constants have nobody to follow
+        if pairs.numel() and int(pairs.min()) < 0:  # constants stay, and who meets them
+            self.freeze(pairs[:, (pairs < 0).any(0)], "they are tied to constants")
             pairs = pairs[:, (pairs >= 0).all(0)]
         self.ties.append(pairs)
         (self.added if added else self.bound).append(pairs.flatten())
@@ -126,15 +132,25 @@ class Ledger:
             flat = tags.flatten()
             self.frozen.append((flat[flat >= 0], reason))
 
-    def row(self, value: Value | None, dim: int, size: int, where: str) -> Tensor:
-        """The tags along `dim` as a row [size]; other dimensions must not vary."""
-        if value is None or value.tags is None:
-            return torch.full((size,), CONSTANT)
+    def row(self, value: Value, dim: int, size: int, where: str) -> Tensor:
+        """The tags along `dim` as a row [size]; other dimensions must not vary.
+
+        Channels that were lost behind an operation without a rule get new tags, which
+        are frozen with all that will be tied to them.
+        """
         tags = value.tags
-        if tags.numel() not in (1, tags.shape[dim % tags.ndim]):
-            self.freeze(tags, f"{where} reads channels from two dimensions")
+        if value.derived and tags is None:
             return torch.full((size,), CONSTANT)
-        return tags.flatten().expand(size)
+        if tags is not None and tags.numel() in (1, tags.shape[dim % tags.ndim]):
+            return tags.flatten().expand(size)
+        self.freeze(tags, f"{where} reads channels from two dimensions")
+        return self.unknown(size, where)
+
+    def unknown(self, size: int, where: str) -> Tensor:
+        """New tags [size] for channels that could not be followed: they must stay."""
+        row = self.fresh(size)
+        self.freeze(row, f"{where} reads channels behind an operation without a rule")
+        return row
 
     # -- rules: what an operation makes of the tags of its operands ---------------
 
@@ -146,13 +162,15 @@ class Ledger:
         vectors = [x.tags for x in operands if x.tags is not None and x.constant]
         if not rows and not vectors:
             return None
-        first = (rows or vectors)[0]
+        moving = [row for row in (*rows, *vectors) if not _is_constant(row)]
         for x in operands:
-            if x.constant and x.tags is None:
-                self._meet_constant(x, first, shape, where)
+            if (x.constant and x.tags is None) or _is_constant(x.tags):
+                for row in moving:
+                    self._meet_constant(x, row, shape, where)
             elif x.tags is None:
                 for row in (*rows, *vectors):
                     self.freeze(row, f"{where} mixes in channels that have no rule")
+        rows = [row for row in rows if not _is_constant(row)] or rows[:1]
         rows, vectors = ([_widen(r, len(shape)) for r in x] for x in (rows, vectors))
         if rows:  # a parameter that lies along the pixels concerns no channel
             rows = [self._join(rows, added=name in ADDITIONS, where=where)]
@@ -192,14 +210,15 @@ class Ledger:
         dims = [d for d, n in enumerate(row.shape) if n > 1]
         if not any(size[d] > 1 for d in dims):
             return
-        if x.parameter is None or len(dims) != 1:
+        dim = dims[0] - (len(shape) - len(x.shape))
+        if x.parameter is None or len(dims) != 1 or x.shape[dim] != row.shape[dims[0]]:
             self.freeze(row, f"{where} combines it with a constant that has channels")
         else:
-            dim = dims[0] - (len(shape) - len(x.shape))
             self.lie_along(x.parameter, dim, row, where)
 
     def lie_along(self, parameter: str, dim: int, row: Tensor, where: str) -> None:
         """The parameter has an entry per channel along `dim`, pruned with it."""
+        self.met.add(parameter)
         known, tags = self.vectors.setdefault(parameter, (dim, row.flatten()))
         if known != dim or tags.numel() != row.numel():
             for each in (tags, row):
@@ -219,6 +238,7 @@ class Ledger:
         layout = [1] * len(shape)
         layout[dim] = shape[dim]
         if known == dim and tags.numel() == shape[dim]:
+            self.met.add(parameter)
             return tags.view(layout)
         self.freeze(tags, f"'{parameter}' is used along two dimensions")
         return None
@@ -258,6 +278,10 @@ class Ledger:
         dim %= ndim
         constant = torch.full([1] * ndim, CONSTANT)
         tags = [constant if x.tags is None else x.tags for x in operands]
+        for i, x in enumerate(operands):
+            if x.tags is None and not x.constant:
+                along = [x.shape[d] if d == dim else 1 for d in range(ndim)]
+                tags[i] = self.unknown(x.shape[dim], where).view(along)
         if all(
             t.shape[dim] == 1 < t.numel() and t.shape == tags[0].shape for t in tags
         ):
@@ -311,6 +335,10 @@ def _pad(
             widths = [0] * (2 * (tags.ndim - 1 - dim)) + [before, after]
             tags = torch.nn.functional.pad(tags, widths, value=CONSTANT)
     return [tags], tags is before_padding
+
+
+def _is_constant(tags: Tensor | None) -> bool:
+    return tags is not None and bool((tags < 0).all())
 
 
 def _widen(row: Tensor, ndim: int) -> Tensor:

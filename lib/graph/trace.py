@@ -5,6 +5,7 @@ tags of its inputs on to its outputs (`lib.graph.tags`), layer by layer.
 `lib.graph.structure` draws the conclusions.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from lib.graph.dry_run import BATCH, Call, DryRun, Node, run_dry
 from lib.graph.tags import (
+    CONSTANT,
+    CONSTANTS,
     ELEMENTWISE,
     MOVES,
     REDUCTIONS,
@@ -79,7 +82,8 @@ class Trace:
     `norms`, `moves` and `shuffles` the same for everything else with a size; `made`
     lists the values that each layer makes, `normed` maps the values that a BatchNorm
     reads to its name; `calls` maps every module that ran in evaluation on one tensor to
-    its input and output.
+    its input and output. `uses` names parameters that something reads which is neither
+    their own layer or norm nor a step along the channels, and what does.
     """
 
     def __init__(self, record: DryRun):
@@ -93,6 +97,7 @@ class Trace:
         self.moves: dict[str, Move] = {}
         self.shuffles: dict[str, Move] = {}
         self.calls: dict[str, tuple[int, int]] = {}
+        self.uses: dict[str, str] = {}
         self._moving: set[str] = set()
         self._read_events()
 
@@ -109,9 +114,7 @@ class Trace:
             elif event.function is None:
                 self._read_leaf(event, evaluating)
             elif not self._read_known_module(event, evaluating):
-                made = self._read_operation(event)
-                for place, tags in zip(event.outputs, made, strict=False):
-                    self.values[place].tags = tags
+                self._read_uses(event, self._follow(event))
         for place in self.record.results:
             reason = "they are the outputs of the network"
             self.ledger.freeze(self.values[place].tags, reason)
@@ -120,12 +123,13 @@ class Trace:
 
     def _read_leaf(self, node: Node, evaluating: bool) -> None:
         module = self.record.modules[node.module]
-        value = self.values[node.inputs[0]] if node.inputs else None
+        operand = node.operands[0]
+        value = operand.value or Value(operand.shape, derived=True)
         made = self.values[node.outputs[0]]
         if isinstance(module, (_ConvNd, nn.Linear)):
             self._read_layer_call(node, module, value, evaluating)
         elif isinstance(module, _DropoutNd):
-            made.tags = None if value is None else value.tags
+            made.tags = value.tags
         else:
             made.tags = self._read_norm(node.module, value)
             if isinstance(module, _BatchNorm) and node.inputs:
@@ -135,7 +139,7 @@ class Trace:
         self,
         node: Node,
         module: _ConvNd | nn.Linear,
-        value: Value | None,
+        value: Value,
         evaluating: bool,
     ) -> None:
         layer = self._read_layer(node.module, module, value)
@@ -148,7 +152,7 @@ class Trace:
             layer.positions.append(numbers // (BATCH * len(layer.outputs)))
 
     def _read_layer(
-        self, name: str, module: _ConvNd | nn.Linear, value: Value | None
+        self, name: str, module: _ConvNd | nn.Linear, value: Value
     ) -> Layer:
         linear = isinstance(module, nn.Linear)
         out, channels = module.weight.shape[:2]
@@ -165,10 +169,8 @@ class Trace:
         self.layers[name] = layer
         return layer
 
-    def _read_norm(self, name: str, value: Value | None) -> Tensor | None:
+    def _read_norm(self, name: str, value: Value) -> Tensor | None:
         """A norm, a PReLU or a response normalisation hands channels on in place."""
-        if value is None or value.tags is None:
-            return None
         where = self.record.locate(name)
         row = self.ledger.row(value, 1, value.shape[1], where)
         known = self.norms.setdefault(name, row)
@@ -254,7 +256,9 @@ class Trace:
     def _read_functional_norm(self, node: Node) -> bool:
         """Statistics, scale and shift lie along the channels."""
         x, *rest = node.operands
-        if x.tags is None or any(y.parameter is None for y in rest):
+        if x.value is None or x.tags is None:
+            return False
+        if any(y.parameter is None for y in rest):
             return False
         where = self.record.locate(node.module)
         row = self.ledger.row(x.value, 1, x.shape[1], where)
@@ -268,6 +272,24 @@ class Trace:
                 self.ledger.lie_along(str(y.parameter), 0, row, where)
         self.values[node.outputs[0]].tags = x.tags
         return True
+
+    def _read_uses(self, node: Node, vectors: set[str]) -> None:
+        """Note the parameters that an operation reads other than along channels."""
+        for x in node.operands:
+            if x.parameter is None or x.parameter in vectors or node.op == "t":
+                continue  # a transpose is still known by its name
+            if torch.Size(x.shape).numel() > 1:  # a single number is never cut
+                where = self.record.locate(node.module)
+                reason = f"{where} uses '{x.parameter}' in '{node.op}'"
+                self.uses.setdefault(x.parameter, reason)
+
+    def _follow(self, node: Node) -> set[str]:
+        """Hand tags on; the parameters that the operation reads along channels."""
+        self.ledger.met = set()
+        made = self._read_operation(node)
+        for place, tags in zip(node.outputs, made, strict=False):
+            self.values[place].tags = tags
+        return self.ledger.met
 
     def _read_operation(self, node: Node) -> list[Tensor | None]:
         """The tags of each tensor that the operation made."""
@@ -284,6 +306,8 @@ class Trace:
         elif name in REDUCTIONS and len(node.args) > 1:
             keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim")
             row = ledger.reduce(name, operands[0], node.args[1], bool(keepdim), where)
+        elif name in CONSTANTS:
+            row = torch.full([1] * len(self.values[node.outputs[0]].shape), CONSTANT)
         elif name == "cat":
             dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
             row = ledger.cat(operands, dim, where)
@@ -299,7 +323,8 @@ class Trace:
         if x.parameter is None or x.value is not None:
             return x
         tags = self.ledger.vector(x.parameter, x.shape)
-        return Operand(x.shape, Value(x.shape, tags, derived=True), x.parameter)
+        value = Value(x.shape, tags, derived=True)
+        return Operand(x.shape, x.place, value, x.parameter)
 
     def _move(
         self, node: Node, operands: Sequence[Operand], where: str
@@ -341,31 +366,45 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Trace:
 
 
 def _freeze_shared(found: Trace) -> None:
-    """Two layers with one and the same parameter cannot be cut in two ways."""
-    owners: dict[int, list[str]] = {}
+    """A tensor that is used in two ways cannot be cut: whatever owns it stays whole."""
+    vectors, owners = found.ledger.vectors, defaultdict(list)
     for name, module in found.record.modules.items():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    for names in owners.values():
-        for name in names if len(names) > 1 else []:
-            quoted = " and ".join(f"'{other}'" for other in names)
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                owners[id(tensor)].append((name, f"{name}.{key}" if name else key))
+    for owned in owners.values():
+        names, paths = zip(*owned, strict=True)
+        users = [n for n in names if n in found.layers or n in found.norms]
+        users += [p for p in paths if p in vectors and _find_along(found, p) is None]
+        reason = next((found.uses[path] for path in paths if path in found.uses), None)
+        if reason is None and len(users) > 1:
+            quoted = " and ".join(f"'{user}'" for user in users)
             reason = f"a parameter is shared by {quoted}"
-            layer = found.layers.get(name)
-            rows = [layer.inputs, layer.outputs] if layer else [found.norms.get(name)]
-            for row in rows:
+        if reason is None:
+            continue
+        for user in users:
+            layer = found.layers.get(user)
+            rows = [layer.inputs, layer.outputs] if layer else [found.norms.get(user)]
+            for row in (*rows, vectors.get(user, (0, None))[1]):
                 found.ledger.freeze(row, reason)
 
 
 def _tie_vectors(found: Trace) -> None:
     """Parameters of a layer or a norm that are also used beside it go with it."""
     for path, (_, tags) in list(found.ledger.vectors.items()):
-        owner, _, key = path.rpartition(".")
-        layer, norm = found.layers.get(owner), found.norms.get(owner)
-        if layer is not None and key == "bias":
-            found.ledger.tie(tags, layer.outputs)
-        elif norm is not None and len(norm) == tags.numel():
-            found.ledger.tie(tags, norm)
+        row = _find_along(found, path)
+        if row is not None:
+            found.ledger.tie(tags, row)
+
+
+def _find_along(found: Trace, path: str) -> Tensor | None:
+    """The channels along which a parameter lies by being the bias or the like."""
+    owner, _, key = path.rpartition(".")
+    layer, norm = found.layers.get(owner), found.norms.get(owner)
+    if layer is not None:
+        return layer.outputs if key == "bias" else None
+    tags = found.ledger.vectors[path][1]
+    return norm if norm is not None and len(norm) == tags.numel() else None
 
 
 def is_shuffle_unit(module: nn.Module) -> bool:
@@ -383,7 +422,7 @@ def _along(row: Tensor, dim: int, ndim: int) -> Tensor:
 
 def _has_index(node: Node) -> bool:
     """An index that the pass itself computed has no values to follow."""
-    return all(x.real for x in node.operands[1:])
+    return all(x.content is not None for x in node.operands[1:])
 
 
 def _why_frozen(name: str) -> str:
