@@ -68,7 +68,7 @@ PARAMETERS = {
     "alpha": Rule(float, 0.0, ABOVE_ONE),
     "keep": Rule(float, 1e-12, ABOVE_ONE),
     "residual": Rule(str, choices=("tie", "scatter", "keep")),
-    "width": Rule(str, choices=("uniform", "inner")),
+    "width": Rule(str, choices=("uniform", "inner", "scatter")),
     "design": Rule(str, choices=("axis", "grid")),
 }
 

@@ -188,6 +188,8 @@ def test_without_batchnorm_there_is_no_score():
 POINTS = [  # net, width, side, multiple, networks tried
     ("resnet14", "uniform", 32, 4, 5),
     ("resnet14", "inner", 32, 4, 5),
+    ("resnet14", "scatter", 32, 4, 5),
+    ("resnet20_b", "scatter", 32, 4, 2),
     ("resnet14", "uniform", 15, 1, 3),
     ("resnet20_b", "uniform", 32, 4, 2),
     ("densenet40", "uniform", 32, 8, 3),
@@ -304,6 +306,20 @@ def test_inner_width_keeps_the_largest_scales_by_hand():
         )
         for s, b in [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]
     }
+
+
+def test_scattered_width_narrows_every_convolution_of_the_branches_alone():
+    model = make("resnet14")
+    plan = plan_for("resnet14", "scatter", 5, 9, 24)
+    wanted = {
+        f"layer{s}.{b}.conv{i}": best(
+            model.get_submodule(f"layer{s}.{b}.bn{i}").weight.abs(), 9 * 2 ** (s - 1)
+        )
+        for s, b in [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]
+        for i in (1, 2)
+    }
+    assert plan.keep == wanted and plan.drop == ["layer3.1"]
+    assert plan.scatter == {name for name in wanted if name.endswith("conv2")}
 
 
 def test_uniform_width_sums_the_scales_of_the_members_that_are_left():
@@ -435,7 +451,7 @@ def test_plans_that_cannot_be_made_are_refused():
 # -- shrunk, masked, and by hand -------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", ["uniform", "inner"])
+@pytest.mark.parametrize("width", ["uniform", "inner", "scatter"])
 @pytest.mark.parametrize("name", ["resnet14", "resnet20_b"])
 def test_combined_plans_shrink_to_what_masks_and_hooks_compute(name, width):
     model, side = make(name), 20
@@ -449,7 +465,7 @@ def test_combined_plans_shrink_to_what_masks_and_hooks_compute(name, width):
         short.set_submodule(block, nn.Identity())
     padded = width == "uniform" and not name.endswith("_b")
     extra = oracle.pad_shortcuts(model, plan) if padded else None
-    with oracle.hooked(short, Plan(plan.keep), x, extra):
+    with oracle.hooked(short, Plan(plan.keep, plan.scatter), x, extra):
         wanted = oracle.evaluate(short, x)
     assert oracle.difference(oracle.evaluate(small, x), wanted) < 1e-10
 

@@ -6,6 +6,7 @@ its exact MACs.
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,9 @@ from lib.map3d.blocks import find_blocks
 from lib.messages import check_choice
 from lib.plan import Plan, resolve
 
-RESIDUAL = {"uniform": "tie", "inner": "keep"}  # what a plan does with the stream
+# what a plan does with the residual stream
+RESIDUAL = {"uniform": "tie", "inner": "keep", "scatter": "scatter"}
+WIDTH_EXPONENT = {"uniform": 2.0, "inner": 1.0, "scatter": 1.5}
 FINEST = 16  # widths are multiples of 1/16, or of 1 / (the narrowest layer)
 LEAST = 0.5  # width and side at which the list of networks begins
 
@@ -75,7 +78,8 @@ class Space:
 
     Depth: blocks replaced by the identity, never the one that opens a stage. Width: the
     same share of channels in every layer; "uniform" narrows the residual stream too
-    (cost ~ w^2), "inner" only what lies inside residual branches (cost ~ w).
+    (cost ~ w^2), "inner" only what lies inside residual branches (cost ~ w), "scatter"
+    every convolution of a branch, the last one written back full-width (between them).
     Resolution: side of the square input, a multiple of `multiple` pixels: sizes that
     halve without a rest cost what r^2 says, others more. `input_shape` is (C, H, W);
     `graph`, if given, is that of `build_graph(model, input_shape)`.
@@ -109,12 +113,21 @@ class Space:
     def _count_channels(self, model: nn.Module) -> dict[str, int]:
         """The layers that width narrows, with their full number of channels."""
         scored = score_channels(model, self.input_shape, graph=self.graph)
+        inside = tuple(f"{block.name}." for block in self.blocks)
+        alone = {
+            "uniform": lambda group, name: True,
+            "inner": lambda group, name: not group.joined,
+            "scatter": lambda group, name: (
+                name.startswith(inside)
+                and (not group.joined or name in group.scatterable)
+            ),
+        }[self.width]
         found = {
             name: len(self.graph.layers[name].outputs)
             for group in self.graph.groups
-            if not group.fixed and not (self.width == "inner" and group.joined)
+            if not group.fixed
             for name in group.layers
-            if name in scored
+            if name in scored and alone(group, name)
         }
         if not found:
             raise ValueError(f"width '{self.width}': no layer can be narrowed")
@@ -127,8 +140,8 @@ class Space:
 
     @property
     def exponents(self) -> tuple[float, float, float]:
-        """The paper's cost d w^2 r^2; d w r^2 where only inner layers are narrowed."""
-        return (1.0, 2.0 if self.width == "uniform" else 1.0, 2.0)
+        """The paper's cost d w^2 r^2, with the exponent of w that the width has."""
+        return (1.0, WIDTH_EXPONENT[self.width], 2.0)
 
     def snap(self, d: float, w: float, r: float) -> Shape:
         """The nearest network to the shares `d`, `w`, `r`, each in (0, 1]."""
@@ -178,9 +191,9 @@ class Space:
                 f"{shape.blocks} blocks cannot be reached: {len(present)} are there, "
                 f"{len(drop)} may go"
             )
-        keep = self._narrow(model, shape.width, scores, drop, graph)
+        narrow = self._narrow(model, shape.width, scores, drop, graph)
         side = None if shape.side == self.native else shape.side
-        return Plan(keep=keep, drop=drop, resolution=side)
+        return replace(narrow, drop=drop, resolution=side)
 
     def spread_removal(self) -> list[str]:
         """Removable blocks: the last of each stage, then the ones before them, ..."""
@@ -215,8 +228,8 @@ class Space:
 
     def _narrow(
         self, model: nn.Module, width: int, scores, drop: list[str], graph: Graph | None
-    ) -> dict[str, list[int]]:
-        """Kept channels of every layer that is too wide and not in a dropped block."""
+    ) -> Plan:
+        """What narrows every layer that is too wide and not in a dropped block."""
         modules, rates = dict(model.named_modules()), {}
         gone = tuple(f"{block}." for block in drop)
         for name, full in self.channels.items():
@@ -231,14 +244,14 @@ class Space:
             if wanted < now:  # a little more, so that the last bits cannot lose one
                 rates[name] = (now - wanted + 0.25) / now
         if not rates:
-            return {}
+            return Plan()
         # Scores only of layers that stay: a tied sum must not count a dropped block's.
         narrowed = plans.from_scores(
             model, {n: scores[n] for n in rates if n in scores}, self.input_shape,
             rate=rates, residual=RESIDUAL[self.width], graph=graph,
         )  # fmt: skip
-        keep = narrowed.keep.items()
-        return {name: kept for name, kept in keep if not name.startswith(gone)}
+        left = {n: kept for n, kept in narrowed.keep.items() if not n.startswith(gone)}
+        return Plan(keep=left, scatter=narrowed.scatter & left.keys())
 
     def measure(self, model: nn.Module, side: int | None = None) -> dict:
         """What a pruned network really is, as columns of a table of points.
@@ -283,8 +296,8 @@ class Space:
         depths = range(self.fewest, len(self.blocks) + 1)
         # Depth and width decide a layer's work at one position, the side how many there
         # are: MACs are the sum over layers of one times the other, exact in integers.
-        alive, there = self._list_kept(model, order, depths, widths)
-        work = _count_work(self.graph, alive) * there
+        alive, outputs, there = self._list_kept(model, order, depths, widths)
+        work = _count_work(self.graph, alive, outputs) * there
         macs = work @ self._count_positions(model)  # [depths x widths, sides]
         rows = [
             Shape(blocks, width, side)
@@ -299,17 +312,20 @@ class Space:
 
     def _list_kept(
         self, model: nn.Module, order: list[str], depths: range, widths: range
-    ) -> tuple[Tensor, Tensor]:
-        """Kept units (bool [P, units]) and layers (bool [P, layers]) of P networks.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of P networks: units kept, channels made by a layer, layers that are there.
 
+        bool [P, units], int64 [P, layers], bool [P, layers].
         P goes over depths, then widths. Which channels of a layer stay makes no
         difference to the work, so those of a made-up score do.
         """
         even = {n: torch.arange(count).double() for n, count in self.channels.items()}
-        kept, lost, there = [], [], []
+        kept, made, lost, there = [], [], [], []
         for width in widths:
-            chosen = Plan(keep=self._narrow(model, width, even, [], self.graph))
-            kept.append(resolve(self.graph, chosen, check=False).units)
+            chosen = self._narrow(model, width, even, [], self.graph)
+            found = resolve(self.graph, chosen, check=False)
+            kept.append(found.units)
+            made.append([int(found.rows[name].sum()) for name in self.graph.layers])
         for count in depths:
             drop = order[: len(self.blocks) - count]
             units = torch.zeros_like(kept[0])
@@ -320,7 +336,8 @@ class Space:
             there.append([not name.startswith(gone) for name in self.graph.layers])
         alive = torch.stack(kept)[None] & ~torch.stack(lost)[:, None]
         layers = torch.tensor(there).repeat_interleave(len(widths), 0)
-        return alive.flatten(0, 1), layers
+        outputs = torch.tensor(made).repeat(len(depths), 1)
+        return alive.flatten(0, 1), outputs, layers
 
     def _count_positions(self, model: nn.Module) -> Tensor:
         """Output positions per image, int64 [layers, sides]."""
@@ -331,12 +348,11 @@ class Space:
         return torch.tensor(columns).T
 
 
-def _count_work(graph: Graph, alive: Tensor) -> Tensor:
+def _count_work(graph: Graph, alive: Tensor, made: Tensor) -> Tensor:
     """MACs at one output position for kept units [P, units]: int64 [P, layers]."""
     columns = []
-    for layer in graph.layers.values():
+    for layer, outputs in zip(graph.layers.values(), made.T, strict=True):
         inputs = alive[:, graph.unit_of(layer.inputs)].sum(1)
-        outputs = alive[:, graph.unit_of(layer.outputs)].sum(1)
         groups = inputs.clamp(min=1) if layer.depthwise else layer.groups
         columns.append(layer.kernel * outputs * inputs // groups)
     return torch.stack(columns, 1)
