@@ -46,18 +46,19 @@ ABOVE_ONE = math.nextafter(1.0, 2.0)  # as an upper bound it lets 1 in
 COUNTS = """
 n_train epochs baseline_epochs finetune_epochs control_epochs select_epochs
 select_images resolution depth_epochs depth_images point_images part base others
-truth_images
+truth_images levels lots
 """.split()
 ONES = "threads batch_size repetitions rounds multiple parts degree".split()
 POSITIVE = "lr baseline_lr finetune_lr select_lr depth_lr".split()
 PARAMETERS = {
-    **dict.fromkeys(("run", "dataset", "net", "control"), Rule(str)),
+    **dict.fromkeys(("run", "dataset", "net", "control", "points"), Rule(str)),
     **dict.fromkeys(("methods", "controls"), Rule(str, many=True)),
     **dict.fromkeys(("pretrained", "interior"), Rule(bool)),
     **dict.fromkeys(COUNTS, Rule(int, 0)),
     **dict.fromkeys(ONES, Rule(int, 1)),
     **dict.fromkeys(POSITIVE, Rule(float, 1e-12)),
     **dict.fromkeys(("seeds", "depths", "lengths"), Rule(int, 0, many=True)),
+    "low": Rule(float, 1e-12, ABOVE_ONE, many=True),
     "shares": Rule(float, 1e-12, ABOVE_ONE, many=True),
     "weight_decay": Rule(float, 0.0),
     "seed": Rule(int, 0, 2**31),
