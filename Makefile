@@ -2,7 +2,7 @@
 # lock if it is not there yet (.ci/setup).
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help venv reproduce publish lab test bench check environment notebooks strip \
+.PHONY: help venv reproduce publish readme lab test bench check environment notebooks strip \
   lock clean
 
 PROFILE ?= quick
@@ -30,6 +30,9 @@ reproduce: venv  ## run a profile (PROFILE=quick) and print its table; resumes
 
 publish: venv  ## copy a finished profile's figures and rows to where they are committed
 	@.venv/bin/python -m lib.report --profile $(PROFILE) --publish
+
+readme: venv  ## write the measured parts of README.md from the committed rows
+	@.venv/bin/python .ci/readme.py
 
 lab: venv  ## open the notebooks in JupyterLab
 	@jupyter lab --LabApp.default_url=/lab/tree/notebooks $(ARGS)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 
 import pandas as pd
@@ -382,6 +383,15 @@ def test_gaps_are_paired_by_seed():
     assert gaps["ahead"].tolist() == ["1 of 2", "1 of 2"]
     with pytest.raises(ValueError, match="duplicate"):
         report.list_gaps(pd.concat([rows, rows]), [("a", "b")])
+
+
+# -- README ----------------------------------------------------------------------------
+
+
+def test_readme_says_what_the_rows_say():
+    command = [sys.executable, paths.ROOT / ".ci" / "readme.py", "--check"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
 
 
 # -- blocked by base -------------------------------------------------------------------

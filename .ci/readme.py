@@ -1,0 +1,124 @@
+"""Write the measured parts of README.md from rows; nothing measured is typed there.
+
+    .venv/bin/python .ci/readme.py [--check]
+
+A part stands between `<!-- rows NAME -->` and `<!-- end -->`; NAME is one of `PARTS`.
+`--check` writes nothing and fails where README.md and the rows part.
+"""
+
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "data" / "results"
+MARKED = re.compile(r"(<!-- rows (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NAMES = {
+    "l1": "L1 norm", "random": "random", "gamma": "\\|γ\\| alone",
+    "scop-shuffle": "SCOP, shuffled images", "scop-generator": "SCOP, generator",
+    "scop-noise": "SCOP, noise", "scop-none": "SCOP without a control",
+    "nisp": "NISP", "nisp-sharp": "NISP, sharper bound", "nisp-norm":
+    "NISP, judged behind BatchNorm", "nisp-mag": "NISP from the classifier's weights",
+    "layerwise": "Inf-FS layer by layer", "scratch": "same architecture from scratch",
+    "map": "MAP's optimum", "map-2": "MAP's second", "map-3": "MAP's third",
+    "depth": "depth alone", "width": "width alone (stream too)", "resolution":
+    "resolution alone", "equal": "equal split", "compound": "compound scaling, reversed",
+}  # fmt: skip
+
+
+def read(profile):
+    return pd.read_csv(RESULTS / f"{profile}.csv")
+
+
+def show(values, digits=2):
+    """Mean and s.d. of a column; the mean alone where there is one value."""
+    mean, spread = values.mean(), values.std(ddof=1)
+    found = f"{mean:.{digits}f}"
+    return found if pd.isna(spread) else f"{found} ± {spread:.{digits}f}"
+
+
+def markdown(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def accuracies(profile, split=()):
+    """Top-1 before and after fine-tuning of each method, and what it costs."""
+    rows = read(profile)
+    keys = ["method", *split]
+    lines = []
+    for key, part in rows.groupby(keys, sort=False):
+        name, *rest = key if isinstance(key, tuple) else (key,)
+        before = "" if name == "scratch" else show(part["before"])
+        kept = [f"{100 - part[column].mean():.1f} %" for column in
+                ("macs_down", "params_down")]  # fmt: skip
+        lines.append([NAMES.get(name, name), *rest, before, show(part["after"]), *kept])
+    head = ["method", *split, "before fine-tuning", "after", "MACs kept", "params kept"]
+    return f"{describe(rows)}\n\n{markdown(head, lines)}"
+
+
+def describe(rows):
+    """One line on what was measured: net, images, length, seeds, bases."""
+    net, images = rows[["net", "dataset"]].iloc[0]
+    epochs = int(rows["epochs"].max())
+    whole = rows.drop_duplicates("base")["base"]
+    seeds, bases = rows["seed"].nunique(), len(whole)
+    return (
+        f"{net}, {images}, unpruned {show(whole)} %; top-1 on the test images in "
+        f"percent, mean ± s.d. of {seeds} seeds on {bases} base{'s' * (bases > 1)}, "
+        f"{epochs} epoch{'s' * (epochs > 1)} of fine-tuning (`{rows['profile'][0]}`)."
+    )
+
+
+def strategies(profile):
+    rows = read(profile)
+    lines = [
+        [NAMES.get(name, name), *(f"{part[axis].iloc[0]:.2f}" for axis in "dwr"),
+         f"{100 - part['macs_down'].mean():.1f} %", show(part["before"]),
+         show(part["after"])]
+        for name, part in rows.groupby("method", sort=False)
+    ]  # fmt: skip
+    head = ["strategy", "d", "w", "r", "MACs kept", "before fine-tuning", "after"]
+    return f"{describe(rows)}\n\n{markdown(head, lines)}"
+
+
+PARTS = {
+    "cifar10_cpu": partial(accuracies, "cifar10_cpu", split=("rate",)),
+    "scop_cifar10_cpu": partial(
+        accuracies, "scop_cifar10_cpu", split=("rate", "residual")
+    ),
+    "nisp_lenet_cpu": partial(accuracies, "nisp_lenet_cpu"),
+    "nisp_cifarnet_cpu": partial(accuracies, "nisp_cifarnet_cpu"),
+    "nisp_resnet20_cpu": partial(accuracies, "nisp_resnet20_cpu"),
+    "map_resnet20_cpu": partial(strategies, "map_resnet20_cpu"),
+}
+
+
+def fill(text):
+    """The text with every marked part written anew; unknown names are refused."""
+
+    def write(found):
+        name = found[2]
+        if name not in PARTS:
+            sys.exit(f"readme: no part '{name}'; have {', '.join(PARTS)}")
+        return f"{found[1]}{PARTS[name]()}\n{found[3]}"
+
+    return MARKED.sub(write, text)
+
+
+def main():
+    before = README.read_text(encoding="utf-8")
+    after = fill(before)
+    if "--check" in sys.argv[1:]:
+        if after != before:
+            sys.exit("README.md and data/results part: run `make readme`")
+    else:
+        README.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
