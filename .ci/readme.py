@@ -26,7 +26,8 @@ NAMES = {
     "layerwise": "Inf-FS layer by layer", "scratch": "same architecture from scratch",
     "map": "MAP's optimum", "map-2": "MAP's second", "map-3": "MAP's third",
     "depth": "depth alone", "width": "width alone (stream too)", "resolution":
-    "resolution alone", "equal": "equal split", "compound": "compound scaling, reversed",
+    "resolution alone", "equal": "equal split",
+    "compound": "compound scaling, reversed",
 }  # fmt: skip
 
 
