@@ -74,7 +74,7 @@ strip:  # what differs from one execution to the next
 	  notebooks/[0-9]*.ipynb
 
 lock:  ## write requirements.lock anew from pyproject.toml (needs uv)
-	@uv pip compile pyproject.toml --extra test --extra bench --extra gpu \
+	@uv pip compile pyproject.toml --extra test --extra bench --extra deploy --extra gpu \
 	  --universal --python-version 3.11 --fork-strategy fewest --no-header \
 	  --no-annotate --no-emit-index-url --quiet -o requirements.lock
 

@@ -285,6 +285,16 @@ def device_name() -> str:
     return f"CPU {capability}, {torch.get_num_threads()} threads"
 
 
+def cpu_model() -> str:
+    """The processor's name, as Linux calls it where that can be asked."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (x.partition(": ")[2] for x in lines if x.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
 def code_revision() -> str:
     """The git revision of `lib`, with `+` where it has uncommitted changes."""
 

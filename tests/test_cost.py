@@ -112,12 +112,3 @@ def test_the_graph_counts_whole_nets(name):
 def test_reduction_in_percent():
     down = cost.Cost(25, 50).down_from(cost.Cost(100, 200))
     assert down == {"macs_down": 75.0, "params_down": 75.0}
-
-
-def test_latency_is_positive_and_keeps_modes():
-    model = models.build("resnet8").train()
-    model.bn1.eval()
-    assert cost.latency(model, (3, 32, 32), repeats=2, warmup=1) > 0
-    assert model.training and not model.bn1.training
-    with pytest.raises(ValueError, match="repeats"):
-        cost.latency(model, (3, 32, 32), repeats=0)

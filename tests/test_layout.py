@@ -12,8 +12,8 @@ from lib import paths, settings
 
 # Each room imports only from those before it.
 FLOORS = """
-messages paths settings kernels graph data models cost plan baselines surgery train
-stages scop nisp map3d criteria verdicts report
+messages paths settings kernels graph data models cost plan baselines surgery latency
+train stages scop nisp map3d criteria verdicts report
 """.split()
 PAPERS = {"scop", "nisp", "map3d"}
 TOP = {"notebooks", "lib", "data", "figures", "tests", "environment.yml", "README.md"}

@@ -4,7 +4,7 @@ import itertools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +14,12 @@ from lib import cost
 from lib.graph import Graph, Group, build_graph, list_prunable
 from lib.messages import check_choice, suggest
 from lib.plan.record import Plan
-from lib.plan.resolve import resolve
+from lib.plan.resolve import Kept, resolve
 from lib.plan.targets import meet
 
 Scores = Mapping[str, Tensor]
 Rate = float | Mapping[str, float]
+Timetable = Callable[[Graph, Kept], float]  # milliseconds of what is kept
 
 
 def from_scores(
@@ -28,6 +29,8 @@ def from_scores(
     *,
     rate: Rate | None = None,
     macs: float | None = None,
+    latency: float | None = None,
+    table: Timetable | None = None,
     scope: str = "layer",
     residual: str = "tie",
     multiple: int = 1,
@@ -38,7 +41,9 @@ def from_scores(
 
     `scores[layer]` is a float tensor [output channels]; layers without a score stay
     whole. Exactly one of `rate` (share of channels removed; one number, or one per
-    layer) and `macs` (share of MACs kept, met within 1 %) is given. `scope="layer"`
+    layer), `macs` (share of MACs kept, met within 1 %) and `latency` (share kept of the
+    milliseconds that `table` foresees, a `lib.latency.Table`, met within 2 %; see
+    `lib.latency.meet` for what the clock says) is given. `scope="layer"`
     removes the same share everywhere: the `floor(rate * C)` lowest of each layer, with
     `rate` as it is written (.58 of 50 is 29), equal scores from the lower index on, at
     least one kept, as many in every group of a grouped convolution. `scope="global"`
@@ -57,7 +62,8 @@ def from_scores(
     warning says how many and why (`surgery.prunable` lists all). Warns when nothing
     is removed. `graph`, if given, is that of `build_graph(model, input_shape)`.
     """
-    _check_request(rate, macs, scope, residual, multiple)
+    _check_request(rate, macs, latency, table, scope)
+    _check_manner(residual, multiple)
     graph = graph or build_graph(model, input_shape)
     left = _find_fixed(graph, scores, model, residual) if skip_fixed else {}
     if left:
@@ -67,12 +73,19 @@ def from_scores(
     for name in rate.keys() - scores.keys() if isinstance(rate, Mapping) else ():
         raise ValueError(f"rate: '{name}' has no scores{suggest(name, scores)}")
     pools = _make_pools(graph, scores, residual, multiple)
-    if macs is not None:
+    if macs is not None or latency is not None:
+
+        def cost_of(counts: list[int]) -> float:
+            kept = resolve(graph, _make_plan(pools, counts), check=False)
+            if latency is not None and table is not None:
+                return table(graph, kept)
+            return other + graph.count_macs(kept.rows, kept.units)
+
         other = 0
-        if graph.has_other_work:
+        if macs is not None and graph.has_other_work:
             other = cost.count(model, input_shape).macs
-            other -= _macs_of(graph, pools, [0] * len(pools))
-        removed = _meet_macs(graph, pools, macs, scope, other)
+            other -= int(cost_of([0] * len(pools)))
+        removed = _meet_share(pools, macs, latency, scope, cost_of)
     elif scope == "global" and not isinstance(rate, Mapping) and rate is not None:
         removed = _lowest(_global_order(pools), pools, rate)
     else:
@@ -301,33 +314,29 @@ def _lowest(order: list[int], pools: list[_Pool], rate: float) -> list[int]:
     return removed
 
 
-def _meet_macs(
-    graph: Graph, pools: list[_Pool], share: float, scope: str, other: int
+def _meet_share(
+    pools: list[_Pool],
+    macs: float | None,
+    latency: float | None,
+    scope: str,
+    cost_of: Callable[[list[int]], float],
 ) -> list[int]:
-    """Remove steps in order until MACs are within 1 % of `share` of the full count.
-
-    `other` counts the MACs that no layer here owns (functional convolutions).
-    """
+    """Remove steps in order until the cost is near its share of the full one."""
     order = _global_order(pools) if scope == "global" else _share_order(pools)
-
-    def macs_of(counts: list[int]) -> int:
-        return other + _macs_of(graph, pools, counts)
-
-    full = macs_of([0] * len(pools))
+    name, share, near, unit = "macs", macs or 0.0, 0.01, "MACs"
+    if latency is not None:
+        name, share, near, unit = "latency", latency, 0.02, "time in the table"
     most = [p.most for p in pools]
-    removed, macs = meet(order, most, share * full, macs_of)
-    if abs(macs / full - share) > 0.01 * share:
-        least = macs_of(most) / full
+    full = cost_of([0] * len(pools))
+    removed, found = meet(order, most, share * full, cost_of, tolerance=near)
+    if abs(found / full - share) > near * share:
+        least = cost_of(most) / full
         raise ValueError(
-            f"macs={share:g} cannot be met within 1 %: the nearest is {macs / full:.4f}"
-            f", the least these scores allow is {least:.4f} of the MACs"
+            f"{name}={share:g} cannot be met within {near:.0%}: the nearest is "
+            f"{found / full:.4f}, the least these scores allow is {least:.4f} of the "
+            f"{unit}"
         )
     return removed
-
-
-def _macs_of(graph: Graph, pools: list[_Pool], removed: list[int]) -> int:
-    kept = resolve(graph, _make_plan(pools, removed), check=False)
-    return graph.count_macs(kept.rows, kept.units)
 
 
 def _make_plan(pools: list[_Pool], removed: list[int]) -> Plan:
@@ -347,22 +356,35 @@ def _make_plan(pools: list[_Pool], removed: list[int]) -> Plan:
 
 
 def _check_request(
-    rate: Rate | None, macs: float | None, scope: str, residual: str, multiple: int
+    rate: Rate | None,
+    macs: float | None,
+    latency: float | None,
+    table: Timetable | None,
+    scope: str,
 ) -> None:
-    if type(multiple) is not int or multiple < 1:
-        raise ValueError(f"multiple must be a positive int, got {multiple!r}")
     check_choice("scope", scope, ("layer", "global"))
-    check_choice("residual", residual, ("tie", "scatter", "keep"))
-    if (rate is None) == (macs is None):
-        raise ValueError("give either rate (share removed) or macs (share kept)")
+    if sum(x is not None for x in (rate, macs, latency)) != 1:
+        raise ValueError(
+            "give either rate (share removed), macs or latency (shares kept)"
+        )
+    if (latency is None) != (table is None):
+        raise ValueError("latency needs a table, and a table latency: see lib.latency")
     if isinstance(rate, Mapping) and scope == "global":
         raise ValueError("scope='global' takes one rate, not one per layer")
     rates = rate if isinstance(rate, Mapping) else {"rate": rate or 0.0}
     for name, value in rates.items():
         if not math.isfinite(value) or not 0 <= value < 1:
             raise ValueError(f"{name}: the rate must lie in [0, 1), got {value}")
-    if macs is not None and not 0 < macs <= 1:
-        raise ValueError(f"macs is the share of MACs to keep, in (0, 1], got {macs}")
+    for what, share in (("macs", macs), ("latency", latency)):
+        if share is not None and not 0 < share <= 1:
+            what += " is the share of " + ("MACs" if what == "macs" else "time")
+            raise ValueError(f"{what} to keep, in (0, 1], got {share}")
+
+
+def _check_manner(residual: str, multiple: int) -> None:
+    check_choice("residual", residual, ("tie", "scatter", "keep"))
+    if type(multiple) is not int or multiple < 1:
+        raise ValueError(f"multiple must be a positive int, got {multiple!r}")
 
 
 def _refuse_name(graph: Graph, name: str, model: nn.Module) -> None:

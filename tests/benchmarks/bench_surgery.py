@@ -29,7 +29,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lib import baselines, models, surgery
+from lib import baselines, models, settings, surgery
 from lib import plan as plans
 from lib.graph import build_graph
 
@@ -88,14 +88,8 @@ def bench(name: str, tp, repeats: int) -> dict:
         "ratio": round(theirs / ours, 2),
         "torch": torch.__version__,
         "torch_pruning": version("torch_pruning"),
-        "cpu": name_cpu(),
+        "cpu": settings.cpu_model(),
     }
-
-
-def name_cpu() -> str:
-    """The processor as Linux calls it."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next(x.partition(": ")[2] for x in lines if x.startswith("model name"))
 
 
 def time_imports(repeats: int) -> str:

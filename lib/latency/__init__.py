@@ -1,0 +1,25 @@
+"""Milliseconds: what a pruned network takes, in whichever program runs it.
+
+MACs are counted, milliseconds measured: by the clock of the process, so that other
+programs take nothing from the count, with the networks in turns on one thread.
+`measure` compares nets, `Table` foresees them layer by layer, `meet` makes a plan for a
+share of the time, `export_onnx` writes what other programs read.
+"""
+
+from lib.latency.export import export_onnx
+from lib.latency.measure import Timing, interleave, measure
+from lib.latency.runtimes import RUNTIMES, find_missing, prepare, version_of
+from lib.latency.table import Table, meet
+
+__all__ = [
+    "RUNTIMES",
+    "Table",
+    "Timing",
+    "export_onnx",
+    "find_missing",
+    "interleave",
+    "measure",
+    "meet",
+    "prepare",
+    "version_of",
+]

@@ -1,0 +1,128 @@
+"""The programs that run a network here, behind one call each, on one thread.
+
+    eager          torch as it is
+    channels_last  the same, with the channels of a pixel side by side in memory
+    compile        torch.compile with frozen weights; BatchNorm goes into convolutions
+    onnxruntime    the ONNX file in ONNX Runtime
+    openvino       the ONNX file in OpenVINO, in float32
+
+All take float32 on the CPU; the first three also run where a GPU holds the model.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lib.latency.export import export_onnx, require
+from lib.messages import check_choice
+from lib.surgery.copying import copy_model
+
+RUNTIMES = ("eager", "channels_last", "compile", "onnxruntime", "openvino")
+NEEDS = {
+    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+}
+Call = Callable[[], object]
+
+
+def find_missing(runtime: str) -> str | None:
+    """Why a runtime cannot be used here, in one line; None where it can."""
+    check_choice("runtime", runtime, RUNTIMES)
+    if runtime == "compile" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        return "compile needs a C++ compiler (g++), which is not on the PATH"
+    try:
+        require(*NEEDS.get(runtime, ()))
+    except ValueError as error:
+        return f"runtime '{runtime}': {error}"
+    return None
+
+
+def check_runtime(runtime: str) -> None:
+    """ValueError unless the runtime is known and installed."""
+    if reason := find_missing(runtime):
+        raise ValueError(reason)
+
+
+def version_of(runtime: str) -> str:
+    """The version of the package that runs it."""
+    return version(runtime if runtime in NEEDS else "torch")
+
+
+def prepare(model: nn.Module, x: Tensor, runtime: str) -> Call:
+    """A call without arguments that runs `model` in evaluation on the batch `x`.
+
+    It returns the first output, as a tensor or an array. A copy is run: the model is
+    left as found. Raises `ValueError` for a runtime that is unknown or not installed,
+    and for a network that it cannot read.
+    """
+    check_runtime(runtime)
+    if runtime in NEEDS:
+        with tempfile.TemporaryDirectory() as folder:
+            shape = (x.shape[1], x.shape[2], x.shape[3])
+            path = export_onnx(model, Path(folder) / "net.onnx", shape)
+            return load_onnx(path.read_bytes(), x, runtime)
+    twin = copy_model(model).eval()
+    if runtime == "channels_last":
+        twin = twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x = x.contiguous(memory_format=torch.channels_last)
+    forward = _compile(twin, x) if runtime == "compile" else twin
+
+    def call() -> object:
+        with torch.inference_mode():
+            made = forward(x)
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            return made
+
+    return call
+
+
+def _compile(model: nn.Module, x: Tensor) -> Callable:
+    """Compiled for the shape of `x`, weights frozen into the code.
+
+    torch gives up on a forward that it has compiled for eight networks and runs it as
+    it is; here the number is no limit.
+    """
+    from torch._dynamo import config as limits
+    from torch._inductor import config
+
+    compiled = torch.compile(model, dynamic=False)
+    many = {"recompile_limit": 10**6, "accumulated_recompile_limit": 10**6}
+    try:
+        with config.patch(freezing=True), limits.patch(many), torch.inference_mode():
+            compiled(x)
+    except Exception as error:
+        line = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{type(model).__name__} cannot be compiled: {type(error).__name__}: {line}"
+        ) from error
+    return compiled
+
+
+def load_onnx(content: bytes, x: Tensor, runtime: str) -> Call:
+    """An ONNX file's content in one of the programs that read it, on one thread."""
+    batch = x.detach().cpu().numpy()
+    if runtime == "onnxruntime":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(
+            content, options, providers=["CPUExecutionProvider"]
+        )
+        feed = {session.get_inputs()[0].name: batch}
+        return lambda: session.run(None, feed)[0]
+    import openvino
+
+    core = openvino.Core()
+    exact = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    model = core.read_model(content, b"")
+    model.reshape(list(batch.shape))
+    request = core.compile_model(model, "CPU", exact).create_infer_request()
+    return lambda: request.infer([batch], share_inputs=True)[0]
