@@ -12,14 +12,18 @@ from torch import Tensor, nn
 
 from lib import cost
 from lib.graph import Graph, Group, build_graph, list_prunable
-from lib.messages import check_choice, suggest
+from lib.messages import suggest
 from lib.plan.record import Plan
-from lib.plan.resolve import Kept, resolve
+from lib.plan.requests import (
+    Rate,
+    Scores,
+    Timetable,
+    check_manner,
+    check_request,
+    check_scores,
+)
+from lib.plan.resolve import resolve
 from lib.plan.targets import meet
-
-Scores = Mapping[str, Tensor]
-Rate = float | Mapping[str, float]
-Timetable = Callable[[Graph, Kept], float]  # milliseconds of what is kept
 
 
 def from_scores(
@@ -62,14 +66,14 @@ def from_scores(
     warning says how many and why (`surgery.prunable` lists all). Warns when nothing
     is removed. `graph`, if given, is that of `build_graph(model, input_shape)`.
     """
-    _check_request(rate, macs, latency, table, scope)
-    _check_manner(residual, multiple)
+    check_request(rate, macs, latency, table, scope)
+    check_manner(residual, multiple)
     graph = graph or build_graph(model, input_shape)
     left = _find_fixed(graph, scores, model, residual) if skip_fixed else {}
     if left:
         warnings.warn(_say_left(left), stacklevel=2)
     scores = {name: score for name, score in scores.items() if name not in left}
-    _check_scores(graph, scores, model)
+    check_scores(graph, scores, model)
     for name in rate.keys() - scores.keys() if isinstance(rate, Mapping) else ():
         raise ValueError(f"rate: '{name}' has no scores{suggest(name, scores)}")
     pools = _make_pools(graph, scores, residual, multiple)
@@ -83,8 +87,8 @@ def from_scores(
 
         other = 0
         if macs is not None and graph.has_other_work:
-            other = cost.count(model, input_shape).macs
-            other -= int(cost_of([0] * len(pools)))
+            whole = cost.count(model, input_shape).macs
+            other = whole - int(cost_of([0] * len(pools)))
         removed = _meet_share(pools, macs, latency, scope, cost_of)
     elif scope == "global" and not isinstance(rate, Mapping) and rate is not None:
         removed = _lowest(_global_order(pools), pools, rate)
@@ -353,61 +357,3 @@ def _make_plan(pools: list[_Pool], removed: list[int]) -> Plan:
             if pool.scatter:
                 scatter.add(name)
     return Plan(keep=keep, scatter=scatter)
-
-
-def _check_request(
-    rate: Rate | None,
-    macs: float | None,
-    latency: float | None,
-    table: Timetable | None,
-    scope: str,
-) -> None:
-    check_choice("scope", scope, ("layer", "global"))
-    if sum(x is not None for x in (rate, macs, latency)) != 1:
-        raise ValueError(
-            "give either rate (share removed), macs or latency (shares kept)"
-        )
-    if (latency is None) != (table is None):
-        raise ValueError("latency needs a table, and a table latency: see lib.latency")
-    if isinstance(rate, Mapping) and scope == "global":
-        raise ValueError("scope='global' takes one rate, not one per layer")
-    rates = rate if isinstance(rate, Mapping) else {"rate": rate or 0.0}
-    for name, value in rates.items():
-        if not math.isfinite(value) or not 0 <= value < 1:
-            raise ValueError(f"{name}: the rate must lie in [0, 1), got {value}")
-    for what, share in (("macs", macs), ("latency", latency)):
-        if share is not None and not 0 < share <= 1:
-            what += " is the share of " + ("MACs" if what == "macs" else "time")
-            raise ValueError(f"{what} to keep, in (0, 1], got {share}")
-
-
-def _check_manner(residual: str, multiple: int) -> None:
-    check_choice("residual", residual, ("tie", "scatter", "keep"))
-    if type(multiple) is not int or multiple < 1:
-        raise ValueError(f"multiple must be a positive int, got {multiple!r}")
-
-
-def _refuse_name(graph: Graph, name: str, model: nn.Module) -> None:
-    module = dict(model.named_modules()).get(name)
-    if module is None:
-        near = suggest(name, graph.layers)
-        raise ValueError(f"scores: the network has no layer '{name}'{near}")
-    raise ValueError(
-        f"scores: '{name}' ({type(module).__name__}) does not run as a plain "
-        "convolution or linear layer, so it cannot be pruned; leave it out of "
-        "the scores"
-    )
-
-
-def _check_scores(graph: Graph, scores: Scores, model: nn.Module) -> None:
-    for name, values in scores.items():
-        if name not in graph.layers:
-            _refuse_name(graph, name, model)
-        size = len(graph.layers[name].outputs)
-        if tuple(values.shape) != (size,):
-            raise ValueError(
-                f"scores: '{name}' has {size} output channels, got scores of shape "
-                f"{tuple(values.shape)}"
-            )
-        if not bool(torch.isfinite(values).all()):
-            raise ValueError(f"scores: '{name}' has scores that are not finite")

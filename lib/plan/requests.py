@@ -1,0 +1,73 @@
+"""What `from_scores` is asked for: its types, and what of it is refused."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lib.graph import Graph
+from lib.messages import check_choice, suggest
+from lib.plan.resolve import Kept
+
+Scores = Mapping[str, Tensor]
+Rate = float | Mapping[str, float]
+Timetable = Callable[[Graph, Kept], float]  # milliseconds of what is kept
+
+
+def check_request(
+    rate: Rate | None,
+    macs: float | None,
+    latency: float | None,
+    table: Timetable | None,
+    scope: str,
+) -> None:
+    check_choice("scope", scope, ("layer", "global"))
+    if sum(x is not None for x in (rate, macs, latency)) != 1:
+        raise ValueError(
+            "give either rate (share removed), macs or latency (shares kept)"
+        )
+    if (latency is None) != (table is None):
+        raise ValueError("latency needs a table, and a table latency: see lib.latency")
+    if isinstance(rate, Mapping) and scope == "global":
+        raise ValueError("scope='global' takes one rate, not one per layer")
+    rates = rate if isinstance(rate, Mapping) else {"rate": rate or 0.0}
+    for name, value in rates.items():
+        if not math.isfinite(value) or not 0 <= value < 1:
+            raise ValueError(f"{name}: the rate must lie in [0, 1), got {value}")
+    for what, share in (("macs", macs), ("latency", latency)):
+        if share is not None and not 0 < share <= 1:
+            what += " is the share of " + ("MACs" if what == "macs" else "time")
+            raise ValueError(f"{what} to keep, in (0, 1], got {share}")
+
+
+def check_manner(residual: str, multiple: int) -> None:
+    check_choice("residual", residual, ("tie", "scatter", "keep"))
+    if type(multiple) is not int or multiple < 1:
+        raise ValueError(f"multiple must be a positive int, got {multiple!r}")
+
+
+def _refuse_name(graph: Graph, name: str, model: nn.Module) -> None:
+    module = dict(model.named_modules()).get(name)
+    if module is None:
+        near = suggest(name, graph.layers)
+        raise ValueError(f"scores: the network has no layer '{name}'{near}")
+    raise ValueError(
+        f"scores: '{name}' ({type(module).__name__}) does not run as a plain "
+        "convolution or linear layer, so it cannot be pruned; leave it out of "
+        "the scores"
+    )
+
+
+def check_scores(graph: Graph, scores: Scores, model: nn.Module) -> None:
+    for name, values in scores.items():
+        if name not in graph.layers:
+            _refuse_name(graph, name, model)
+        size = len(graph.layers[name].outputs)
+        if tuple(values.shape) != (size,):
+            raise ValueError(
+                f"scores: '{name}' has {size} output channels, got scores of shape "
+                f"{tuple(values.shape)}"
+            )
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"scores: '{name}' has scores that are not finite")
