@@ -9,7 +9,7 @@ import base64
 import bisect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -163,17 +163,25 @@ def unpack_hits(text: str, count: int) -> np.ndarray:
 
 
 def compare(
-    differences: dict[str, Sequence[float]], *, alpha: float = ALPHA
+    differences: Mapping[str, Sequence[float]],
+    *,
+    alpha: float = ALPHA,
+    effect: float = EFFECT,
+    margin: float = MARGIN,
 ) -> list[Contrast]:
     """Judge all registered contrasts together: name -> differences by base.
 
     One correction (Holm 1979) covers them all, so name all that were registered and
-    none that was not. Raises `ValueError` for fewer than two bases or for NaN.
+    none that was not. `effect` and `margin` are the rule's, for differences in another
+    unit than points. Raises `ValueError` for fewer than two bases or for NaN.
     """
     values = {name: _read(name, d) for name, d in differences.items()}
     p = {name: find_p(d) for name, d in values.items()}
     levels = holm_levels(p, alpha)
-    return [_judge(name, d, p[name], levels[name], alpha) for name, d in values.items()]
+    return [
+        _judge(name, d, p[name], levels[name], alpha, effect, margin)
+        for name, d in values.items()
+    ]
 
 
 def holm_levels(p: dict[str, float], alpha: float = ALPHA) -> dict[str, float]:
@@ -193,15 +201,20 @@ def holm_levels(p: dict[str, float], alpha: float = ALPHA) -> dict[str, float]:
 
 
 def decide(
-    mean: float, interval: tuple[float, float], corrected: tuple[float, float]
+    mean: float,
+    interval: tuple[float, float],
+    corrected: tuple[float, float],
+    *,
+    effect: float = EFFECT,
+    margin: float = MARGIN,
 ) -> str:
     """The rule. `interval` is uncorrected, `corrected` wider or equal; in points."""
     low, high = corrected
-    if low > 0 and mean >= EFFECT:
+    if low > 0 and mean >= effect:
         return "reproduced"
     if high < 0:
         return "contradicted"
-    if -MARGIN < low and high < MARGIN:
+    if -margin < low and high < margin:
         return "no difference"
     return "direction only" if interval[0] > 0 else "undecided"
 
@@ -322,15 +335,25 @@ def _read(name: str, differences: Sequence[float] | np.ndarray) -> np.ndarray:
     return values
 
 
-def _judge(name: str, d: np.ndarray, p: float, level: float, alpha: float) -> Contrast:
+def _judge(
+    name: str,
+    d: np.ndarray,
+    p: float,
+    level: float,
+    alpha: float,
+    effect: float,
+    margin: float,
+) -> Contrast:
     low, high = interval_of(d, alpha)
     corrected = interval_of(d, level)
-    verdict = decide(float(d.mean()), (low, high), corrected)
+    verdict = decide(
+        float(d.mean()), (low, high), corrected, effect=effect, margin=margin
+    )
     open_case = verdict in ("direction only", "undecided")
     sd = float(d.std(ddof=1))
     needed = None
     if open_case:  # what would be seen as a difference, at the level of this step
-        goal = max(abs(float(d.mean())), EFFECT)
+        goal = max(abs(float(d.mean())), effect)
         needed = count_bases_needed(goal, sd, alpha=level)
     return Contrast(
         name=name,

@@ -13,7 +13,7 @@ from lib import paths, settings
 # Each room imports only from those before it.
 FLOORS = """
 messages paths settings kernels graph data models cost plan baselines surgery latency
-train stages scop nisp map3d criteria verdicts report
+train stages scop nisp map3d criteria verdicts ledger report
 """.split()
 PAPERS = {"scop", "nisp", "map3d"}
 TOP = {"notebooks", "lib", "data", "figures", "tests", "environment.yml", "README.md"}

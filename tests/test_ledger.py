@@ -1,0 +1,277 @@
+"""The ledger of claims: verdicts follow from rows, and no row points nowhere."""
+
+import shutil
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from test_published import PATH
+
+from lib import ledger, paths
+
+IDS = {f"{paper}{i + 1}" for paper, count in (("S", 18), ("N", 17), ("M", 17))
+       for i in range(count)}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stored() -> pd.DataFrame:
+    return pd.concat({name: ledger.read(name) for name in ledger.TABLES})
+
+
+def make_claim(name="S1", **fields) -> dict:
+    """A claim as a table has it, that is not tested unless `fields` say more."""
+    claim = dict.fromkeys(ledger.COLUMNS, "")
+    return claim | {"id": name, "kind": "none", "filter": "not tested"} | fields
+
+
+def compute(*claims: dict) -> pd.DataFrame:
+    return ledger.compute(pd.DataFrame(claims)).set_index("id")
+
+
+# -- the committed tables --------------------------------------------------------------
+
+
+def test_stored_verdicts_are_what_their_rows_give(stored):
+    assert ledger.list_changes(stored, ledger.compute(stored)) == []
+
+
+def test_every_claim_of_the_papers_has_a_row(stored):
+    assert set(stored.loc["claims", "id"].str.rstrip("abc")) == IDS
+    papers = {"S": "SCOP", "N": "NISP", "M": "MAP"}
+    assert (stored.loc["claims", "id"].str[0].map(papers)
+            == stored.loc["claims", "paper"]).all()  # fmt: skip
+
+
+def test_claims_are_told_in_full(stored):
+    for name in (
+        "paper",
+        "claim",
+        "form",
+        "distance",
+        "kind",
+        "filter",
+        "would_change",
+    ):
+        assert (stored[name] == stored[name].str.strip()).all() and all(stored[name])
+    prose = stored[["claim", "form", "distance", "would_change"]].to_numpy().ravel()
+    assert [text for text in prose if PATH.search(text)] == []
+    has_rows = stored["kind"].ne("none")
+    assert (stored["rows"].ne("") == has_rows).all()
+
+
+def test_every_registered_contrast_decides_one_of_its_claims(stored):
+    asked = stored["filter"].str.removeprefix("not ").str.split("; ").str[0]
+    for contrast in ledger.read_contrasts().itertuples():
+        claims = set(stored["id"][asked == contrast.contrast].str.rstrip("abc"))
+        assert claims & set(contrast.claims.split()), contrast.contrast
+
+
+def test_a_verdict_that_was_typed_is_found(stored):
+    typed = stored.copy()
+    place = typed.index[typed["verdict"] == "undecided"][0]
+    typed.loc[place, ["verdict", "effect"]] = "reproduced", "9.9"
+    lines = ledger.list_changes(typed, stored)
+    assert len(lines) == 2 and all(typed.loc[place, "id"] in line for line in lines)
+    assert "stored 'reproduced', its rows give 'undecided'" in lines[1]
+
+
+# -- rows that are made up -------------------------------------------------------------
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A folder of results that holds what a test puts there."""
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def draw_rows(gaps: dict[str, float], lengths: dict[int, int]) -> pd.DataFrame:
+    """Rows of methods that lie `gaps` above their base; length -> number of bases."""
+    draw = np.random.default_rng(0)
+    rows = []
+    for length, bases in lengths.items():
+        level = draw.normal(80, 2, bases)
+        for method, gap in gaps.items():
+            after = level + gap + draw.normal(0, 0.1, bases)
+            rows += [{"method": method, "base_id": base, "share": 0.5, "length": length,
+                      "macs": 100, "after": after[base], "val": after[base]}
+                     for base in range(bases)]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+GAPS = {"scop-shuffle": 1.0, "scop-constant": 0.0, "l1": 1.0, "scratch-compute": -3.0}
+SHUFFLE = make_claim("S11", kind="contrast", rows="compare_16_cpu.csv",
+                     filter="shuffle against constant; share=0.5")  # fmt: skip
+
+
+def test_a_claim_changes_by_itself_when_rows_are_committed(results):
+    contrary = SHUFFLE | {"id": "S12", "filter": f"not {SHUFFLE['filter']}"}
+    scratch = SHUFFLE | {
+        "id": "N8", "filter": "not scratch at equal compute against the best; share=0.5"
+    }  # fmt: skip
+    before = compute(SHUFFLE, contrary, scratch)
+    assert before["verdict"].tolist() == ["not tested"] * 3
+    rows = draw_rows(GAPS, {1: 9, 5: 8, 20: 3})
+    other = rows.assign(share=0.35, after=0.0, val=0.0)
+    pd.concat([rows, other]).to_csv(results / "compare_16_cpu.csv", index=False)
+    found = compute(SHUFFLE, contrary, scratch)
+    assert found["verdict"].tolist() == ["reproduced", "contradicted", "reproduced"]
+    assert found["n"].tolist() == ["8"] * 3, "the longest with six bases: 5 epochs"
+    at = rows[rows["length"] == 5].pivot(
+        index="base_id", columns="method", values="after"
+    )
+    gap = at["scop-shuffle"] - at["scop-constant"]
+    assert float(found.loc["S11", "effect"]) == pytest.approx(gap.mean(), abs=1e-3)
+    assert float(found.loc["S12", "effect"]) == pytest.approx(-gap.mean(), abs=1e-3)
+    assert found.loc["S12", "low"] == f"{-float(found.loc['S11', 'high']):.3f}"
+
+
+def test_with_few_bases_the_longest_length_that_two_have_is_shown(results):
+    rows = draw_rows(GAPS, {1: 5, 5: 3, 20: 1})
+    rows.to_csv(results / "compare_16_cpu.csv", index=False)
+    assert compute(SHUFFLE).loc["S11", "n"] == "3"
+    rows[rows["base_id"] == 0].to_csv(results / "compare_16_cpu.csv", index=False)
+    assert compute(SHUFFLE).loc["S11", "verdict"] == "not tested"
+
+
+def test_lengths_of_two_files_are_put_together(results):
+    rows = draw_rows(GAPS, {5: 7, 20: 6})
+    for length, name in ((5, "compare_16_cpu.csv"), (20, "compare_16_long_cpu.csv")):
+        rows[rows["length"] == length].to_csv(results / name, index=False)
+    both = SHUFFLE | {"rows": "compare_16_cpu.csv|compare_16_long_cpu.csv"}
+    assert compute(both).loc["S11", "n"] == "6"
+
+
+@pytest.mark.parametrize(("better", "verdict"), [
+    (0.2, "reproduced"), (0.0, "no difference"), (-0.2, "contradicted")])  # fmt: skip
+def test_ranks_are_judged_in_their_own_unit(results, better, verdict):
+    draw = np.random.default_rng(1)
+    # fmt: off
+    rows = [{"base_id": base, "method": method, "layer": layer,
+             "rank": rank + draw.normal(0, 0.01)}
+            for base in range(4) for layer in range(3)
+            for method, rank in (("s", 0.4 + better), ("a", 0.4), ("b", 0.1))]
+    claim = make_claim(kind="ranks", rows="truth_cpu_ranks.csv", filter="s - a|b",
+                       least="0.05", margin="0.05")
+    # fmt: on
+    assert compute(claim).loc["S1", "verdict"] == "not tested"
+    one, table = pd.DataFrame(rows[:9]), pd.DataFrame(rows)
+    one.to_csv(results / "truth_cpu_ranks.csv", index=False)
+    assert compute(claim).loc["S1", "verdict"] == "not tested"
+    table.to_csv(results / "truth_cpu_ranks.csv", index=False)
+    found = compute(claim).loc["S1"]
+    assert (found["verdict"], found["n"]) == (verdict, "4")
+    mean = table.pivot_table("rank", "base_id", "method").mean()
+    assert float(found["effect"]) == pytest.approx(mean["s"] - mean["a"], abs=1e-3)
+
+
+@pytest.mark.parametrize("bases", [1, 5])
+def test_seeds_count_as_bases_only_where_each_has_its_own(results, bases):
+    draw = np.random.default_rng(2)
+    rows = pd.DataFrame({
+        "method": ["a"] * 5 + ["b"] * 5, "seed": [*range(5)] * 2, "macs": 9,
+        "base": [90.0 + seed % bases for seed in range(5)] * 2,
+        "after": draw.normal(80, 1, 10), "before": 0.0,
+    })  # fmt: skip
+    rows.to_csv(results / "old.csv", index=False)
+    found = compute(make_claim(kind="contrast", rows="old.csv", filter="a - b"))
+    found = found.loc["S1"]
+    left, right = rows["after"][:5].to_numpy(), rows["after"][5:].to_numpy()
+    assert float(found["effect"]) == pytest.approx((left - right).mean(), abs=1e-3)
+    assert found["n"] == str(bases)
+    if bases == 1:
+        assert (found["low"], found["verdict"]) == ("", "undecided")
+    else:
+        wanted = stats.ttest_rel(left, right).confidence_interval(0.95)
+        ends = float(found["low"]), float(found["high"])
+        assert ends == pytest.approx(tuple(wanted), abs=1e-3)
+
+
+def test_what_is_asked_of_the_same_rows_is_corrected_together(results):
+    draw = np.random.default_rng(3)
+    rows = pd.DataFrame({
+        "method": np.repeat(list("abc"), 5), "seed": [*range(5)] * 3, "macs": 9,
+        "base": [*range(5)] * 3, "after": draw.normal(80, 1, 15),
+        "before": draw.normal(20, 1, 15),
+    })  # fmt: skip
+    rows.to_csv(results / "old.csv", index=False)
+    claims = [
+        make_claim(f"S{i}", kind="contrast", rows="old.csv", filter=text)
+        for i, text in enumerate(["a - b", "not a - b", "b - c", "a - b before"])
+    ]
+    widths = []
+    for some in (claims[:1], claims[:2], claims):
+        found = compute(*some).loc["S0"]
+        widths.append(float(found["high"]) - float(found["low"]))
+    assert widths[0] == widths[1] < widths[2], "a claim and its opposite are one test"
+
+
+def test_a_size_is_reproduced_within_its_margin():
+    claims = [
+        make_claim(margin, kind="size", rows="scop.csv", margin=margin,
+                   filter="net=resnet56_b rate=0.45 quantity=macs_down")
+        for margin in ("0.1", "0.01")
+    ]  # fmt: skip
+    found = compute(*claims)
+    assert found["verdict"].tolist() == ["reproduced", "contradicted"]
+    assert found["effect"].tolist() == ["-0.029"] * 2  # 55.971 counted, 56.0 printed
+
+
+# -- rows that point nowhere -----------------------------------------------------------
+
+LENET = {"kind": "contrast", "rows": "nisp_lenet_cpu.csv"}
+SIZE = {"kind": "size", "rows": "scop.csv", "margin": "0.1"}
+TEST = {"kind": "test", "filter": "test_no"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "opinion"}, "kind must be one of"),
+        ({"filter": "maybe"}, "filter must be one of"),
+        (LENET | {"rows": "nisp_lenett_cpu.csv"}, "did you mean 'nisp_lenet_cpu.csv'"),
+        (LENET | {"filter": "nisp beats l1"}, "write LEFT - RIGHT"),
+        (LENET | {"filter": "nisp - l2"}, "arm 'l2' is unknown"),
+        (LENET | {"filter": "nisp - l1; depth=3"}, "column 'depth' is unknown"),
+        (SHUFFLE | {"filter": "shuffle against constants"}, "mean 'shuffle against c"),
+        (SHUFFLE | {"filter": "scop-shuffle - l1"}, "contrast 'scop-shuffle - l1'"),
+        (SIZE | {"rows": "scopp.csv", "filter": "net=resnet8 rate=0.5"}, "'scopp.csv'"),
+        (SIZE | {"filter": "net=resnet20 variant=Z rate=0.5"}, "printed number"),
+        (TEST | {"rows": "tests/test_plan.py"}, "test 'test_no' is unknown"),
+        (TEST | {"rows": "tests/none.py"}, "file 'tests/none.py' is unknown"),
+    ],
+)
+def test_a_claim_that_points_nowhere_is_refused_by_name(fields, message):
+    with pytest.raises(ValueError, match=f"claim X7: .*{message}"):
+        compute(make_claim("S1"), make_claim() | fields | {"id": "X7"})
+
+
+def test_a_claim_stands_once():
+    with pytest.raises(ValueError, match="claim S1 stands twice"):
+        compute(make_claim("S1"), make_claim("S1"))
+
+
+# -- the command -----------------------------------------------------------------------
+
+
+def test_the_command_stores_verdicts_only_when_asked(tmp_path, monkeypatch, capsys):
+    shutil.copytree(paths.PUBLISHED, tmp_path / "published")
+    monkeypatch.setattr(paths, "PUBLISHED", tmp_path / "published")
+    for name, claim in (("claims", SHUFFLE), ("our_claims", make_claim("R1"))):
+        table = pd.DataFrame([claim | {"verdict": "reproduced"}])
+        table.to_csv(tmp_path / "published" / f"{name}.csv", index=False)
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ledger"])
+    with pytest.raises(SystemExit, match="--write"):
+        ledger.main()
+    assert "S11: verdict stored 'reproduced'" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["ledger", "--write"])
+    ledger.main()
+    assert ledger.read("claims")["verdict"].tolist() == ["not tested"]
+    assert ledger.read("our_claims")["filter"].tolist() == ["not tested"]
+    monkeypatch.setattr(sys, "argv", ["ledger"])
+    capsys.readouterr()
+    ledger.main()
+    assert "every stored verdict is what its rows give" in capsys.readouterr().out
