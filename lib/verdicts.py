@@ -115,7 +115,9 @@ def judge(rows: pd.DataFrame, registered: pd.DataFrame) -> pd.DataFrame:
     two bases in common is "not tested", and Holm's correction covers the others.
     """
     arms = {
-        row.contrast: [pick_best(rows, side) for side in (row.left, row.right)]
+        str(row.contrast): [
+            pick_best(rows, str(side)) for side in (row.left, row.right)
+        ]
         for row in registered.itertuples()
     }
     bases = rows.groupby("method")["base_id"].agg(set).to_dict()
