@@ -446,3 +446,92 @@ def test_what_a_pass_on_shapes_cannot_do_is_one_clear_line(kind):
     with pytest.raises(ValueError, match=message) as caught:
         build_graph(make(), SHAPE)
     assert "\n" not in str(caught.value)
+
+
+# -- a forward that looks at the number of its channels -------------------------------
+
+
+def counted(step):
+    """`a`, then `step(module, activation, number of channels)`, then `b`."""
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        return F.relu(self.b(step(self, x, x.shape[1])))
+
+    return forward
+
+
+def stretched(self, x, c):
+    return F.interpolate(x, size=(c, c)) if c > 4 else x
+
+
+def repeated(self, x, c):
+    for _ in range(c):
+        x = x * 0.9
+    return x
+
+
+def chosen(self, x, c):
+    y = x.abs()
+    return torch.tanh(y if c > 4 else x.neg()) + y.neg()
+
+
+def set_epsilon(self, x, c):
+    self.n.eps = 1 / c
+    return self.n(x)
+
+
+COUNTING = {
+    "a pool or none": lambda s, x, c: F.max_pool2d(x, 2) if c >= 8 else x,
+    "another pool": lambda s, x, c: F.avg_pool2d(x, 2 if c > 4 else 4),
+    "a size": stretched,
+    "a divisor": lambda s, x, c: x / c,
+    "alpha": lambda s, x, c: torch.add(x, x.abs(), alpha=c),
+    "full": lambda s, x, c: x * torch.full((1,), float(c), device=x.device),
+    "new_full": lambda s, x, c: x * x.new_full((1,), float(c)),
+    "new_tensor": lambda s, x, c: x * x.new_tensor([float(c)]),
+    "tensor": lambda s, x, c: x * torch.tensor(float(c), device=x.device),
+    "arange": lambda s, x, c: x * torch.arange(c, device=x.device).max(),
+    "steps": repeated,
+    "an operand": chosen,
+    "a norm's epsilon": set_epsilon,
+    "a norm or none": lambda s, x, c: s.n(x) if c > 4 else x,
+    "a slope": lambda s, x, c: F.leaky_relu(x, 1 / c),
+    "a part of the pixels": lambda s, x, c: x[..., c - 4 :],
+}
+
+
+@pytest.mark.parametrize("kind", COUNTING)
+def test_a_forward_that_counts_its_channels_is_refused_by_both(kind):
+    model = net(counted(COUNTING[kind]), n=nn.BatchNorm2d(8))
+    assert_refused(model, "computes with the number of its channels")
+
+
+LAYOUTS = {
+    "viewed and back": lambda s, x, c: x.view(len(x), c, -1).view(len(x), c, 8, 8),
+    "turned and back": lambda s, x, c: x.permute(0, 2, 3, 1).permute(0, 3, 1, 2),
+    "made contiguous": lambda s, x, c: (
+        x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2).contiguous()
+    ),
+    "flattened pixels": lambda s, x, c: (
+        x.permute(0, 2, 3, 1).reshape(-1, c).view(len(x), 8, 8, c).permute(0, 3, 1, 2)
+    ),
+    "all channels by number": lambda s, x, c: x[:, :c],
+    "zeros of the same size": lambda s, x, c: torch.cat([x, torch.zeros_like(x)], 1)[
+        :, :c
+    ],
+    "spread over pixels": lambda s, x, c: x.mean((2, 3), keepdim=True).expand(
+        len(x), c, 8, 8
+    ),
+}
+
+
+@pytest.mark.parametrize("kept", [[3], HALF])
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_sizes_that_only_follow_the_channels_are_fine(kind, kept):
+    model = net(counted(LAYOUTS[kind]))
+    try:
+        assert_same(model, Plan({"a": kept}))
+    except ValueError as error:
+        assert "picks or reorders channels" in str(error)
+        assert kind == "zeros of the same size"
