@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from lib import cost, surgery
+from lib import baselines, cost, models, surgery
+from lib import plan as plans
 from lib.graph import build_graph
 from lib.plan import Plan
 
@@ -535,3 +536,77 @@ def test_sizes_that_only_follow_the_channels_are_fine(kind, kept):
     except ValueError as error:
         assert "picks or reorders channels" in str(error)
         assert kind == "zeros of the same size"
+
+
+# -- scatter, and what every layer keeps -----------------------------------------------
+
+
+def scattered_twice(self, x):
+    h = F.relu(self.a(x))
+    h = F.relu(h + self.n(self.c(h)))
+    return F.relu(self.b(h + self.c(h)))
+
+
+def between(activation):
+    return lambda s, x: F.relu(s.b(s.a(x) + activation(s.n(s.c(F.relu(s.a(x)))))))
+
+
+SCATTERED = {
+    "called twice, once before its norm": (scattered_twice, conv(8, 8), False),
+    "tied to one another": (
+        lambda s, x: F.relu(s.b(s.a(x) + s.split(s.c(F.relu(s.a(x)))))),
+        conv(8, 16),
+        False,
+    ),
+    "sigmoid": (between(torch.sigmoid), conv(8, 8), False),
+    "a number added": (between(lambda x: x + 1), conv(8, 8), False),
+    "exponential": (between(torch.exp), conv(8, 8), False),
+    "clamped above zero": (between(lambda x: x.clamp(0.1, 1)), conv(8, 8), False),
+    "pooled, then a sigmoid": (
+        between(lambda x: F.avg_pool2d(x, 3, 1, 1).sigmoid()),
+        conv(8, 8),
+        False,
+    ),
+    "nothing": (between(lambda x: x), conv(8, 8), True),
+    "relu": (between(F.relu), conv(8, 8), True),
+    "scaled and clamped at zero": (
+        between(lambda x: (2 * x).clamp(0, 1) / 3),
+        conv(8, 8),
+        True,
+    ),
+}
+
+
+class Larger(nn.Module):
+    """The larger of two halves: its channels go in pairs."""
+
+    def forward(self, x):
+        return torch.maximum(*x.chunk(2, 1))
+
+
+@pytest.mark.parametrize("kind", SCATTERED)
+def test_scatter_where_zero_stays_zero_up_to_the_addition(kind):
+    forward, layer, possible = SCATTERED[kind]
+    model = net(forward, c=layer, n=nn.BatchNorm2d(8), split=Larger())
+    plan = Plan({"c": [1, 3]}, scatter={"c"})
+    if possible:
+        assert_same(model, plan)
+        with oracle.hooked(model, plan, oracle.images(SHAPE)):
+            expected = oracle.evaluate(model, oracle.images(SHAPE))
+        small = surgery.shrink(model, plan, SHAPE)
+        found = oracle.evaluate(small, oracle.images(SHAPE))
+        assert oracle.difference(found, expected) < 1e-10
+    else:
+        assert_refused(model, "'c' (cannot be scattered|feeds no addition)", plan=plan)
+
+
+@pytest.mark.parametrize("options", [{"rate": 0.5}, {"rate": 0.9}, {"macs": 0.4}])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_every_layer_of_a_split_stream_keeps_a_channel(scope, options):
+    """ShuffleNetV2 shuffles units of many layers into one stream: none may run dry."""
+    model = oracle.roughen(models.build("shufflenet_v2_x1_0").double())
+    scores, shape = baselines.l1(model), (3, 32, 32)
+    weak = next(n for n in scores if "branch2.5" in n)
+    scores[weak] = scores[weak] * 1e-3  # all of its channels are the worst of all
+    plan = plans.from_scores(model, scores, shape, scope=scope, **options)
+    assert_same(model, plan, shape)

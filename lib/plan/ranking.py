@@ -23,6 +23,7 @@ from lib.plan.requests import (
     check_scores,
 )
 from lib.plan.resolve import resolve
+from lib.plan.sparing import find_partial, spare
 from lib.plan.targets import meet
 
 
@@ -133,7 +134,7 @@ class _Pool:
     def round(self, rate: float) -> int:
         """Steps that remove `rate`: down, or to the nearest where steps are coarse."""
         ranks = len(self.order)
-        if self.stops == list(range(ranks)):
+        if self.stops == list(range(len(self.stops))):
             return min(count_share(rate, ranks), self.most)
         ends = enumerate(self.stops)
         return min(ends, key=lambda end: (abs(end[1] - rate * ranks), end[0]))[0]
@@ -153,13 +154,13 @@ def _make_pools(
             "give skip_fixed=True, to keep them whole. " + _say_each(refused)
         )
     pools: list[_Pool] = []
-    for group in graph.groups:
+    for group, parts in zip(graph.groups, find_partial(graph), strict=True):
         scored = [n for n in group.layers if n in scores]
         if not scored or (residual == "keep" and group.joined):
             continue
         alone = residual == "scatter" and group.joined
         pools += [
-            _make_pool(graph, group, names, scores, multiple, scatter=bool(alone))
+            _make_pool(graph, group, names, scores, multiple, parts, bool(alone))
             for names in ([(n,) for n in scored] if alone else [tuple(scored)])
         ]
     if multiple > 1 and pools and not any(pool.most for pool in pools):
@@ -223,7 +224,8 @@ def _make_pool(
     names: tuple[str, ...],
     scores: Scores,
     multiple: int,
-    scatter: bool = False,
+    parts: list[Tensor],
+    scatter: bool,
 ) -> _Pool:
     total = torch.zeros(group.size, dtype=torch.float64)
     for name in names:
@@ -234,7 +236,9 @@ def _make_pool(
         blocks = list(group.index[names[0]].chunk(graph.layers[names[0]].groups))
     blocks = [b[torch.sort(total[b], stable=True).indices] for b in blocks]
     if multiple == 1:
-        order, stops = torch.stack(blocks, 1), list(range(len(blocks[0])))
+        blocks, spared = spare(blocks, [] if scatter else parts, group.size)
+        order = torch.stack(blocks, 1)
+        stops = list(range(len(order) - spared + 1))
     else:
         written = names if scatter else group.layers
         order, stops = _order_in_multiples(group, blocks, written, multiple)

@@ -82,7 +82,11 @@ class _Comparison:
     def __init__(self, graph: Graph, kept: Kept, after: DryRun):
         self.graph, self.kept = graph, kept
         self.before, self.after = graph.record, after
-        put_in = {n for n, m in after.modules.items() if isinstance(m, Remap)}
+        put_in = {
+            name
+            for name, module in after.modules.items()  # one slope is no leaf any more
+            if isinstance(module, Remap) or getattr(module, "num_parameters", 0) == 1
+        }
         ends = {graph.pairs.get(n, n) for n in kept.scatter}
         self.apart = {*put_in, *ends, *kept.dropped}
         self.inside = tuple(f"{name}." for name in self.apart)
