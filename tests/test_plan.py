@@ -511,3 +511,34 @@ def test_skip_fixed_leaves_what_cannot_be_scattered():
         plan = plans.from_scores(model, scores, shape, skip_fixed=True, **options)
     assert "layer1.0.conv2" not in plan.keep and "layer2.0.conv2" in plan.scatter
     surgery.shrink(model, plan, shape)
+
+
+class Pieces(nn.Module):
+    """Two layers make halves of a tensor, two others read them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.whole = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+        self.left, self.right = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.last = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x):
+        y = self.a(x) + self.whole(x)
+        halves = torch.relu(y).split(4, 1)
+        z = [
+            part(half)
+            for part, half in zip((self.left, self.right), halves, strict=True)
+        ]
+        return self.last(torch.cat([*z, torch.relu(torch.cat(z, 1) + y)], 1))
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_every_layer_keeps_a_channel_to_make_and_to_read(scope):
+    """Also where the lowest scores are all of one piece."""
+    torch.manual_seed(0)
+    model, shape = Pieces().double(), (3, 4, 4)
+    scores = {"a": torch.arange(8.0), "whole": torch.zeros(8)}
+    plan = plans.from_scores(model, scores, shape, rate=0.99, scope=scope)
+    assert plan.keep["a"] == plan.keep["whole"] == [3, 7]
+    assert plan.keep["left"] == plan.keep["right"] == [3]
+    oracle.assert_exact(model, plan, shape, oracle.images(shape), hooks=False)

@@ -5,6 +5,7 @@ all the channels tied to it. A *group* is the layers that share units, e.g. ever
 convolution that writes into one residual stream.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from lib.graph.leaves import LAYERS
-from lib.graph.scattering import find_pairs, find_readers, writes_zeros
 from lib.graph.trace import Layer, Node, Trace, trace
 
 RELUS = {"relu", "relu_"}
@@ -55,11 +55,12 @@ class Graph:
     `layers` maps names to what each convolution and linear layer reads and makes (as
     tags), `norms`, `vectors`, `moves` and `shuffles` the same for everything else with
     a size, `pairs` each layer with the BatchNorm that alone reads it, `made` the
-    values it makes, `normed` the BatchNorm that reads a value, `readers` all nodes that
-    read it; `unit_of` maps tags to units, the last unit stands for constants and is
-    always kept. `rows` and `columns` are the units of what each layer makes and reads,
-    `frozen` marks those that must stay. `has_other_work` says whether the pass has MACs
-    outside of `layers`; `record` is the dry run itself.
+    values it makes, `normed` the BatchNorm that reads a value; `unit_of` maps
+    tags to units, the last unit stands for constants and is always kept. `rows` and
+    `columns` are the units of each layer's outputs and inputs, `frozen` marks those
+    that must stay and `wide` those whose channels stay in the tensors between layers,
+    silent (bool, one more for constants). `has_other_work` says whether the pass has
+    MACs outside of `layers`; `record` is the dry run itself.
     """
 
     def __init__(self, record: Trace):
@@ -76,12 +77,13 @@ class Graph:
         self.record = record.record
         self.has_other_work = self.record.has_other_work
         self.num_tags = ledger.count
-        self.readers = find_readers(self.nodes)
-        self.pairs: dict[str, str] = find_pairs(record, self.readers)
+        self.pairs: dict[str, str] = self._find_pairs()
         found, self.num_units = find_components(ledger.count, ledger.ties)
         self._units = torch.cat([found, torch.tensor([self.num_units])])
         self.rows = {n: self.unit_of(x.outputs) for n, x in self.layers.items()}
         self.columns = {n: self.unit_of(x.inputs) for n, x in self.layers.items()}
+        self.wide = torch.zeros(self.num_units + 1, dtype=torch.bool)
+        self.wide[self.unit_of(torch.cat([NONE, *ledger.wide]))] = True
         self.followers = frozenset(n for n, x in self.layers.items() if x.depthwise)
         grouping = _Grouping(self, record)
         self.groups: list[Group] = grouping.groups
@@ -91,6 +93,19 @@ class Graph:
     def unit_of(self, tags: Tensor) -> Tensor:
         """The unit of each tag; constants get the extra, always kept, last unit."""
         return self._units[tags]
+
+    def _find_pairs(self) -> dict[str, str]:
+        """Each convolution or linear layer with the BatchNorm that alone reads it."""
+        readers = defaultdict(list)
+        for node in self.nodes:
+            for value in node.inputs:
+                readers[value].append(node)
+        pairs = {}
+        for name, made in self.made.items():
+            for value in made:
+                if len(readers[value]) == 1 and value in self.normed:
+                    pairs[name] = self.normed[value]
+        return pairs
 
     def count_macs(self, rows: dict[str, Tensor], alive: Tensor) -> int:
         """MACs for kept output rows (bool per layer) and kept units (bool per unit)."""
@@ -198,6 +213,7 @@ class _Grouping:
         for name, number in zip(self.names, group_of.tolist(), strict=True):
             members[number].append(name)
         self._fix_mixed_groups(member)
+        self._fix_wide_channels()
         blocks = self._read_blocks()
         pairs = zip(members, units[:count], strict=True)
         return [self._make_group(names, own, blocks) for names, own in pairs]
@@ -213,11 +229,36 @@ class _Grouping:
             columns = self.graph.columns[name]
             units = columns[columns < self.graph.num_units]
             if len(torch.unique(member[units])) > 1 or 0 < len(units) < len(columns):
-                free = units[self.reason_of[units] < 0]
-                self.reason_of[free] = len(self.reasons)
-                self.reasons.append(
-                    f"'{name}' is grouped and reads them together with others"
-                )
+                reason = f"'{name}' is grouped and reads them together with others"
+                self._fix(units, reason)
+
+    def _fix_wide_channels(self) -> None:
+        """Layers can stand between a pick and a scatter; what mixes channels cannot."""
+        graph, modules = self.graph, self.record.record.modules
+        mixers = {
+            name: [move.inputs, move.outputs]
+            for name, move in (graph.moves | graph.shuffles).items()
+        }
+        for name, tags in graph.norms.items():
+            if isinstance(modules[name], nn.LocalResponseNorm):
+                mixers[name] = [tags]
+        for name, layer in graph.layers.items():
+            if not self.record.is_whole(name):
+                mixers[name] = [layer.inputs, layer.outputs]
+        for name, rows in mixers.items():
+            units = graph.unit_of(torch.cat(rows))
+            self._fix(
+                units[graph.wide[units]],
+                f"{self.record.record.locate(name)} reads or makes channels that code "
+                "elsewhere picks by number",
+            )
+
+    def _fix(self, units: Tensor, reason: str) -> None:
+        """These must stay, unless there is a reason already."""
+        units = units[units < self.graph.num_units]
+        free = units[self.reason_of[units] < 0]
+        self.reason_of[free] = len(self.reasons)
+        self.reasons.append(reason)
 
     def _read_blocks(self) -> list[Tensor]:
         """For each side of each grouped convolution: the block of every unit, or -1."""
@@ -261,14 +302,22 @@ class _Grouping:
         )
 
     def _is_scatterable(self, name: str) -> bool:
-        """Between it and the addition is its own BatchNorm, and what keeps zeros."""
-        graph, rows = self.graph, self.graph.rows[name]
-        tags = graph.layers[name].outputs
-        if bool((self.bound[tags] | self.strangers[tags]).any()):
+        """Between it and the addition there is at most its own BatchNorm."""
+        tags = self.graph.layers[name].outputs
+        if not self._ends_in_norm(self.graph.pairs.get(name)):
             return False
-        if len(torch.unique(rows)) < len(rows):  # its outputs are tied to one another
-            return False
-        return writes_zeros(self.record, graph.readers, name, graph.pairs.get(name))
+        return not bool((self.bound[tags] | self.strangers[tags]).any())
+
+    def _ends_in_norm(self, norm: str | None) -> bool:
+        """Nothing in the norm's own module comes behind it (an activation)."""
+        if norm not in self.graph.calls:  # a plain one
+            return True
+        _, target = self.graph.calls[norm]
+        return any(
+            target in node.outputs
+            for node in self.graph.nodes
+            if node.inputs and self.graph.normed.get(node.inputs[0]) == norm
+        )
 
 
 def _meet_blocks(units: Tensor, partitions: list[Tensor]) -> tuple[Tensor, str | None]:
@@ -348,7 +397,8 @@ def _is_residual(graph: Graph, block: str) -> bool:
     if len(source.shape) != len(target.shape):
         return False
     before, after = block_units(graph, block)
-    return torch.equal(after[torch.isin(after, before)], before)
+    kept = torch.isin(after, before)
+    return torch.equal(after[kept], before) and not bool(graph.wide[after[~kept]].any())
 
 
 def _carries_input(graph: Graph, block: str, made_by: dict[int, Node]) -> bool:

@@ -96,8 +96,9 @@ class Ledger:
     """All tags given out, which of them are tied, and which must not be touched.
 
     `ties` are pairs [2, n]; `added` and `bound` list the tags tied by an addition and
-    by anything else; `frozen` holds tags with a reason; `vectors` the parameters that
-    lie along channels: name -> (dimension, tags).
+    by anything else; `frozen` holds tags with a reason; `wide` those of channels that
+    the model's own code picks by number; `vectors` the parameters that lie along
+    channels: name -> (dimension, tags).
     """
 
     def __init__(self) -> None:
@@ -106,6 +107,7 @@ class Ledger:
         self.added: list[Tensor] = []
         self.bound: list[Tensor] = []
         self.frozen: list[tuple[Tensor, str]] = []
+        self.wide: list[Tensor] = []
         self.vectors: dict[str, tuple[int, Tensor]] = {}
         self.met: set[str] = set()  # parameters that the operation at hand added there
 
@@ -131,6 +133,11 @@ class Ledger:
         if tags is not None:
             flat = tags.flatten()
             self.frozen.append((flat[flat >= 0], reason))
+
+    def widen(self, tags: Tensor) -> None:
+        """Tensors keep these channels: code between layers picks them by number."""
+        flat = tags.flatten()
+        self.wide.append(flat[flat >= 0])
 
     def row(self, value: Value, dim: int, size: int, where: str) -> Tensor:
         """The tags along `dim` as a row [size]; other dimensions must not vary.
@@ -194,12 +201,17 @@ class Ledger:
         if all(torch.equal(r, widest) for r in rows):
             return widest
         result = self.fresh(widest.numel()).view(widest.shape) if added else widest
+        constant = torch.stack([r < 0 for r in rows])
+        if not added or not bool(constant.any()):
+            for row in rows:
+                self.tie(row, result, added=added)
+            return result
         for row in rows:
-            self.tie(row, result, added=added)
-        if added:  # a channel that is constant on all sides has nobody to follow
-            constant = torch.stack([r < 0 for r in rows]).all(0)
-            result = torch.where(constant, CONSTANT, result)
-        return result
+            self.tie(row[row >= 0], result[row >= 0], added=True)
+        # What is added to a constant is there in any case; a channel that is constant
+        # on all sides has nobody to follow.
+        self.widen(torch.stack(rows)[:, constant.any(0)])
+        return torch.where(constant.all(0), CONSTANT, result)
 
     def _meet_constant(
         self, x: Operand, row: Tensor, shape: Sequence[int], where: str

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from lib.graph.dry_run import BATCH, Call, DryRun, Node, run_dry
+from lib.graph.leaves import is_leaf
 from lib.graph.tags import (
     CONSTANT,
     CONSTANTS,
@@ -98,7 +99,7 @@ class Trace:
         self.shuffles: dict[str, Move] = {}
         self.calls: dict[str, tuple[int, int]] = {}
         self.uses: dict[str, str] = {}
-        self._moving: set[str] = set()
+        self._moving: dict[str, list[Tensor]] = {}
         self._read_events()
 
     def _read_events(self) -> None:
@@ -182,15 +183,12 @@ class Trace:
         return value.tags
 
     def _read_call(self, call: Call, evaluating: bool) -> None:
-        moving = call.module in self._moving
-        self._moving.discard(call.module)
+        moving = self._moving.pop(call.module, None)
         source = call.inputs[0] if len(call.inputs) == 1 else None
         target = None if call.output is None else self.values[call.output]
         if source is None or target is None or target.tags is None:
-            for place in call.inputs if moving else ():
-                if place is not None:
-                    reason = f"'{call.module}' moves channels between tensors"
-                    self.ledger.freeze(self.values[place].tags, reason)
+            for tags in moving or ():  # between tensors: no single map of channels
+                self.ledger.widen(tags)
             return
         if evaluating and call.output is not None:
             self.calls[call.module] = (source, call.output)
@@ -220,6 +218,22 @@ class Trace:
         else:
             for row in (known.inputs, known.outputs, inputs, outputs):
                 self.ledger.freeze(row, f"'{name}' serves two different widths")
+
+    def is_whole(self, name: str) -> bool:
+        """Does the layer's module read and make what the layer does, and no more?"""
+        if is_leaf(self.record.modules[name]):
+            return True
+        if name not in self.calls:
+            return False
+        layer, rows = self.layers[name], []
+        for place in self.calls[name]:
+            tags = self.values[place].tags
+            rows.append(None if tags is None else tags.flatten())
+        wanted = (layer.inputs, layer.outputs)
+        return all(
+            row is not None and torch.equal(row, own)
+            for row, own in zip(rows, wanted, strict=True)
+        )
 
     # -- operations ----------------------------------------------------------------
 
@@ -270,9 +284,7 @@ class Trace:
         else:
             for y in rest:
                 self.ledger.lie_along(str(y.parameter), 0, row, where)
-        for place in node.outputs:  # and the statistics of the batch
-            value = self.values[place]
-            value.tags = row if len(value.shape) == 1 else x.tags
+        self.values[node.outputs[0]].tags = x.tags
         return True
 
     def _read_uses(self, node: Node, vectors: set[str]) -> None:
@@ -314,7 +326,7 @@ class Trace:
             dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
             row = ledger.cat(operands, dim, where)
         elif name in MOVES and operands[0].tags is not None and _has_index(node):
-            return self._move(node, operands, where)
+            return self._move(node, operands)
         else:
             for x in operands:
                 ledger.freeze(x.tags, f"{where} uses '{name}', {_why_frozen(name)}")
@@ -328,10 +340,8 @@ class Trace:
         value = Value(x.shape, tags, derived=True)
         return Operand(x.shape, x.place, value, x.parameter)
 
-    def _move(
-        self, node: Node, operands: Sequence[Operand], where: str
-    ) -> list[Tensor | None]:
-        """Where channels are picked or reordered: who can be rewritten, or freeze."""
+    def _move(self, node: Node, operands: Sequence[Operand]) -> list[Tensor | None]:
+        """Where channels are picked or reordered: by whom, if it can be rewritten."""
         source = operands[0]
         assert source.tags is not None and node.function is not None
         pieces, in_order = move_tags(
@@ -344,14 +354,10 @@ class Trace:
             bare = [next(m.parameters(), None) is None for m in modules]
             bare[-1] = bare[-1] or is_shuffle_unit(modules[-1])
             if any(bare):
-                self._moving.add(node.within[bare.index(True)])
+                moved = self._moving.setdefault(node.within[bare.index(True)], [])
+                moved.append(source.tags)
             else:
-                self.ledger.freeze(
-                    source.tags,
-                    f"{where} picks or reorders channels with '{node.op}' in its "
-                    "forward; put that step into a module of its own, without "
-                    "parameters",
-                )
+                self.ledger.widen(source.tags)
         return list(pieces)
 
 

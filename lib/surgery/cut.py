@@ -1,28 +1,35 @@
 """`shrink`: a physically smaller copy in which nothing removed is left."""
 
 import warnings
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lib.graph import Graph, Layer, build_graph
+from lib.graph import Graph, Layer, Node, build_graph
+from lib.graph.dry_run import DryRun, run_dry
+from lib.graph.tags import ELEMENTWISE, REDUCTIONS
 from lib.graph.trace import Move
 from lib.plan import Kept, Plan, resolve
-from lib.surgery.checks import check_result
 from lib.surgery.copying import copy_model
 from lib.surgery.movers import (
+    Bridge,
     GappedLRN,
     PinnedShuffleUnit,
     Remap,
     Scatter,
     device_of,
+    inverse,
     on_cpu,
     positions,
     replace,
 )
 
 Modules = dict[str, Any]  # modules by name; their attributes differ by type
+
+# A PReLU with one slope is an operation, with more it is a leaf: not compared.
+COUNTED = (ELEMENTWISE | REDUCTIONS) - {"prelu", "_prelu_kernel"}
 
 
 def shrink(
@@ -37,21 +44,13 @@ def shrink(
     Parameters keep their names (a scattered layer's BatchNorm becomes the first item of
     a pair), `requires_grad`, dtype, device and memory format; train/eval mode is kept.
     `plan.resolution`, if set, is checked to pass through the result. Warns when the
-    plan removes nothing. Raises `ValueError` for a plan that does not fit, and for a
-    forward that would compute something else with fewer channels. `graph`, if given, is
-    that of `build_graph(model, input_shape)`.
+    plan removes nothing. Raises `ValueError` for a plan that does not fit. `graph`, if
+    given, is that of `build_graph(model, input_shape)`.
     """
     graph = graph or build_graph(model, input_shape)
     kept = resolve(graph, plan, model)
     if kept.is_whole() and plan.resolution is None:
         warnings.warn("the plan removes nothing", stacklevel=2)
-    small = cut_out(model, graph, kept)
-    check_result(graph, kept, small, input_shape, plan.resolution)
-    return small
-
-
-def cut_out(model: nn.Module, graph: Graph, kept: Kept) -> nn.Module:
-    """The smaller copy itself, not yet checked."""
     norms = _norm_rows(graph, kept)
     cuts = _cut_tensors(graph, kept, norms, dict(model.named_modules()))
     small = copy_model(model, cuts)
@@ -59,8 +58,10 @@ def cut_out(model: nn.Module, graph: Graph, kept: Kept) -> nn.Module:
     _resize_modules(graph, kept, norms, modules)
     _replace_movers(graph, kept, small, modules)
     _insert_scatters(graph, kept, small, modules)
+    _insert_bridges(graph, kept, small)
     for block in kept.dropped:
         replace(small, block, nn.Identity())
+    _check_runs(graph, kept, small, input_shape, plan.resolution)
     return small
 
 
@@ -82,8 +83,9 @@ def shrunk_from(
 
 
 def _norm_rows(graph: Graph, kept: Kept) -> dict[str, Tensor]:
-    """Kept channels of every norm; behind a scattered layer, those of that layer."""
-    alive = {n: kept.units[graph.unit_of(x)] for n, x in graph.norms.items()}
+    """Channels left at every norm; behind a scattered layer, those of that layer."""
+    left = kept.units | graph.wide
+    alive = {n: left[graph.unit_of(x)] for n, x in graph.norms.items()}
     for name in kept.scatter & graph.pairs.keys():
         alive[graph.pairs[name]] = kept.rows[name]
     return alive
@@ -108,10 +110,11 @@ def _cut_tensors(
             tensor = getattr(modules[name], attribute, None)
             if tensor is not None and tensor.numel() > 1:
                 found.append((tensor, _cut(tensor, chosen, 0)))
+    left = kept.units | graph.wide
     for path, (dim, tags) in graph.vectors.items():
         owner, _, attribute = path.rpartition(".")
         tensor = getattr(modules[owner], attribute)
-        chosen = _choose(kept.units[graph.unit_of(tags)])
+        chosen = _choose(left[graph.unit_of(tags)])
         found.append((tensor, _cut(tensor, chosen, dim)))
     return {id(x): _like(x, cut) for x, cut in found if cut.shape != x.shape}
 
@@ -222,3 +225,71 @@ def _insert_scatters(
             end = graph.pairs.get(name, name)
             scatter = Scatter(positions(rows), len(rows))
             replace(small, end, nn.Sequential(modules[end], scatter))
+
+
+def _insert_bridges(graph: Graph, kept: Kept, small: nn.Module) -> None:
+    """Layers whose tensors keep channels that they themselves no longer have."""
+    left = kept.units | graph.wide
+    for name, rows in kept.rows.items():
+        columns = graph.columns[name]
+        read = kept.units[columns][left[columns]]
+        made = rows if name in kept.scatter else rows[left[graph.rows[name]]]
+        source = None
+        if not made.all() and name not in kept.scatter:
+            source = inverse(positions(made), len(made))
+        if source is not None or not read.all():
+            inner = small.get_submodule(name)
+            dim = -1 if isinstance(inner, nn.Linear) else 1
+            replace(small, name, Bridge(inner, _choose(read), source, dim))
+
+
+# -- the result is checked by running it ----------------------------------------------
+
+
+def _check_runs(
+    graph: Graph,
+    kept: Kept,
+    small: nn.Module,
+    input_shape: tuple[int, int, int],
+    resolution: int | None,
+) -> None:
+    """Run the result dry: sizes written into the model's own code show up here.
+
+    A size that does not fit fails; one that is only computed with changes a number.
+    """
+    after = _run_result(small, input_shape, "the shrunk network does not run")
+    ours = (Bridge, Remap, Scatter, GappedLRN, PinnedShuffleUnit)
+    put_in = [n for n, m in after.modules.items() if isinstance(m, ours)]
+    apart = {*put_in, *kept.dropped}
+    before, now = (_operations(x.nodes, apart) for x in (graph, after))
+    for module, operation in (before - now) + (now - before):
+        raise ValueError(
+            f"'{module}' computes with the number of its channels (in "
+            f"'{operation[0]}'), so a smaller copy of it would compute something else"
+        )
+    if resolution is not None:
+        shape = (input_shape[0], resolution, resolution)
+        _run_result(small, shape, f"resolution {resolution} does not fit this network")
+
+
+def _run_result(
+    small: nn.Module, input_shape: tuple[int, int, int], problem: str
+) -> DryRun:
+    try:
+        return run_dry(small, input_shape)
+    except ValueError as error:
+        raise ValueError(f"{problem}; {error}") from error
+
+
+def _operations(nodes: list[Node], apart: set[str]) -> Counter[Any]:
+    """How often each module runs which operation, with the numbers it uses.
+
+    Not counted are modules that surgery took out or put in, and what is within them.
+    """
+    inside = tuple(f"{name}." for name in apart)
+    found: Counter[Any] = Counter()
+    for node in nodes:
+        if node.op in COUNTED and not f"{node.module}.".startswith(inside or ("\0",)):
+            numbers = tuple(a for a in node.args if isinstance(a, (int, float)))
+            found[node.module, (node.op, *numbers)] += 1
+    return found

@@ -8,36 +8,18 @@ from torch import Tensor, nn
 
 
 class Scatter(nn.Module):
-    """Write [N, kept, ...] back into [N, width, ...], zero elsewhere.
-
-    Equal to the bit in both of its ways: zeros that the channels are copied into, in
-    the layout of `x` (a gather would lose channels_last, for all layers behind it too);
-    and compiled or exported a 1x1 convolution with ones and zeros, which compilers add
-    into the stream in place and in a layout of their own (equal for finite values).
-    """
+    """Write [N, kept, ...] back into [N, width, ...], zero elsewhere."""
 
     source: Tensor
-    kept: Tensor
 
     def __init__(self, kept: Tensor, width: int):
         super().__init__()
         self.width = width
         self.register_buffer("source", inverse(kept, width), persistent=False)
-        self.register_buffer("kept", kept, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, kept, ...] -> [N, width, ...]."""
-        if torch.compiler.is_compiling() and x.ndim == 4:
-            places = torch.arange(self.width, device=x.device)
-            chosen = (places[:, None] == self.kept).to(x.dtype)
-            return F.conv2d(x, chosen[:, :, None, None])
-        if torch.compiler.is_compiling() or x.is_meta:
-            return take(x, self.source)
-        wide = (*x.shape[:1], self.width, *x.shape[2:])
-        full = torch.empty(
-            wide, dtype=x.dtype, device=x.device, memory_format=layout_of(x)
-        )
-        return full.zero_().index_copy_(1, self.kept, x)
+        return take(x, self.source)
 
 
 class Remap(nn.Module):
@@ -128,6 +110,35 @@ class PinnedShuffleUnit(nn.Module):
         return out.index_select(1, self.order)
 
 
+class Bridge(nn.Module):
+    """A layer that reads and makes some channels of tensors that keep all of theirs.
+
+    `read` are the channels that it reads, `source` where those that it makes go; each
+    is None where that is all of them. Channels are dimension `dim`.
+    """
+
+    read: Tensor | None
+    source: Tensor | None
+
+    def __init__(
+        self, inner: nn.Module, read: Tensor | None, source: Tensor | None, dim: int
+    ):
+        super().__init__()
+        self.inner, self.dim = inner, dim
+        self.register_buffer("read", read, persistent=False)
+        self.register_buffer("source", source, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in, ...] -> [N, out, ...], zero where nothing is made."""
+        if self.read is not None:
+            x = x.index_select(self.dim, self.read)
+        y: Tensor = self.inner(x)
+        if self.source is None:
+            return y
+        padding = [0, 0] * (y.ndim - 1 - self.dim % y.ndim) + [0, 1]
+        return F.pad(y, padding).index_select(self.dim, self.source)
+
+
 def on_cpu(index: Tensor) -> Tensor:
     """An index map where it can be computed with; one without values is refused."""
     if index.is_meta:
@@ -148,14 +159,6 @@ def inverse(kept: Tensor, width: int) -> Tensor:
     source = torch.full((width,), len(kept), device=kept.device)
     source[kept] = torch.arange(len(kept), device=kept.device)
     return source
-
-
-def layout_of(x: Tensor) -> torch.memory_format:
-    """channels_last where a tensor lies so in memory and in no other way."""
-    last = torch.channels_last
-    if x.ndim == 4 and x.is_contiguous(memory_format=last) and not x.is_contiguous():
-        return last
-    return torch.contiguous_format
 
 
 def take(x: Tensor, source: Tensor) -> Tensor:
