@@ -16,6 +16,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "data" / "results"
+CLAIMS = ROOT / "data" / "published" / "claims.csv"
 MARKED = re.compile(r"(<!-- rows (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NAMES = {
     "l1": "L1 norm", "random": "random", "gamma": "\\|γ\\| alone",
@@ -87,7 +88,33 @@ def strategies(profile):
     return f"{describe(rows)}\n\n{markdown(head, lines)}"
 
 
+def findings():
+    """A sentence per paper on all its claims, then those that bases have decided."""
+    claims = pd.read_csv(CLAIMS, dtype=str, keep_default_na=False)
+    lines = []
+    for paper, part in claims.groupby("paper", sort=False):
+        verdicts = part.groupby("verdict", sort=False)["id"].agg(list)
+        told = [f"{len(ids)} {name}" for name, ids in verdicts.items()]
+        lines.append(f"- **{paper}**, {len(part)} claims: {', '.join(sorted(told))}.")
+    measured = claims[claims["kind"].isin(["contrast", "ranks"])]
+    measured = measured[measured["n"].replace("", "0").astype(int) > 1]
+    decided = measured[measured["verdict"] != "undecided"]
+    for claim in decided.itertuples():
+        effect, low, high = map(float, (claim.effect, claim.low, claim.high))
+        lines.append(
+            f"- {claim.id}: {claim.form}: **{claim.verdict}** ({effect:+.2f} "
+            f"{claim.unit}, {low:.2f} to {high:.2f}, {claim.n} bases; "
+            f"{claim.distance.split(';')[0]})."
+        )
+    lines.append(
+        f"- Measured on several bases and undecided: {len(measured) - len(decided)} "
+        "more; each says in the ledger how many bases would decide it."
+    )
+    return "\n".join(lines)
+
+
 PARTS = {
+    "findings": findings,
     "cifar10_cpu": partial(accuracies, "cifar10_cpu", split=("rate",)),
     "scop_cifar10_cpu": partial(
         accuracies, "scop_cifar10_cpu", split=("rate", "residual")

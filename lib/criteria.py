@@ -25,7 +25,7 @@ SCOP = tuple(f"scop-{arm}" for arm in ARMS)
 CRITERIA = (*SCOP, *nisp.METHODS, "fpgm", "taylor")
 
 
-CONTROLS = ("unpruned", "scratch", "scratch-compute")
+CONTROLS = ("unpruned", "scratch", "scratch-compute", "l1-distilled")
 
 
 def check_names(methods: Sequence[str], controls: Sequence[str]) -> None:

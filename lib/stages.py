@@ -139,7 +139,8 @@ def recover(
     it up), and the `extra` columns. The images' side is the plan's; an empty plan is
     that of the unpruned network. With `scratch` the shrunk network starts from new
     random weights, drawn from the recipe's seed: what the small architecture is worth
-    without the large one's weights. `curve` also measures the validation images, before
+    without the large one's weights. A recipe with `distill` has `model` as its teacher.
+    `curve` also measures the validation images, before
     and after every epoch. `graph`: that of `model`, where it is at hand.
     """
     recipe = _at_side(recipe, plan.resolution)
@@ -166,6 +167,7 @@ def recover(
     history = train.fit(
         small, sets.train, sets.val if curve else None, recipe=recipe,
         checkpoint=folder / "finetune.pt", label=folder.name,
+        teacher=model if recipe.distill else None,
     )  # fmt: skip
     hits = train.find_hits(small, sets.test, resolution=recipe.resolution)
     row = {

@@ -179,6 +179,38 @@ def test_fit_equals_a_plain_loop(options, epochs, limit):
         assert mine["top1"] == pytest.approx(plain["top1"])
 
 
+def test_distillation_is_the_loss_of_hinton_2015():
+    ours, theirs, teacher, images = make_net(1), make_net(1), make_net(7), make_set()
+    for net in (ours, theirs, teacher):
+        net[8].p = 0.0
+    taught = {"lr": 0.05, "batch_size": 48, "precision": "float32", "nesterov": False,
+              "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant",
+              "distill": 0.7, "temperature": 3.0}  # fmt: skip
+    history = train.fit(ours, images, epochs=1, teacher=teacher, **taught)
+    ((x, y),) = data.batches(images, 48, train=True, seed=0, epoch=0)
+    theirs.train(), teacher.eval()
+    logits, told = theirs(x), teacher(x).detach()
+    soft = nn.functional.kl_div(
+        (logits / 3).log_softmax(1), (told / 3).softmax(1), reduction="batchmean"
+    )
+    loss = 0.3 * nn.functional.cross_entropy(logits, y) + 0.7 * 9 * soft
+    loss.backward()
+    assert history.rows[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for mine, plain in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert_close(mine, plain - 0.05 * plain.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_a_teacher_and_its_weight_go_together(tmp_path):
+    for options in ({"distill": 0.5}, {"teacher": make_net(2)}):
+        with pytest.raises(ValueError, match="distill needs a teacher"):
+            fit(make_net(), **options)
+    options = {"distill": 0.5, "epochs": 1, "checkpoint": tmp_path / "run.pt"}
+    fit(make_net(), teacher=make_net(2), **options)
+    again = fit(make_net(), teacher=make_net(2), **options)
+    other = fit(make_net(), teacher=make_net(3), **options)
+    assert (again.resumed, other.resumed) == (1, 0)
+
+
 def test_resnet8_equals_a_plain_loop():
     images = make_set(n=64, side=32, classes=10)
     nets = []

@@ -5,6 +5,7 @@ a CPU, ends with bit-identical weights. On a GPU the whole step is one CUDA grap
 nothing is synchronised before the epoch's end.
 """
 
+import copy
 import itertools
 import math
 import statistics
@@ -75,6 +76,7 @@ def fit(
     device: str | torch.device | None = None,
     cuda_graph: bool | str = "auto",
     label: str = "fit",
+    teacher: nn.Module | None = None,
     watch: Callable[[nn.Module], dict] | None = None,
     **settings,
 ) -> History:
@@ -86,19 +88,28 @@ def fit(
     `watch` adds plain numbers to each epoch's row. `cuda_graph`: on a GPU "auto"
     captures the step where it can; True insists; False is for a network that branches
     in plain Python, of which a graph would repeat one branch. Parameters that do not
-    require a gradient stay. `ValueError`: bad settings, a loss that is not finite.
+    require a gradient stay. `teacher`: a network of the same classes, for a recipe with
+    `distill`. `ValueError`: bad settings, a loss that is not finite.
     """
     recipe = _pick_recipe(recipe, epochs, settings)
+    if (teacher is None) != (recipe.distill == 0):
+        raise ValueError("distill needs a teacher, and a teacher needs distill > 0")
     device = pick_device(device)
     precision = pick_precision(recipe.precision, device, model)
     model.to(device, memory_format=pick_layout(model, device))
     _check_sets(model, train_set, val_set)
     optimizer = make_optimizer(model, recipe, device)
     identity = _identify(model, recipe, train_set, precision)
+    if teacher is not None:
+        teacher = copy.deepcopy(teacher).to(device).eval()
+        state = teacher.state_dict()
+        identity["teacher"] = checkpoints.digest_tensors("", *state.values())
     rows, before = _resume(checkpoint, identity, model, optimizer)
     history = History(rows, str(device), precision, resumed=len(rows))
     history.made_with = made_with() if len(rows) < recipe.epochs else before
-    update = make_update(model, optimizer, recipe, precision, cuda_graph=cuda_graph)
+    update = make_update(
+        model, optimizer, recipe, precision, cuda_graph=cuda_graph, teacher=teacher
+    )
     steps = count_batches(train_set, recipe.batch_size, train=True)
     report = Report(recipe, steps, label, done=history.resumed)
     train_set = train_set.to(device)

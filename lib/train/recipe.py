@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lib.messages import check_known
-from lib.settings import Rule, check_rule
+from lib.settings import ABOVE_ONE, Rule, check_rule
 
 
 def setting(default=MISSING, kind=None, *, low=-math.inf, high=math.inf, choices=()):
@@ -27,10 +27,11 @@ class Recipe:
     step. optimizer: "sgd" (Nesterov momentum) or "adam" (`adam_betas`). schedule:
     "cosine" to zero, "step" (times `gamma` at each of `milestones`, in epochs) or
     "constant". warmup: epochs of linear increase. weight_decay: on all parameters, or
-    without norms and biases when `decay_norms` is False. resolution: side of the images
-    in pixels, None for their own. augment: random crop and flip. precision: "auto"
-    (bfloat16 where the hardware has it), "float32" or "bfloat16". seed: order, crops,
-    dropout.
+    without norms and biases when `decay_norms` is False. distill: weight of a teacher's
+    softened answers, at `temperature`, in the loss (Hinton et al. 2015). resolution:
+    side of the images in pixels, None for their own. augment: random crop and flip.
+    precision: "auto" (bfloat16 where the hardware has it), "float32" or "bfloat16".
+    seed: order, crops, dropout.
 
     Raises `ValueError` for unknown settings (with the nearest name), for values of
     another type, out of range, NaN or infinite.
@@ -50,6 +51,8 @@ class Recipe:
     gamma: float = setting(0.1, low=0)
     warmup: float = setting(0.0, low=0)
     label_smoothing: float = setting(0.0, low=0, high=1)
+    distill: float = setting(0.0, low=0, high=ABOVE_ONE)
+    temperature: float = setting(4.0, low=1e-12)
     aux_weight: float = setting(0.3, low=0)
     augment: bool = setting(True)
     resolution: int | None = setting(None, int, low=1)

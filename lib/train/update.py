@@ -16,7 +16,15 @@ class Update:
 
     cheap_to_read = True
 
-    def __init__(self, model: nn.Module, optimizer, recipe: Recipe, precision: str):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer,
+        recipe: Recipe,
+        precision: str,
+        teacher: nn.Module | None = None,
+    ):
+        self.teacher = teacher
         self.model, self.optimizer, self.recipe = model, optimizer, recipe
         self.device = next(model.parameters()).device
         self.layout = pick_layout(model, self.device)
@@ -53,12 +61,30 @@ class Update:
             self.device.type, torch.bfloat16, self.autocast, cache_enabled=False
         ):
             output = self.model(x.contiguous(memory_format=self.layout))
+            told = self._ask_teacher(x)
         loss, logits = self._loss(output, y)
+        if told is not None:
+            share = self.recipe.distill
+            loss = (1 - share) * loss + share * self._imitate(logits, told)
         loss.backward()
         self.optimizer.step()
         with torch.no_grad():
             hits = (logits.argmax(1) == y).sum()
             self.sums += torch.stack([loss.detach().double() * len(y), hits.double()])
+
+    @torch.no_grad()
+    def _ask_teacher(self, x: Tensor) -> Tensor | None:
+        if self.teacher is None:
+            return None
+        output = self.teacher(x.contiguous(memory_format=self.layout))
+        return output[0] if isinstance(output, tuple) else output
+
+    def _imitate(self, logits: Tensor, told: Tensor) -> Tensor:
+        """T^2 KL(teacher || student) of the answers softened by T, in nats."""
+        heat = self.recipe.temperature
+        own = F.log_softmax(_at_least_float32(logits) / heat, 1)
+        wanted = F.log_softmax(_at_least_float32(told) / heat, 1)
+        return heat**2 * F.kl_div(own, wanted, reduction="batchmean", log_target=True)
 
     def _loss(self, output, y: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy; auxiliary heads (GoogLeNet, Inception) with their weight."""
@@ -170,6 +196,7 @@ def make_update(
     precision: str,
     *,
     cuda_graph: bool | str,
+    teacher: nn.Module | None = None,
 ) -> Update:
     """The update for the model's device: captured on a GPU, unless not wanted."""
     check_choice("cuda_graph", cuda_graph, ("auto", True, False))
@@ -177,5 +204,6 @@ def make_update(
     if cuda_graph is True and not on_gpu:
         raise ValueError("cuda_graph=True needs a GPU")
     if not on_gpu or not cuda_graph:
-        return Update(model, optimizer, recipe, precision)
-    return GraphUpdate(model, optimizer, recipe, precision, must=cuda_graph is True)
+        return Update(model, optimizer, recipe, precision, teacher)
+    must = cuda_graph is True
+    return GraphUpdate(model, optimizer, recipe, precision, teacher, must=must)
