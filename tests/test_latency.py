@@ -1,5 +1,6 @@
 """Milliseconds: turns and rows, files for other programs, tables, shares of time."""
 
+import copy
 import importlib.util
 import itertools
 import time
@@ -151,16 +152,45 @@ def test_a_runtime_that_is_not_installed_says_what_to_type(runtime, monkeypatch)
 # -- files for other programs --------------------------------------------------------
 
 
+def prune_small(residual):
+    model = oracle.roughen(Small())
+    scores = {name: torch.rand(8) for name in "bcd"}
+    plan = plans.from_scores(model, scores, SHAPE, rate=0.4, residual=residual)
+    assert plan.keep and bool(plan.scatter) == (residual == "scatter")
+    return surgery.shrink(model, plan, SHAPE)
+
+
+def export_again(small, x):
+    sizes = ({0: torch.export.Dim("n")},)
+    return torch.export.export(small, (x.repeat(2, 1, 1, 1),), dynamic_shapes=sizes)
+
+
+WAYS = {
+    "deepcopy": lambda small, x: copy.deepcopy(small),
+    "jit.trace": torch.jit.trace,
+    "export": lambda small, x: export_again(small, x).module(),
+    "compile": lambda small, x: torch.compile(small, backend="aot_eager"),
+    "channels_last": lambda small, x: small.to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("residual", ["tie", "scatter"])
+def test_what_torch_makes_of_a_pruned_network_computes_the_same(residual, way):
+    small = prune_small(residual).eval()
+    x = oracle.images(SHAPE, torch.float32)
+    expected = oracle.evaluate(small, x)
+    with torch.no_grad():
+        got = WAYS[way](small, x)(x)
+    assert oracle.difference(got, expected) < 1e-5
+
+
 @deployed
 @pytest.mark.parametrize("residual", ["tie", "scatter", "keep"])
 def test_exported_networks_compute_the_same_at_every_batch(residual, tmp_path):
     """Ten real nets: `tests/benchmarks/bench_onnx.py`."""
-    model = oracle.roughen(Small())
-    scores = {name: torch.rand(8) for name in "bcd"}
-    options = {"rate": 0.4, "residual": residual}
-    plan = plans.from_scores(model, scores, SHAPE, **options)
-    assert plan.keep and bool(plan.scatter) == (residual == "scatter")
-    small = surgery.shrink(model, plan, SHAPE).train()
+    small = prune_small(residual).train()
     path = latency.export_onnx(small, tmp_path / "net.onnx", SHAPE)
     assert small.training and path.is_file()
     small.eval()

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from lib import cost, surgery
+from lib import baselines, cost, models, surgery
+from lib import plan as plans
 from lib.graph import build_graph
 from lib.plan import Plan
 
@@ -449,3 +450,166 @@ def test_what_a_pass_on_shapes_cannot_do_is_one_clear_line(kind):
     with pytest.raises(ValueError, match=message) as caught:
         build_graph(make(), SHAPE)
     assert "\n" not in str(caught.value)
+
+
+# -- a forward that looks at the number of its channels -------------------------------
+
+
+def counted(step):
+    """`a`, then `step(module, activation, number of channels)`, then `b`."""
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        return F.relu(self.b(step(self, x, x.shape[1])))
+
+    return forward
+
+
+def stretched(self, x, c):
+    return F.interpolate(x, size=(c, c)) if c > 4 else x
+
+
+def repeated(self, x, c):
+    for _ in range(c):
+        x = x * 0.9
+    return x
+
+
+def chosen(self, x, c):
+    y = x.abs()
+    return torch.tanh(y if c > 4 else x.neg()) + y.neg()
+
+
+def set_epsilon(self, x, c):
+    self.n.eps = 1 / c
+    return self.n(x)
+
+
+COUNTING = {
+    "a pool or none": lambda s, x, c: F.max_pool2d(x, 2) if c >= 8 else x,
+    "another pool": lambda s, x, c: F.avg_pool2d(x, 2 if c > 4 else 4),
+    "a size": stretched,
+    "a divisor": lambda s, x, c: x / c,
+    "alpha": lambda s, x, c: torch.add(x, x.abs(), alpha=c),
+    "full": lambda s, x, c: x * torch.full((1,), float(c), device=x.device),
+    "new_full": lambda s, x, c: x * x.new_full((1,), float(c)),
+    "new_tensor": lambda s, x, c: x * x.new_tensor([float(c)]),
+    "tensor": lambda s, x, c: x * torch.tensor(float(c), device=x.device),
+    "arange": lambda s, x, c: x * torch.arange(c, device=x.device).max(),
+    "steps": repeated,
+    "an operand": chosen,
+    "a norm's epsilon": set_epsilon,
+    "a norm or none": lambda s, x, c: s.n(x) if c > 4 else x,
+    "a slope": lambda s, x, c: F.leaky_relu(x, 1 / c),
+    "a part of the pixels": lambda s, x, c: x[..., c - 4 :],
+}
+
+
+@pytest.mark.parametrize("kind", COUNTING)
+def test_a_forward_that_counts_its_channels_is_refused_by_both(kind):
+    model = net(counted(COUNTING[kind]), n=nn.BatchNorm2d(8))
+    assert_refused(model, "computes with the number of its channels")
+
+
+LAYOUTS = {
+    "viewed and back": lambda s, x, c: x.view(len(x), c, -1).view(len(x), c, 8, 8),
+    "turned and back": lambda s, x, c: x.permute(0, 2, 3, 1).permute(0, 3, 1, 2),
+    "made contiguous": lambda s, x, c: (
+        x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2).contiguous()
+    ),
+    "flattened pixels": lambda s, x, c: (
+        x.permute(0, 2, 3, 1).reshape(-1, c).view(len(x), 8, 8, c).permute(0, 3, 1, 2)
+    ),
+    "all channels by number": lambda s, x, c: x[:, :c],
+    "zeros of the same size": lambda s, x, c: torch.cat([x, torch.zeros_like(x)], 1)[
+        :, :c
+    ],
+    "spread over pixels": lambda s, x, c: x.mean((2, 3), keepdim=True).expand(
+        len(x), c, 8, 8
+    ),
+}
+
+
+@pytest.mark.parametrize("kept", [[3], HALF])
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_sizes_that_only_follow_the_channels_are_fine(kind, kept):
+    model = net(counted(LAYOUTS[kind]))
+    try:
+        assert_same(model, Plan({"a": kept}))
+    except ValueError as error:
+        assert "picks or reorders channels" in str(error)
+        assert kind == "zeros of the same size"
+
+
+# -- scatter, and what every layer keeps -----------------------------------------------
+
+
+def scattered_twice(self, x):
+    h = F.relu(self.a(x))
+    h = F.relu(h + self.n(self.c(h)))
+    return F.relu(self.b(h + self.c(h)))
+
+
+def between(activation):
+    return lambda s, x: F.relu(s.b(s.a(x) + activation(s.n(s.c(F.relu(s.a(x)))))))
+
+
+SCATTERED = {
+    "called twice, once before its norm": (scattered_twice, conv(8, 8), False),
+    "tied to one another": (
+        lambda s, x: F.relu(s.b(s.a(x) + s.split(s.c(F.relu(s.a(x)))))),
+        conv(8, 16),
+        False,
+    ),
+    "sigmoid": (between(torch.sigmoid), conv(8, 8), False),
+    "a number added": (between(lambda x: x + 1), conv(8, 8), False),
+    "exponential": (between(torch.exp), conv(8, 8), False),
+    "clamped above zero": (between(lambda x: x.clamp(0.1, 1)), conv(8, 8), False),
+    "pooled, then a sigmoid": (
+        between(lambda x: F.avg_pool2d(x, 3, 1, 1).sigmoid()),
+        conv(8, 8),
+        False,
+    ),
+    "nothing": (between(lambda x: x), conv(8, 8), True),
+    "relu": (between(F.relu), conv(8, 8), True),
+    "scaled and clamped at zero": (
+        between(lambda x: (2 * x).clamp(0, 1) / 3),
+        conv(8, 8),
+        True,
+    ),
+}
+
+
+class Larger(nn.Module):
+    """The larger of two halves: its channels go in pairs."""
+
+    def forward(self, x):
+        return torch.maximum(*x.chunk(2, 1))
+
+
+@pytest.mark.parametrize("kind", SCATTERED)
+def test_scatter_where_zero_stays_zero_up_to_the_addition(kind):
+    forward, layer, possible = SCATTERED[kind]
+    model = net(forward, c=layer, n=nn.BatchNorm2d(8), split=Larger())
+    plan = Plan({"c": [1, 3]}, scatter={"c"})
+    if possible:
+        assert_same(model, plan)
+        with oracle.hooked(model, plan, oracle.images(SHAPE)):
+            expected = oracle.evaluate(model, oracle.images(SHAPE))
+        small = surgery.shrink(model, plan, SHAPE)
+        found = oracle.evaluate(small, oracle.images(SHAPE))
+        assert oracle.difference(found, expected) < 1e-10
+    else:
+        assert_refused(model, "'c' (cannot be scattered|feeds no addition)", plan=plan)
+
+
+@pytest.mark.parametrize("options", [{"rate": 0.5}, {"rate": 0.9}, {"macs": 0.4}])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_every_layer_of_a_split_stream_keeps_a_channel(scope, options):
+    """ShuffleNetV2 shuffles units of many layers into one stream: none may run dry."""
+    model = oracle.roughen(models.build("shufflenet_v2_x1_0").double())
+    scores, shape = baselines.l1(model), (3, 32, 32)
+    weak = next(n for n in scores if "branch2.5" in n)
+    scores[weak] = scores[weak] * 1e-3  # all of its channels are the worst of all
+    plan = plans.from_scores(model, scores, shape, scope=scope, **options)
+    assert_same(model, plan, shape)

@@ -21,6 +21,7 @@ from lib import baselines, cost, models, surgery
 from lib import plan as plans
 from lib.graph import build_graph
 from lib.plan import Plan
+from lib.surgery.movers import Scatter
 
 TINY = (3, 8, 8)
 SIDES = {
@@ -1458,3 +1459,23 @@ def test_sizes_need_no_weights(name, shape, residual):
         counts.append(cost.count(surgery.shrink(net, chosen, shape), shape))
     assert counts[0] == counts[1]
     assert counts[0].params < cost.count(nets[0], shape).params
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (2, 5), (2, 5, 7)])
+@pytest.mark.parametrize("last", [False, True])
+def test_what_is_written_back_is_equal_to_the_bit_and_keeps_its_layout(shape, last):
+    kept = torch.tensor([0, 2, 3, 7, 8])
+    x = torch.randn(shape).double().requires_grad_()
+    if last and len(shape) == 4:
+        x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    made = Scatter(kept, 9)(x)
+    expected = torch.zeros(2, 9, *shape[2:], dtype=torch.float64)
+    for place, channel in enumerate(kept.tolist()):
+        expected[:, channel] = x[:, place].detach()
+    assert torch.equal(made, expected)
+    if len(shape) == 4:
+        lies = made.is_contiguous(memory_format=torch.channels_last)
+        assert lies == last and made.is_contiguous() != last
+    weights = torch.randn_like(made)
+    (made * weights).sum().backward()
+    assert torch.equal(x.grad, weights[:, kept])

@@ -5,7 +5,6 @@ all the channels tied to it. A *group* is the layers that share units, e.g. ever
 convolution that writes into one residual stream.
 """
 
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.graph.leaves import LAYERS
+from lib.graph.scattering import find_pairs, find_readers, writes_zeros
 from lib.graph.trace import Layer, Node, Trace, trace
 
 RELUS = {"relu", "relu_"}
@@ -55,12 +55,12 @@ class Graph:
     `layers` maps names to what each convolution and linear layer reads and makes (as
     tags), `norms`, `vectors`, `moves` and `shuffles` the same for everything else with
     a size, `pairs` each layer with the BatchNorm that alone reads it, `made` the
-    values it makes, `normed` the BatchNorm that reads a value; `unit_of` maps
-    tags to units, the last unit stands for constants and is always kept. `rows` and
-    `columns` are the units of each layer's outputs and inputs, `frozen` marks those
-    that must stay and `wide` those whose channels stay in the tensors between layers,
-    silent (bool, one more for constants). `has_other_work` says whether the pass has
-    MACs outside of `layers`; `record` is the dry run itself.
+    values it makes, `normed` the BatchNorm that reads a value, `readers` all nodes that
+    read it; `unit_of` maps tags to units, the last unit stands for constants and is
+    always kept. `rows` and `columns` are the units of what each layer makes and reads,
+    `frozen` marks those that must stay and `wide` those whose channels stay in the
+    tensors between layers, silent (bool, one more for constants). `has_other_work` says
+    whether the pass has MACs outside of `layers`; `record` is the dry run itself.
     """
 
     def __init__(self, record: Trace):
@@ -77,7 +77,8 @@ class Graph:
         self.record = record.record
         self.has_other_work = self.record.has_other_work
         self.num_tags = ledger.count
-        self.pairs: dict[str, str] = self._find_pairs()
+        self.readers = find_readers(self.nodes)
+        self.pairs: dict[str, str] = find_pairs(record, self.readers)
         found, self.num_units = find_components(ledger.count, ledger.ties)
         self._units = torch.cat([found, torch.tensor([self.num_units])])
         self.rows = {n: self.unit_of(x.outputs) for n, x in self.layers.items()}
@@ -93,19 +94,6 @@ class Graph:
     def unit_of(self, tags: Tensor) -> Tensor:
         """The unit of each tag; constants get the extra, always kept, last unit."""
         return self._units[tags]
-
-    def _find_pairs(self) -> dict[str, str]:
-        """Each convolution or linear layer with the BatchNorm that alone reads it."""
-        readers = defaultdict(list)
-        for node in self.nodes:
-            for value in node.inputs:
-                readers[value].append(node)
-        pairs = {}
-        for name, made in self.made.items():
-            for value in made:
-                if len(readers[value]) == 1 and value in self.normed:
-                    pairs[name] = self.normed[value]
-        return pairs
 
     def count_macs(self, rows: dict[str, Tensor], alive: Tensor) -> int:
         """MACs for kept output rows (bool per layer) and kept units (bool per unit)."""
@@ -302,22 +290,14 @@ class _Grouping:
         )
 
     def _is_scatterable(self, name: str) -> bool:
-        """Between it and the addition there is at most its own BatchNorm."""
-        tags = self.graph.layers[name].outputs
-        if not self._ends_in_norm(self.graph.pairs.get(name)):
+        """Between it and the addition is its own BatchNorm, and what keeps zeros."""
+        graph, rows = self.graph, self.graph.rows[name]
+        tags = graph.layers[name].outputs
+        if bool((self.bound[tags] | self.strangers[tags]).any()):
             return False
-        return not bool((self.bound[tags] | self.strangers[tags]).any())
-
-    def _ends_in_norm(self, norm: str | None) -> bool:
-        """Nothing in the norm's own module comes behind it (an activation)."""
-        if norm not in self.graph.calls:  # a plain one
-            return True
-        _, target = self.graph.calls[norm]
-        return any(
-            target in node.outputs
-            for node in self.graph.nodes
-            if node.inputs and self.graph.normed.get(node.inputs[0]) == norm
-        )
+        if len(torch.unique(rows)) < len(rows):  # its outputs are tied to one another
+            return False
+        return writes_zeros(self.record, graph.readers, name, graph.pairs.get(name))
 
 
 def _meet_blocks(units: Tensor, partitions: list[Tensor]) -> tuple[Tensor, str | None]:

@@ -284,7 +284,9 @@ class Trace:
         else:
             for y in rest:
                 self.ledger.lie_along(str(y.parameter), 0, row, where)
-        self.values[node.outputs[0]].tags = x.tags
+        for place in node.outputs:  # and the statistics of the batch
+            value = self.values[place]
+            value.tags = row if len(value.shape) == 1 else x.tags
         return True
 
     def _read_uses(self, node: Node, vectors: set[str]) -> None:

@@ -23,6 +23,7 @@ from lib.plan.requests import (
     check_scores,
 )
 from lib.plan.resolve import resolve
+from lib.plan.sparing import find_partial, spare
 from lib.plan.targets import meet
 
 
@@ -153,13 +154,13 @@ def _make_pools(
             "give skip_fixed=True, to keep them whole. " + _say_each(refused)
         )
     pools: list[_Pool] = []
-    for group, parts in zip(graph.groups, _find_parts(graph), strict=True):
+    for group, parts in zip(graph.groups, find_partial(graph), strict=True):
         scored = [n for n in group.layers if n in scores]
         if not scored or (residual == "keep" and group.joined):
             continue
         alone = residual == "scatter" and group.joined
         pools += [
-            _make_pool(graph, group, names, scores, multiple, None if alone else parts)
+            _make_pool(graph, group, names, scores, multiple, parts, bool(alone))
             for names in ([(n,) for n in scored] if alone else [tuple(scored)])
         ]
     if multiple > 1 and pools and not any(pool.most for pool in pools):
@@ -223,10 +224,9 @@ def _make_pool(
     names: tuple[str, ...],
     scores: Scores,
     multiple: int,
-    parts: list[Tensor] | None,
+    parts: list[Tensor],
+    scatter: bool,
 ) -> _Pool:
-    """The ranks of a group, or without `parts` of one layer that is scattered."""
-    scatter = parts is None
     total = torch.zeros(group.size, dtype=torch.float64)
     for name in names:
         values = scores[name].detach().to("cpu", torch.float64)
@@ -236,44 +236,13 @@ def _make_pool(
         blocks = list(group.index[names[0]].chunk(graph.layers[names[0]].groups))
     blocks = [b[torch.sort(total[b], stable=True).indices] for b in blocks]
     if multiple == 1:
+        blocks, spared = spare(blocks, [] if scatter else parts, group.size)
         order = torch.stack(blocks, 1)
-        order, most = _keep_every_part(order, parts or [])
-        stops = list(range(most + 1))
+        stops = list(range(len(order) - spared + 1))
     else:
         written = names if scatter else group.layers
         order, stops = _order_in_multiples(group, blocks, written, multiple)
     return _Pool(group, names, order, total[order].sum(1), stops, scatter)
-
-
-def _keep_every_part(order: Tensor, parts: list[Tensor]) -> tuple[Tensor, int]:
-    """Ranks put last, so that each part keeps its best unit, and how many may go.
-
-    Most layers have units in every rank, and the last rank serves them all. Layers that
-    make or read a part of a tensor do not.
-    """
-    stays = torch.zeros(len(order), dtype=torch.bool)
-    stays[-1] = True
-    for part in parts:
-        own = torch.isin(order, part).any(1)
-        if not bool((own & stays).any()):
-            stays[torch.nonzero(own).flatten()[-1]] = True
-    return torch.cat([order[~stays], order[stays]]), int((~stays).sum())
-
-
-def _find_parts(graph: Graph) -> list[list[Tensor]]:
-    """For each group the units that some layer makes or reads, if not all of them."""
-    owner, place = (torch.full((graph.num_units + 1,), -1) for _ in range(2))
-    for i, group in enumerate(graph.groups):
-        for name in group.layers:
-            owner[graph.rows[name]] = i
-            place[graph.rows[name]] = group.index[name]
-    parts: list[list[Tensor]] = [[] for _ in graph.groups]
-    for units in (*graph.rows.values(), *graph.columns.values()):
-        for i in owner[units].unique().tolist() if len(units) else ():
-            part = place[units[owner[units] == i]].unique()
-            if i >= 0 and len(part) < graph.groups[i].size:
-                parts[i].append(part)
-    return parts
 
 
 def _order_in_multiples(

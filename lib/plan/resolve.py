@@ -43,6 +43,10 @@ def resolve(
         units[graph.rows[name][~marks[name]]] = False
     left = _list_left(plan, graph.rows)
     rows = {name: units.index_select(0, graph.rows[name]) for name in left}
+    for name in left if check else ():
+        for side, kept in (("make", rows[name]), ("read", units[graph.columns[name]])):
+            if not bool(kept.any()):
+                raise ValueError(f"plan: '{name}' would {side} no channel at all")
     rows |= {name: marks[name] for name in plan.scatter}
     return Kept(units, rows, frozenset(plan.scatter), tuple(plan.drop))
 

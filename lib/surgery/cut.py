@@ -1,17 +1,15 @@
 """`shrink`: a physically smaller copy in which nothing removed is left."""
 
 import warnings
-from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lib.graph import Graph, Layer, Node, build_graph
-from lib.graph.dry_run import DryRun, run_dry
-from lib.graph.tags import ELEMENTWISE, REDUCTIONS
+from lib.graph import Graph, Layer, build_graph
 from lib.graph.trace import Move
 from lib.plan import Kept, Plan, resolve
+from lib.surgery.checks import check_result
 from lib.surgery.copying import copy_model
 from lib.surgery.movers import (
     Bridge,
@@ -28,9 +26,6 @@ from lib.surgery.movers import (
 
 Modules = dict[str, Any]  # modules by name; their attributes differ by type
 
-# A PReLU with one slope is an operation, with more it is a leaf: not compared.
-COUNTED = (ELEMENTWISE | REDUCTIONS) - {"prelu", "_prelu_kernel"}
-
 
 def shrink(
     model: nn.Module,
@@ -44,13 +39,21 @@ def shrink(
     Parameters keep their names (a scattered layer's BatchNorm becomes the first item of
     a pair), `requires_grad`, dtype, device and memory format; train/eval mode is kept.
     `plan.resolution`, if set, is checked to pass through the result. Warns when the
-    plan removes nothing. Raises `ValueError` for a plan that does not fit. `graph`, if
-    given, is that of `build_graph(model, input_shape)`.
+    plan removes nothing. Raises `ValueError` for a plan that does not fit, and for a
+    forward that would compute something else with fewer channels. `graph`, if given, is
+    that of `build_graph(model, input_shape)`.
     """
     graph = graph or build_graph(model, input_shape)
     kept = resolve(graph, plan, model)
     if kept.is_whole() and plan.resolution is None:
         warnings.warn("the plan removes nothing", stacklevel=2)
+    small = cut_out(model, graph, kept)
+    check_result(graph, kept, small, input_shape, plan.resolution)
+    return small
+
+
+def cut_out(model: nn.Module, graph: Graph, kept: Kept) -> nn.Module:
+    """The smaller copy itself, not yet checked."""
     norms = _norm_rows(graph, kept)
     cuts = _cut_tensors(graph, kept, norms, dict(model.named_modules()))
     small = copy_model(model, cuts)
@@ -61,7 +64,6 @@ def shrink(
     _insert_bridges(graph, kept, small)
     for block in kept.dropped:
         replace(small, block, nn.Identity())
-    _check_runs(graph, kept, small, input_shape, plan.resolution)
     return small
 
 
@@ -241,55 +243,3 @@ def _insert_bridges(graph: Graph, kept: Kept, small: nn.Module) -> None:
             inner = small.get_submodule(name)
             dim = -1 if isinstance(inner, nn.Linear) else 1
             replace(small, name, Bridge(inner, _choose(read), source, dim))
-
-
-# -- the result is checked by running it ----------------------------------------------
-
-
-def _check_runs(
-    graph: Graph,
-    kept: Kept,
-    small: nn.Module,
-    input_shape: tuple[int, int, int],
-    resolution: int | None,
-) -> None:
-    """Run the result dry: sizes written into the model's own code show up here.
-
-    A size that does not fit fails; one that is only computed with changes a number.
-    """
-    after = _run_result(small, input_shape, "the shrunk network does not run")
-    ours = (Bridge, Remap, Scatter, GappedLRN, PinnedShuffleUnit)
-    put_in = [n for n, m in after.modules.items() if isinstance(m, ours)]
-    apart = {*put_in, *kept.dropped}
-    before, now = (_operations(x.nodes, apart) for x in (graph, after))
-    for module, operation in (before - now) + (now - before):
-        raise ValueError(
-            f"'{module}' computes with the number of its channels (in "
-            f"'{operation[0]}'), so a smaller copy of it would compute something else"
-        )
-    if resolution is not None:
-        shape = (input_shape[0], resolution, resolution)
-        _run_result(small, shape, f"resolution {resolution} does not fit this network")
-
-
-def _run_result(
-    small: nn.Module, input_shape: tuple[int, int, int], problem: str
-) -> DryRun:
-    try:
-        return run_dry(small, input_shape)
-    except ValueError as error:
-        raise ValueError(f"{problem}; {error}") from error
-
-
-def _operations(nodes: list[Node], apart: set[str]) -> Counter[Any]:
-    """How often each module runs which operation, with the numbers it uses.
-
-    Not counted are modules that surgery took out or put in, and what is within them.
-    """
-    inside = tuple(f"{name}." for name in apart)
-    found: Counter[Any] = Counter()
-    for node in nodes:
-        if node.op in COUNTED and not f"{node.module}.".startswith(inside or ("\0",)):
-            numbers = tuple(a for a in node.args if isinstance(a, (int, float)))
-            found[node.module, (node.op, *numbers)] += 1
-    return found

@@ -8,18 +8,36 @@ from torch import Tensor, nn
 
 
 class Scatter(nn.Module):
-    """Write [N, kept, ...] back into [N, width, ...], zero elsewhere."""
+    """Write [N, kept, ...] back into [N, width, ...], zero elsewhere.
+
+    Equal to the bit in both of its ways: zeros that the channels are copied into, in
+    the layout of `x` (a gather would lose channels_last, for all layers behind it too);
+    and compiled or exported a 1x1 convolution with ones and zeros, which compilers add
+    into the stream in place and in a layout of their own (equal for finite values).
+    """
 
     source: Tensor
+    kept: Tensor
 
     def __init__(self, kept: Tensor, width: int):
         super().__init__()
         self.width = width
         self.register_buffer("source", inverse(kept, width), persistent=False)
+        self.register_buffer("kept", kept, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, kept, ...] -> [N, width, ...]."""
-        return take(x, self.source)
+        if torch.compiler.is_compiling() and x.ndim == 4:
+            places = torch.arange(self.width, device=x.device)
+            chosen = (places[:, None] == self.kept).to(x.dtype)
+            return F.conv2d(x, chosen[:, :, None, None])
+        if torch.compiler.is_compiling() or x.is_meta:
+            return take(x, self.source)
+        wide = (*x.shape[:1], self.width, *x.shape[2:])
+        full = torch.empty(
+            wide, dtype=x.dtype, device=x.device, memory_format=layout_of(x)
+        )
+        return full.zero_().index_copy_(1, self.kept, x)
 
 
 class Remap(nn.Module):
@@ -159,6 +177,14 @@ def inverse(kept: Tensor, width: int) -> Tensor:
     source = torch.full((width,), len(kept), device=kept.device)
     source[kept] = torch.arange(len(kept), device=kept.device)
     return source
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """channels_last where a tensor lies so in memory and in no other way."""
+    last = torch.channels_last
+    if x.ndim == 4 and x.is_contiguous(memory_format=last) and not x.is_contiguous():
+        return last
+    return torch.contiguous_format
 
 
 def take(x: Tensor, source: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from lib.graph import Graph, build_graph, dropped_units
 from lib.graph.structure import block_units
 from lib.plan import Kept, Plan, resolve
+from lib.surgery.checks import check_result
 from lib.surgery.copying import copy_model
+from lib.surgery.cut import cut_out
 from lib.surgery.movers import Gate, replace
 
 
@@ -22,10 +24,13 @@ def mask(
     """A full-size copy in which every removed channel is zero and read by nobody.
 
     `graph`, if given, is that of `build_graph(model, input_shape)`. Raises `ValueError`
-    for a plan that does not fit, naming the layers.
+    for a plan that does not fit, naming the layers, and where the shrunk network would
+    compute something else.
     """
     graph = graph or build_graph(model, input_shape)
     kept = resolve(graph, plan, model)
+    small = cut_out(model, graph, kept)
+    check_result(graph, kept, small, input_shape, plan.resolution)
     masked = copy_model(model)
     modules = dict(masked.named_modules())
     with torch.no_grad():

@@ -1,0 +1,86 @@
+"""Which layers can be narrowed on their own and written back before an addition."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from lib.graph.dry_run import Node
+from lib.graph.tags import ADDITIONS, ELEMENTWISE, SPATIAL
+from lib.graph.trace import Trace
+
+# Zero in the first operand is zero in the result, whatever the others are.
+KEEP_ZERO = set("mul mul_ div div_ clone detach alias contiguous to _to_copy".split())
+PASS_ON = SPATIAL | {"PReLU", "LocalResponseNorm", "GappedLRN"}
+
+
+def find_readers(nodes: list[Node]) -> dict[int, list[Node]]:
+    """The operations that read each value."""
+    readers = defaultdict(list)
+    for node in nodes:
+        for value in node.inputs:
+            readers[value].append(node)
+    return readers
+
+
+def find_pairs(found: Trace, readers: dict[int, list[Node]]) -> dict[str, str]:
+    """Each convolution or linear layer with the BatchNorm that alone reads it.
+
+    In every call: a layer that runs twice, only once before its BatchNorm, has none.
+    """
+    pairs = {}
+    for name, made in found.made.items():
+        norms = {found.normed.get(v) if len(readers[v]) == 1 else None for v in made}
+        norm = norms.pop() if len(norms) == 1 else None
+        if norm is not None:
+            pairs[name] = norm
+    return pairs
+
+
+def writes_zeros(
+    found: Trace, readers: dict[int, list[Node]], name: str, norm: str | None
+) -> bool:
+    """Is a channel that is zero behind the layer (and its BatchNorm) zero when added?
+
+    The channels that are removed are written back as zeros, right behind the layer or
+    its BatchNorm: an activation between there and the addition must keep them so.
+    """
+    for value in found.made.get(name, ()):
+        end = value if norm is None else _find_end(found, readers[value][0], norm)
+        if end is None or not _stays_zero(found, readers, end):
+            return False
+    return True
+
+
+def _find_end(found: Trace, node: Node, norm: str) -> int | None:
+    """What a BatchNorm makes, if nothing in its own module comes behind it."""
+    (made, *_) = node.outputs
+    if norm in found.calls and found.calls[norm][1] != made:
+        return None
+    return made
+
+
+def _stays_zero(found: Trace, readers: dict[int, list[Node]], start: int) -> bool:
+    waiting, seen = [start], {start}
+    while waiting:
+        value = waiting.pop()
+        for node in readers[value]:
+            others = [v for v in node.inputs if v != value]
+            if node.op in ADDITIONS and others:
+                continue  # the addition itself
+            if node.op in ELEMENTWISE and not _keeps_zero(node, value):
+                return False
+            if node.op in ELEMENTWISE | PASS_ON or node.op.startswith("Dropout"):
+                waiting += [v for v in node.outputs if v not in seen]
+                seen.update(node.outputs)
+    return True
+
+
+def _keeps_zero(node: Node, value: int) -> bool:
+    """Does the operation make zero of zero? With numbers alone it is asked."""
+    if node.op in KEEP_ZERO:
+        return node.operands[0].place == value or node.op.startswith("mul")
+    if len(node.operands) > 1 or node.function is None:
+        return False
+    zero: Tensor = node.function(torch.zeros(1, 1, 1, 1), *node.raw[1:], **node.kwargs)
+    return not bool(zero.any())
