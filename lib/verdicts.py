@@ -67,14 +67,15 @@ def pair_arms(
     *,
     value: str = "after",
     same: Sequence[str] = ("net", "dataset", "share", "length"),
+    within: float = 0.02,
 ) -> pd.Series:
     """`value` of method `left` minus that of `right`, by base (mean over nested seeds).
 
     `rows` has the columns method, base_id, macs and `value`. Bases that have only one
     of the two arms are left out. Raises `ValueError` where an arm is missing, where
     fewer than two bases are left, where a number is not finite, where the arms differ
-    by more than 2 % in MACs or at all in one of the columns `same`, and where one base
-    was pruned on two kinds of machine (columns `MACHINE`).
+    by more than `within` in MACs (a share) or at all in one of the columns `same`, and
+    where one base was pruned on two kinds of machine (columns `MACHINE`).
     """
     for arm in (left, right):
         if arm not in set(rows["method"]):
@@ -94,7 +95,7 @@ def pair_arms(
                 f"'{column}'; a base is compared on one machine"
             )
     work = both.groupby("method")["macs"].mean()
-    if abs(work[left] / work[right] - 1) > 0.02:
+    if abs(work[left] / work[right] - 1) > within:
         raise ValueError(
             f"{left} - {right}: {work[left]:.0f} against {work[right]:.0f} MACs; "
             "arms are compared at equal cost"
@@ -108,9 +109,9 @@ def pair_arms(
 def judge(rows: pd.DataFrame, registered: pd.DataFrame) -> pd.DataFrame:
     """Verdicts on the registered contrasts, from the rows of one budget and length.
 
-    registered: columns contrast, left, right. An arm is a method, or several joined by
-    "|": that of them with the highest mean accuracy on the validation images (column
-    `val`) stands for them. Returned, in the order of `registered`: what was compared
+    registered: columns contrast, within (see `pair_arms`), left, right. An arm is a
+    method, or several joined by "|": that of them with the highest mean accuracy on the
+    validation images (column `val`) stands for them. Returned, in the order of `registered`: what was compared
     (left, right), then the fields of `Contrast`; a contrast whose arms have fewer than
     two bases in common is "not tested", and Holm's correction covers the others.
     """
@@ -122,8 +123,10 @@ def judge(rows: pd.DataFrame, registered: pd.DataFrame) -> pd.DataFrame:
     }
     bases = rows.groupby("method")["base_id"].agg(set).to_dict()
     tested = {
-        name: pair_arms(rows, left, right).tolist()
-        for name, (left, right) in arms.items()
+        name: pair_arms(rows, left, right, within=within).tolist()
+        for within, (name, (left, right)) in zip(
+            registered["within"], arms.items(), strict=True
+        )
         if len(bases.get(left, set()) & bases.get(right, set())) > 1
     }
     found = {contrast.name: contrast for contrast in compare(tested)}

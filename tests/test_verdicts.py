@@ -172,6 +172,7 @@ def test_what_cannot_be_compared_is_refused_by_name():
         (rows.assign(after=[1, 2, math.nan, 0, 0, 1]), "not finite"),
         (rows.assign(length=[5, 5, 5, 20, 20, 20]), "differ in 'length'"),
         (other, "equal cost"),
+        (rows.assign(macs=np.where(rows["method"] == "a", 100, 97)), "equal cost"),
         (
             rows.assign(precision=["float32"] * 5 + ["bfloat16"]),
             "base 2 .* 'precision'",
@@ -179,6 +180,7 @@ def test_what_cannot_be_compared_is_refused_by_name():
     ]:
         with pytest.raises(ValueError, match=message):
             verdicts.pair_arms(bad, "a", "b")
+    assert len(verdicts.pair_arms(other, "a", "b", within=0.12)) == 3
     with pytest.raises(ValueError, match="two bases"):
         verdicts.compare({"a - b": [1.0]})
     with pytest.raises(ValueError, match="not finite"):
@@ -197,7 +199,7 @@ def test_judging_compares_what_is_registered_and_says_what_is_not():
     registered = pd.DataFrame(
         [["one", "a", "c"], ["best", "a|b", "c"], ["lost", "d", "c"], ["no", "a", "z"]],
         columns=["contrast", "left", "right"],
-    )
+    ).assign(within=0.02)
     table = verdicts.judge(rows, registered).set_index("contrast")
     assert table["left"].tolist() == ["a", "b", "d", "a"]  # b by validation, not test
     assert table["n"].tolist() == [8, 8, 0, 0]
