@@ -111,9 +111,10 @@ def judge(rows: pd.DataFrame, registered: pd.DataFrame) -> pd.DataFrame:
 
     registered: columns contrast, within (see `pair_arms`), left, right. An arm is a
     method, or several joined by "|": that of them with the highest mean accuracy on the
-    validation images (column `val`) stands for them. Returned, in the order of `registered`: what was compared
-    (left, right), then the fields of `Contrast`; a contrast whose arms have fewer than
-    two bases in common is "not tested", and Holm's correction covers the others.
+    validation images (column `val`) stands for them. Returned, in the order of
+    `registered`: what was compared (left, right), then the fields of `Contrast`; a
+    contrast whose arms have fewer than two bases in common is "not tested", and Holm's
+    correction covers the others.
     """
     arms = {
         str(row.contrast): [
