@@ -220,6 +220,7 @@ def publish(profile: str) -> None:
     if profile != QUICK:
         publish_rows(profile, collect_rows(profile))
         publish_points(profile, collect_rows(profile, "points"))
+        _write_table(f"{profile}.csv", collect_rows(profile, "latency"))
         for kind in TABLES[1:]:
             _write_table(f"{profile}_{kind}.csv", collect_rows(profile, kind))
         publish_bases(profile)

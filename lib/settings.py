@@ -48,8 +48,9 @@ n_train epochs baseline_epochs finetune_epochs control_epochs select_epochs
 select_images resolution depth_epochs depth_images point_images part base others
 truth_images levels lots
 """.split()
-ONES = "threads batch_size repetitions rounds multiple parts degree".split()
+ONES = "turns threads batch_size repetitions rounds multiple parts degree".split()
 POSITIVE = "lr baseline_lr finetune_lr select_lr depth_lr".split()
+RUNTIMES = ("eager", "channels_last", "compile", "onnxruntime", "openvino")
 PARAMETERS = {
     **dict.fromkeys(("run", "dataset", "net", "control", "points"), Rule(str)),
     **dict.fromkeys(("methods", "controls"), Rule(str, many=True)),
@@ -57,6 +58,8 @@ PARAMETERS = {
     **dict.fromkeys(COUNTS, Rule(int, 0)),
     **dict.fromkeys(ONES, Rule(int, 1)),
     **dict.fromkeys(POSITIVE, Rule(float, 1e-12)),
+    "batches": Rule(int, 1, many=True),
+    "runtimes": Rule(str, choices=RUNTIMES, many=True),
     **dict.fromkeys(("seeds", "depths", "lengths"), Rule(int, 0, many=True)),
     "low": Rule(float, 1e-12, ABOVE_ONE, many=True),
     "shares": Rule(float, 1e-12, ABOVE_ONE, many=True),
@@ -67,6 +70,7 @@ PARAMETERS = {
     "rate": Rule(float, 0.0, 1.0),
     "rates": Rule(float, 0.0, 1.0, many=True),
     "alpha": Rule(float, 0.0, ABOVE_ONE),
+    "share": Rule(float, 1e-12, ABOVE_ONE),
     "keep": Rule(float, 1e-12, ABOVE_ONE),
     "residual": Rule(str, choices=("tie", "scatter", "keep")),
     "width": Rule(str, choices=("uniform", "inner", "scatter")),

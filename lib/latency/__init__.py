@@ -8,8 +8,14 @@ share of the time, `export_onnx` writes what other programs read.
 
 from lib.latency.export import export_onnx
 from lib.latency.measure import Timing, interleave, measure
-from lib.latency.runtimes import RUNTIMES, find_missing, prepare, version_of
-from lib.latency.table import Table, meet
+from lib.latency.runtimes import (
+    RUNTIMES,
+    find_missing,
+    load_onnx,
+    prepare,
+    version_of,
+)
+from lib.latency.table import Table, meet, write_layer
 
 __all__ = [
     "RUNTIMES",
@@ -18,8 +24,10 @@ __all__ = [
     "export_onnx",
     "find_missing",
     "interleave",
+    "load_onnx",
     "measure",
     "meet",
     "prepare",
     "version_of",
+    "write_layer",
 ]

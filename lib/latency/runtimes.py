@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from lib.latency.export import export_onnx, require
 from lib.messages import check_choice
+from lib.settings import RUNTIMES
 from lib.surgery.copying import copy_model
 
-RUNTIMES = ("eager", "channels_last", "compile", "onnxruntime", "openvino")
 NEEDS = {
     "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("onnx", "onnxscript", "openvino"),
@@ -62,10 +62,8 @@ def prepare(model: nn.Module, x: Tensor, runtime: str) -> Call:
     """
     check_runtime(runtime)
     if runtime in NEEDS:
-        with tempfile.TemporaryDirectory() as folder:
-            shape = (x.shape[1], x.shape[2], x.shape[3])
-            path = export_onnx(model, Path(folder) / "net.onnx", shape)
-            return load_onnx(path.read_bytes(), x, runtime)
+        shape = (x.shape[1], x.shape[2], x.shape[3])
+        return load_onnx(read_onnx(model, shape), x, runtime)
     twin = copy_model(model).eval()
     if runtime == "channels_last":
         twin = twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -102,6 +100,12 @@ def _compile(model: nn.Module, x: Tensor) -> Callable:
             f"{type(model).__name__} cannot be compiled: {type(error).__name__}: {line}"
         ) from error
     return compiled
+
+
+def read_onnx(model: nn.Module, input_shape: tuple[int, int, int]) -> bytes:
+    """The content of the ONNX file of a model."""
+    with tempfile.TemporaryDirectory() as folder:
+        return export_onnx(model, Path(folder) / "net.onnx", input_shape).read_bytes()
 
 
 def load_onnx(content: bytes, x: Tensor, runtime: str) -> Call:

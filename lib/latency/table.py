@@ -81,10 +81,10 @@ class Table:
         for node in graph.nodes:
             if node.module in kept.rows and node.function is None:
                 spatial = graph.values[node.inputs[0]].shape[2:]
-                total += self._ask(graph, node.module, kept, spatial)
+                total += self.ask(graph, node.module, kept, spatial)
         return total
 
-    def _ask(self, graph: Graph, name: str, kept: Kept, spatial: tuple) -> float:
+    def ask(self, graph: Graph, name: str, kept: Kept, spatial: tuple) -> float:
         """Milliseconds of one layer as it is kept, on inputs of this size."""
         layer, module = graph.layers[name], self.modules[name]
         inputs = int(kept.units[graph.columns[name]].sum())
