@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -138,33 +139,55 @@ def meet(
         raise ValueError(
             f"latency is the share of time to keep, in (0, 1], got {share}"
         )
-    graph, goal, best = table.graph, share, (math.inf, 1.0, Plan())
+    graph, tried = (
+        table.graph,
+        [(1.0, 1.0)],
+    )  # shares of the table's time, of the clock's
     x = torch.randn(table.batch, *input_shape, dtype=table.dtype)
     with one_thread():
         original = prepare(model, x, table.runtime)
+    goal, best = share, (math.inf, 1.0, Plan())
     for _ in range(ROUNDS):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a plan that removes nothing
-            plan = from_scores(
-                model, scores, input_shape, latency=goal, table=table, graph=graph,
-                **options,
-            )  # fmt: skip
-            small = surgery.shrink(model, plan, input_shape, graph=graph)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # nothing may be removed
+                plan = from_scores(
+                    model, scores, input_shape, latency=goal, table=table, graph=graph,
+                    **options,
+                )  # fmt: skip
+                small = surgery.shrink(model, plan, input_shape, graph=graph)
+        except ValueError:
+            if len(tried) == 1:
+                raise
+            break  # the table knows no plan for what the clock would need
         with one_thread():
             calls = {"original": original, "pruned": prepare(small, x, table.runtime)}
         times = interleave(calls, turns=2 * TURNS + 1)
         ratio = times["pruned"].cpu / times["original"].cpu
-        reached = float(torch.tensor(ratio).median())
+        reached = float(np.median(ratio))
         best = min(best, (abs(reached / share - 1), reached, plan), key=lambda b: b[0])
         if best[0] <= MET / 2:
             break
-        goal = min(goal * share / reached, 1.0)
+        tried.append((goal, reached))
+        goal = _next_goal(tried, share)
     if best[0] > MET:
         raise ValueError(
             f"latency={share:g} is not met within {MET:.0%}: the nearest is "
             f"{best[1]:.3f} of the time of the original in {table.runtime}"
         )
     return best[2]
+
+
+def _next_goal(tried: list[tuple[float, float]], share: float) -> float:
+    """Between the nearest of what was tried above and below, else in proportion."""
+    above = [t for t in tried if t[1] >= share]
+    below = [t for t in tried if t[1] < share]
+    if not above or not below:
+        goal, reached = tried[-1]
+        return min(goal * share / reached, 1.0)
+    high, low = min(above, key=lambda t: t[1]), max(below, key=lambda t: t[1])
+    part = (share - low[1]) / (high[1] - low[1])
+    return low[0] + part * (high[0] - low[0])
 
 
 def _on_gpu(model: nn.Module) -> bool:
