@@ -85,5 +85,5 @@ def read_json(path: str | Path) -> Any:
         raise FileNotFoundError(f"{path}: no such file, expected JSON")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # too long a number, too deep a nest
         raise ValueError(f"{path}: not valid JSON ({error})") from None

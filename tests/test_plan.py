@@ -445,6 +445,11 @@ FILES = {
     "scatter is text": '{"keep": {"a": [0]}, "scatter": "a"}',
     "resolution is text": '{"keep": {}, "resolution": "32"}',
     "resolution below one": '{"keep": {}, "resolution": -1}',
+    "resolution of a million": '{"keep": {}, "resolution": 1000000}',
+    "deep nest": '{"keep": ' + "[" * 100_000,
+    "deep nest, closed": '{"keep": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "huge integer": '{"keep": {"a": [' + "9" * 10_000 + "]}}",
+    "huge resolution": '{"keep": {}, "resolution": ' + "9" * 4_000 + "}",
 }
 
 
@@ -454,6 +459,12 @@ def test_files_that_hold_no_plan_are_refused_by_name(kind, tmp_path):
     path.write_text(FILES[kind])
     with pytest.raises(ValueError, match=r"plan\.json"):
         Plan.load(path)
+
+
+def test_an_index_beyond_int64_is_refused_by_layer():
+    plan = Plan({"conv1": [10**30]})
+    with pytest.raises(ValueError, match=r"'conv1' has channels 0\.\.19"):
+        surgery.shrink(*make("lenet")[:1], plan, (3, 28, 28))
 
 
 def test_scores_near_the_end_of_float64_are_finite():

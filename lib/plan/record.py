@@ -7,6 +7,8 @@ from typing import Any
 
 from lib import paths
 
+LARGEST = 16_384  # pixels; of more, the mere check that a network runs takes minutes
+
 
 @dataclass
 class Plan:
@@ -30,6 +32,8 @@ class Plan:
         side = self.resolution
         if side is not None and (type(side) is not int or side < 1):
             raise ValueError(f"plan: resolution must be a positive int, got {side!r}")
+        if side is not None and side > LARGEST:
+            raise ValueError(f"plan: resolution {side} is above {LARGEST} pixels")
         for name in self.scatter - self.keep.keys():
             raise ValueError(f"plan: '{name}' is to be scattered but keeps everything")
 
