@@ -119,7 +119,8 @@ def measure(
         check_runtime(runtime)
     nets = {ORIGINAL: model, **nets}
     macs = {name: cost.count(net, input_shape).macs for name, net in nets.items()}
-    rows, files = [], {}
+    rows: list[dict] = []
+    files: dict[str, bytes] = {}
     for runtime in runtimes:
         if runtime in NEEDS and not files:
             files = {name: read_onnx(net, input_shape) for name, net in nets.items()}
