@@ -4,6 +4,7 @@ Nets small enough to see why. The right outcome is exactness or one clear refusa
 shrunk network that computes something else than the masked one is the only wrong one.
 """
 
+import copy
 import types
 from collections import namedtuple
 from dataclasses import dataclass
@@ -613,3 +614,53 @@ def test_every_layer_of_a_split_stream_keeps_a_channel(scope, options):
     scores[weak] = scores[weak] * 1e-3  # all of its channels are the worst of all
     plan = plans.from_scores(model, scores, shape, scope=scope, **options)
     assert_same(model, plan, shape)
+
+
+# -- a checkpoint knows its plan -------------------------------------------------------
+
+
+def two_plans(name):
+    model, shape = models.build(name).double(), (3, 64, 64)
+    model = oracle.roughen(model)
+    chosen = [
+        plans.from_scores(model, baselines.random(model, seed), shape, rate=0.25)
+        for seed in (0, 1)
+    ]
+    return model, shape, chosen
+
+
+@pytest.mark.parametrize("name", ["resnet20", "shufflenet_v2_x0_5", "vgg11_bn"])
+def test_the_state_of_one_plan_is_refused_by_another_of_the_same_sizes(name):
+    model, shape, (one, other) = two_plans(name)
+    small, twin = (surgery.shrink(model, plan, shape) for plan in (one, other))
+    state = small.state_dict()
+    with pytest.raises(ValueError, match="pruned by another plan"):
+        surgery.shrunk_from(model, other, shape, state)
+    for net_ in (twin, copy.deepcopy(twin)):
+        with pytest.raises(ValueError, match="pruned by another plan"):
+            net_.load_state_dict(state)
+    with pytest.raises(ValueError, match="pruned by another plan"):
+        nn.Sequential(twin).load_state_dict({f"0.{k}": v for k, v in state.items()})
+    again = surgery.shrunk_from(oracle.roughen(model, 7), one, shape, state)
+    x = oracle.images(shape)
+    assert torch.equal(oracle.evaluate(again, x), oracle.evaluate(small, x))
+
+
+def test_the_plan_before_counts_as_well():
+    model, shape, (one, other) = two_plans("resnet8")
+    last = Plan({"layer1.0.conv1": [0, 3]})
+    twice = [
+        surgery.shrink(surgery.shrink(model, plan, shape), last, shape)
+        for plan in (one, other)
+    ]
+    with pytest.raises(ValueError, match="pruned by another plan"):
+        twice[0].load_state_dict(twice[1].state_dict())
+    assert not hasattr(model, "pruned_by")
+
+
+def test_a_state_holds_its_index_maps():
+    model, shape, (plan, _) = two_plans("resnet20")
+    small = surgery.shrink(model, plan, shape)
+    maps = {n for n, b in small.named_buffers() if not b.is_floating_point()}
+    assert maps <= small.state_dict().keys()
+    assert {"layer2.0.shortcut.source", "layer2.0.shortcut.write"} <= maps

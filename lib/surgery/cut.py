@@ -11,6 +11,7 @@ from lib.graph.trace import Move
 from lib.plan import Kept, Plan, resolve
 from lib.surgery.checks import check_result
 from lib.surgery.copying import copy_model
+from lib.surgery.identity import mark
 from lib.surgery.movers import (
     Bridge,
     GappedLRN,
@@ -49,6 +50,8 @@ def shrink(
         warnings.warn("the plan removes nothing", stacklevel=2)
     small = cut_out(model, graph, kept)
     check_result(graph, kept, small, input_shape, plan.resolution)
+    if not kept.is_whole():
+        mark(small, kept)
     return small
 
 
@@ -75,7 +78,10 @@ def shrunk_from(
     *,
     graph: Graph | None = None,
 ) -> nn.Module:
-    """The pruned network of a checkpoint: `plan` applied to `model`, then `state`."""
+    """The pruned network of a checkpoint: `plan` applied to `model`, then `state`.
+
+    Raises `ValueError` for the state of another plan, also one of the same sizes.
+    """
     small = shrink(model, plan, input_shape, graph=graph)
     small.load_state_dict(state)
     return small
@@ -214,7 +220,7 @@ def _pin_shuffle(module: Any, read: Tensor, write: Tensor) -> None:
     rank = (joined.cumsum(0) - 1)[order][write].to(device_of(module))
     sizes = [int(read[:left].sum()), int(read[left:].sum())]
     module.split = sizes if module.stride == 1 else []
-    module.register_buffer("order", rank, persistent=False)
+    module.register_buffer("order", rank)
     module.__class__ = PinnedShuffleUnit
 
 

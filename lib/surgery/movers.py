@@ -22,8 +22,8 @@ class Scatter(nn.Module):
     def __init__(self, kept: Tensor, width: int):
         super().__init__()
         self.width = width
-        self.register_buffer("source", inverse(kept, width), persistent=False)
-        self.register_buffer("kept", kept, persistent=False)
+        self.register_buffer("source", inverse(kept, width))
+        self.register_buffer("kept", kept)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, kept, ...] -> [N, width, ...]."""
@@ -50,8 +50,8 @@ class Remap(nn.Module):
         super().__init__()
         self.inner = inner
         source = inverse(positions(read), len(read))
-        self.register_buffer("source", source, persistent=False)
-        self.register_buffer("write", positions(write), persistent=False)
+        self.register_buffer("source", source)
+        self.register_buffer("write", positions(write))
 
     def forward(self, x: Tensor) -> Tensor:
         """Widen with zeros, move the channels, keep what is read."""
@@ -73,10 +73,10 @@ class GappedLRN(nn.LocalResponseNorm):
         super().__init__(whole.size, whole.alpha, whole.beta, whole.k)
         if isinstance(whole, GappedLRN):
             alive = _restore(on_cpu(whole.alive), alive)
-        self.register_buffer("alive", alive, persistent=False)
-        self.register_buffer("kept", positions(alive), persistent=False)
+        self.register_buffer("alive", alive)
+        self.register_buffer("kept", positions(alive))
         source = inverse(self.kept, len(alive))
-        self.register_buffer("source", source, persistent=False)
+        self.register_buffer("source", source)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, kept, ...] -> the same shape."""
