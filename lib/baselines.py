@@ -4,7 +4,11 @@ Each returns `dict[layer name -> float tensor [output channels]]` for every conv
 and linear layer but the classifiers, whose outputs are the classes.
 """
 
+import itertools
+from collections.abc import Mapping
+
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -147,10 +151,12 @@ def uniform(model: nn.Module) -> dict[str, Tensor]:
 
 
 def prunable_layers(model: nn.Module) -> dict[str, _ConvNd | nn.Linear]:
-    """Convolutions and linear layers but the classifiers.
+    """Convolutions and linear layers that run, but the classifiers.
 
-    A classifier is the last such layer of the model, and any linear layer that ends its
-    parent module (an auxiliary head) with as many outputs.
+    A classifier is a layer whose output reaches the network's without passing another
+    one, in evaluation or in training (an auxiliary head). torch.fx sees that; where it
+    cannot follow the forward, it is the layer that was registered last, and any linear
+    layer that ends its parent module with as many outputs.
     """
     layers = {
         name: module
@@ -159,12 +165,73 @@ def prunable_layers(model: nn.Module) -> dict[str, _ConvNd | nn.Linear]:
     }
     if not layers:
         raise ValueError(f"{type(model).__name__} has no convolution or linear layer")
+    try:
+        run, heads = _follow(model, layers)
+    except Exception:  # fx raises many kinds; none of them means damage
+        run, heads = set(layers), _guess_heads(layers)
+    return {n: m for n, m in layers.items() if n in run and n not in heads}
+
+
+class _Tracer(torch.fx.Tracer):
+    """Layers stay whole, also those of classes of one's own."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        """Is `module` a step of its own?"""
+        layer = isinstance(module, (_ConvNd, nn.Linear))
+        return layer or super().is_leaf_module(module, name)
+
+
+def _follow(model: nn.Module, layers: Mapping) -> tuple[set[str], set[str]]:
+    """The layers that run, and those that nothing but the output reads."""
+    run: set[str] = set()
+    heads: set[str] = set()
+    with modes_kept(model):
+        for training in (False, True):
+            if training and run >= layers.keys():
+                break
+            graph = _Tracer().trace(model.train(training))
+            owners = {n: _find_owner(n, layers) for n in graph.nodes}
+            run |= _find_reached(graph, layers)
+            waiting = [n for n in graph.nodes if n.op == "output"]
+            seen = set(waiting)
+            while waiting:
+                node = waiting.pop()
+                owner = owners[node]
+                if owner is not None:
+                    heads.add(owner)
+                    continue
+                waiting += [n for n in node.all_input_nodes if n not in seen]
+                seen.update(node.all_input_nodes)
+    return run, heads
+
+
+def _find_reached(graph: torch.fx.Graph, layers: Mapping) -> set[str]:
+    """The layers that are called, or lie in a module that is, or give a tensor."""
+    called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
+    fetched = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    within = {path.rpartition(".")[0] for path in fetched} | called
+    return {
+        name
+        for name in layers
+        if within & {name, *itertools.accumulate(name.split("."), "{}.{}".format)}
+    }
+
+
+def _find_owner(node: torch.fx.Node, layers: Mapping) -> str | None:
+    """The layer that a step is, as a module or as a function of its tensors."""
+    if node.op == "call_module":
+        return str(node.target) if node.target in layers else None
+    fetched = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+    owners = (target.rpartition(".")[0] for target in fetched)
+    return next((owner for owner in owners if owner in layers), None)
+
+
+def _guess_heads(layers: Mapping) -> set[str]:
     last = next(reversed(layers))
     classes = layers[last].weight.shape[0]
     ends = {name.rpartition(".")[0]: name for name in layers}
-    heads = {
+    return {last} | {
         name
         for name in ends.values()
         if isinstance(layers[name], nn.Linear) and layers[name].out_features == classes
     }
-    return {n: m for n, m in layers.items() if n != last and n not in heads}

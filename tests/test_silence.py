@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from lib import baselines, cost, models, surgery
+from lib import baselines, cost, data, models, surgery, train
 from lib import plan as plans
 from lib.graph import build_graph
 from lib.plan import Plan
@@ -664,3 +664,78 @@ def test_a_state_holds_its_index_maps():
     maps = {n for n, b in small.named_buffers() if not b.is_floating_point()}
     assert maps <= small.state_dict().keys()
     assert {"layer2.0.shortcut.source", "layer2.0.shortcut.write"} <= maps
+
+
+# -- what is measured, and on what -----------------------------------------------------
+
+
+class Domains(nn.Module):
+    """The head is registered first, a norm and a layer never run."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.c = nn.Linear(8, 10), nn.Conv2d(1, 8, 3)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(8)])
+        self.unused, self.fails = nn.Conv2d(1, 4, 3), False
+
+    def forward(self, x):
+        if self.fails:
+            raise KeyboardInterrupt
+        return self.fc(F.relu(self.norms[0](self.c(x))).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("mnist5k", "train").take(100)
+
+
+def test_recalibration_leaves_norms_alone_that_do_not_run(digits):
+    model = oracle.roughen(Domains())
+    before = copy.deepcopy(model.norms)
+    train.recalibrate(model, digits)
+    after = model.norms
+    assert not torch.equal(after[0].running_mean, before[0].running_mean)
+    assert torch.equal(after[1].running_mean, before[1].running_mean)
+    assert torch.equal(after[1].num_batches_tracked, before[1].num_batches_tracked)
+
+
+def test_an_interrupted_recalibration_changes_nothing(digits):
+    model = oracle.roughen(Domains())
+    state = copy.deepcopy(model.state_dict())
+    calls = model.c.register_forward_hook(lambda m, x, y: setattr(model, "fails", True))
+    with pytest.raises(KeyboardInterrupt):
+        train.recalibrate(model, digits, batch_size=20)
+    calls.remove()
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert {n.momentum for n in model.norms} == {0.1}
+
+
+def test_the_head_is_what_ends_the_forward_not_the_registration(digits):
+    model = Domains()
+    assert baselines.l1(model).keys() == {"c"}
+    train.fit(model, digits, epochs=1, lr=0.01)
+    model.fc = nn.Linear(8, 7)
+    with pytest.raises(ValueError, match="10 classes, the network ends in 7 outputs"):
+        train.fit(model, digits, epochs=1, lr=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_net_is_evaluated_and_labelled_as_what_it_is(dtype, digits):
+    torch.manual_seed(0)
+    model = Domains().to(dtype)
+    outputs = torch.cat([y for y, _ in train.forward(model, digits)])
+    loss = F.cross_entropy(outputs.double(), digits.labels)
+    found = train.evaluate(model, digits)["loss"]
+    assert outputs.dtype == dtype and found == pytest.approx(loss.item(), rel=1e-6)
+    history = train.fit(model, digits, epochs=1, lr=0.01)
+    assert history.precision == str(dtype).removeprefix("torch.")
+
+
+def test_operations_without_a_counter_are_named():
+    def forward(self, x):
+        y = self.a(x).mean((2, 3))
+        return (self.bilinear(y, y),)
+
+    model = net(forward, bilinear=nn.Bilinear(8, 8, 3).double())
+    with pytest.warns(UserWarning, match=r"'_trilinear' with 'bilinear\.weight'"):
+        assert cost.count(model, SHAPE).macs == 27 * 8 * 64

@@ -143,8 +143,8 @@ class Bridge(nn.Module):
     ):
         super().__init__()
         self.inner, self.dim = inner, dim
-        self.register_buffer("read", read, persistent=False)
-        self.register_buffer("source", source, persistent=False)
+        self.register_buffer("read", read)
+        self.register_buffer("source", source)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in, ...] -> [N, out, ...], zero where nothing is made."""

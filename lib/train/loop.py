@@ -33,7 +33,7 @@ from lib.train.recipe import (
     pick_precision,
     rate_at,
 )
-from lib.train.update import Update, make_update
+from lib.train.update import Update, at_least_float32, make_update
 
 PARTS = ("model", "optimizer", "rows")  # of a checkpoint, beside its identity
 
@@ -143,7 +143,7 @@ def evaluate(
     resolution: int | None = None,
     batch_size: int = 500,
 ) -> dict[str, float]:
-    """`top1`, `top5` in percent and mean cross-entropy `loss`, in full precision.
+    """`top1`, `top5` in percent and mean cross-entropy `loss`, in its own precision.
 
     Every image counts once, whatever the size of the last batch. The model's device
     and train/eval mode stay; with fewer than 6 classes top5 is 100 by definition.
@@ -206,7 +206,8 @@ def recalibrate(
 
     The exact average over the batches of one epoch (or of `num_batches`), under the
     training augmentation: plain images give statistics that training never saw. Only
-    BatchNorms are put in training mode, weights stay bit-identical.
+    BatchNorms are put in training mode, weights stay bit-identical. A BatchNorm that
+    does not run keeps what it has; so do all of them if this is interrupted.
     """
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, got {num_batches}")
@@ -220,18 +221,33 @@ def recalibrate(
         images, batch_size, train=True, augment=augment, seed=seed,
         resolution=resolution, device=device, dtype=dtype_of(model),
     )  # fmt: skip
-    with modes_kept(model), torch.no_grad():
+    with modes_kept(model), torch.no_grad(), _statistics_measured(momenta):
         model.eval()
+        for norm in momenta:
+            norm.train()
+        for x, _ in itertools.islice(stream, num_batches):
+            model(x.contiguous(memory_format=layout))
+
+
+@contextmanager
+def _statistics_measured(momenta: dict) -> Iterator[None]:
+    """BatchNorms average anew while inside; what was not measured is put back."""
+    before = {
+        norm: [(b, b.clone()) for b in norm._buffers.values() if b is not None]
+        for norm in momenta
+    }
+    measured: set[nn.Module] = set()
+    try:
         for norm in momenta:
             norm.reset_running_stats()
             norm.momentum = None  # a cumulative average
-            norm.train()
-        try:
-            for x, _ in itertools.islice(stream, num_batches):
-                model(x.contiguous(memory_format=layout))
-        finally:
-            for norm, momentum in momenta.items():
-                norm.momentum = momentum
+        yield
+        measured = {norm for norm in momenta if int(norm.num_batches_tracked)}
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+            for buffer, kept in before[norm] if norm not in measured else ():
+                buffer.copy_(kept)
 
 
 # -- checkpoints --------------------------------------------------------------------
@@ -322,6 +338,7 @@ def seeded(seed: int, stream: int, device: torch.device) -> Iterator[None]:
 
 def _count_batch(output: Tensor, y: Tensor) -> Tensor:
     """[sum of losses, hits at rank 1, hits up to rank 5] of one batch."""
+    output = at_least_float32(output)  # the network's own numbers, summed exactly
     loss = F.cross_entropy(output, y, reduction="sum")
     ranks = output.topk(min(5, output.shape[1]), dim=1).indices == y[:, None]
     return torch.stack([loss.double(), ranks[:, 0].sum(), ranks.any(1).sum()])
@@ -346,14 +363,26 @@ def _pick_recipe(recipe: Recipe | None, epochs: int | None, settings: dict) -> R
 def _check_sets(
     model: nn.Module, train_set: ImageSet, val_set: ImageSet | None
 ) -> None:
-    last = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    outputs = last[-1].weight.shape[0] if last else None
+    outputs = _count_outputs(model, train_set)
     for images in filter(None, (train_set, val_set)):
         if outputs is not None and len(images.classes) > outputs:
             raise ValueError(
                 f"{images.name} has {len(images.classes)} classes, the network ends in "
                 f"{outputs} outputs"
             )
+
+
+def _count_outputs(model: nn.Module, images: ImageSet) -> int | None:
+    """How many numbers the network makes per image, where that is one row of them.
+
+    Seen by running it on two images: the order of registration does not tell.
+    """
+    try:
+        output, _ = next(forward(model, images.take(min(2, len(images)))))
+    except (RuntimeError, TypeError, ValueError):
+        return None  # training itself will say what is wrong
+    plain = isinstance(output, Tensor) and output.ndim == 2
+    return output.shape[1] if plain else None
 
 
 @contextmanager

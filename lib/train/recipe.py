@@ -6,6 +6,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 import torch
 from torch import nn
 
+from lib.graph.watch import dtype_of
 from lib.messages import check_known
 from lib.settings import ABOVE_ONE, Rule, check_rule
 
@@ -175,10 +176,11 @@ def pick_layout(model: nn.Module, device: torch.device) -> torch.memory_format:
 def pick_precision(precision: str, device: torch.device, model: nn.Module) -> str:
     """What to compute in: as named, or bfloat16 where the hardware has it.
 
-    A float64 model always keeps its own precision.
+    A model that is not float32 keeps its own precision, and is called by it.
     """
-    if next(model.parameters()).dtype != torch.float32:
-        return "float32"
+    own = dtype_of(model)
+    if own != torch.float32:
+        return str(own).removeprefix("torch.")
     if precision != "auto":
         return precision
     if device.type == "cuda":

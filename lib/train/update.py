@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.graph.watch import dtype_of
 from lib.messages import check_choice
 from lib.train.recipe import Recipe, pick_layout
 
@@ -28,7 +29,8 @@ class Update:
         self.model, self.optimizer, self.recipe = model, optimizer, recipe
         self.device = next(model.parameters()).device
         self.layout = pick_layout(model, self.device)
-        self.autocast = precision == "bfloat16"
+        whole = dtype_of(model) == torch.float32  # nothing to cast otherwise
+        self.autocast = whole and precision == "bfloat16"
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.seen = 0
 
@@ -82,8 +84,8 @@ class Update:
     def _imitate(self, logits: Tensor, told: Tensor) -> Tensor:
         """T^2 KL(teacher || student) of the answers softened by T, in nats."""
         heat = self.recipe.temperature
-        own = F.log_softmax(_at_least_float32(logits) / heat, 1)
-        wanted = F.log_softmax(_at_least_float32(told) / heat, 1)
+        own = F.log_softmax(at_least_float32(logits) / heat, 1)
+        wanted = F.log_softmax(at_least_float32(told) / heat, 1)
         return heat**2 * F.kl_div(own, wanted, reduction="batchmean", log_target=True)
 
     def _loss(self, output, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +93,7 @@ class Update:
         outputs = list(output) if isinstance(output, tuple) else [output]
         smooth = self.recipe.label_smoothing
         losses = [
-            F.cross_entropy(_at_least_float32(out), y, label_smoothing=smooth)
+            F.cross_entropy(at_least_float32(out), y, label_smoothing=smooth)
             for out in outputs
             if out is not None
         ]
@@ -99,8 +101,9 @@ class Update:
         return sum(extra, losses[0]), outputs[0]
 
 
-def _at_least_float32(output: Tensor) -> Tensor:
-    return output.float() if output.dtype == torch.bfloat16 else output
+def at_least_float32(output: Tensor) -> Tensor:
+    """What a loss is computed from: 16 bits are too few for a sum over classes."""
+    return output.float() if output.dtype.itemsize < 4 else output
 
 
 class GraphUpdate(Update):
