@@ -10,11 +10,14 @@ from xdist.scheduler import LoadScopeScheduling
 # 32 read one another's points. 12 and 22 are the first of their papers, so that other
 # notebooks find the baselines that these train.
 SLOW = [
-    "30_map_collection 31_map_fit 32_map_pruning",
+    "30_map_collection 31_map_fit 32_map_pruning 33_allocation",
     "12_scop_pruning",
     "test_surgery",
     "22_nisp_pruning",
     "02_surgery",
+    "40_comparison",
+    "50_latency",
+    "03_criteria",
     "11_scop_selection",
     "21_nisp_propagation",
     "20_nisp_inf_fs",
