@@ -207,10 +207,7 @@ class _Grouping:
         return [self._make_group(names, own, blocks) for names, own in pairs]
 
     def _fix_mixed_groups(self, member: Tensor) -> None:
-        """A grouped convolution that reads a concatenation balances several layers.
-
-        Constants among what it reads stay, and with them everything else.
-        """
+        """A grouped convolution balances what it reads: many layers, or constants."""
         for name, layer in self.graph.layers.items():
             if layer.groups == 1 or layer.depthwise:
                 continue

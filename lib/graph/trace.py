@@ -5,7 +5,6 @@ tags of its inputs on to its outputs (`lib.graph.tags`), layer by layer.
 `lib.graph.structure` draws the conclusions.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from lib.graph.dry_run import BATCH, Call, DryRun, Node, run_dry
 from lib.graph.leaves import is_leaf
+from lib.graph.sharing import settle_tensors
 from lib.graph.tags import (
     CONSTANT,
     CONSTANTS,
@@ -270,9 +270,7 @@ class Trace:
     def _read_functional_norm(self, node: Node) -> bool:
         """Statistics, scale and shift lie along the channels."""
         x, *rest = node.operands
-        if x.value is None or x.tags is None:
-            return False
-        if any(y.parameter is None for y in rest):
+        if x.value is None or x.tags is None or any(not y.parameter for y in rest):
             return False
         where = self.record.locate(node.module)
         row = self.ledger.row(x.value, 1, x.shape[1], where)
@@ -370,51 +368,8 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Trace:
     `ValueError` naming the module in which the pass failed.
     """
     found = Trace(run_dry(model, input_shape))
-    _freeze_shared(found)
-    _tie_vectors(found)
+    settle_tensors(found)
     return found
-
-
-def _freeze_shared(found: Trace) -> None:
-    """A tensor that is used in two ways cannot be cut: whatever owns it stays whole."""
-    vectors, owners = found.ledger.vectors, defaultdict(list)
-    for name, module in found.record.modules.items():
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                owners[id(tensor)].append((name, f"{name}.{key}" if name else key))
-    for owned in owners.values():
-        names, paths = zip(*owned, strict=True)
-        users = [n for n in names if n in found.layers or n in found.norms]
-        users += [p for p in paths if p in vectors and _find_along(found, p) is None]
-        reason = next((found.uses[path] for path in paths if path in found.uses), None)
-        if reason is None and len(users) > 1:
-            quoted = " and ".join(f"'{user}'" for user in users)
-            reason = f"a parameter is shared by {quoted}"
-        if reason is None:
-            continue
-        for user in users:
-            layer = found.layers.get(user)
-            rows = [layer.inputs, layer.outputs] if layer else [found.norms.get(user)]
-            for row in (*rows, vectors.get(user, (0, None))[1]):
-                found.ledger.freeze(row, reason)
-
-
-def _tie_vectors(found: Trace) -> None:
-    """Parameters of a layer or a norm that are also used beside it go with it."""
-    for path, (_, tags) in list(found.ledger.vectors.items()):
-        row = _find_along(found, path)
-        if row is not None:
-            found.ledger.tie(tags, row)
-
-
-def _find_along(found: Trace, path: str) -> Tensor | None:
-    """The channels along which a parameter lies by being the bias or the like."""
-    owner, _, key = path.rpartition(".")
-    layer, norm = found.layers.get(owner), found.norms.get(owner)
-    if layer is not None:
-        return layer.outputs if key == "bias" else None
-    tags = found.ledger.vectors[path][1]
-    return norm if norm is not None and len(norm) == tags.numel() else None
 
 
 def is_shuffle_unit(module: nn.Module) -> bool:
