@@ -149,7 +149,12 @@ def test_a_dense_layer_that_a_normalisation_reads_is_not_dropped():
     parts = {"d": Dense(), "c": conv(12, 8)}
     free = net(forward, n=nn.ReLU(), **parts)
     assert surgery.droppable(free, SHAPE) == ["d"]
-    model = net(forward, n=nn.GroupNorm(3, 12), **parts)
+    whole = net(forward, n=nn.GroupNorm(3, 12), **parts)  # a module of its own: zeros
+    assert surgery.droppable(whole, SHAPE) == ["d"]
+    plan, x = Plan(drop=["d"]), oracle.images(SHAPE)
+    oracle.assert_exact(whole, plan, SHAPE, x, hooks=False)
+    forward = lambda s, x: s.c(F.group_norm(s.d(s.a(x)), 3))  # noqa: E731
+    model = net(forward, **parts)
     assert surgery.droppable(model, SHAPE) == []
     assert_refused(model, "'d' cannot be dropped", plan=Plan(drop=["d"]))
 

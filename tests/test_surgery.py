@@ -650,6 +650,23 @@ class Gated(nn.Module):
         return x * torch.sigmoid(self.up(F.relu(self.down(gate))))
 
 
+class LastNorm(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ResponseNorm(nn.Module):
+    """ConvNeXt V2's: each channel against the mean of all."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width, 1, 1))
+
+    def forward(self, x):
+        size = x.norm(p=2, dim=(2, 3), keepdim=True)
+        return x + self.weight * x * size / size.mean(1, keepdim=True)
+
+
 class ActiveNorm(nn.BatchNorm2d):
     """timm's: norm and activation in one, by a functional call."""
 
@@ -880,6 +897,10 @@ WORKING = {
     "a module that returns pieces": lambda: net(
         forward=heads, **two(c=Lambda(lambda x: x.chunk(2, 1)), b=conv(4, 8))
     ),
+    "instance norm": lambda: net(
+        conv(3, 8), nn.InstanceNorm2d(8, affine=True), nn.InstanceNorm2d(8), conv(8, 8)
+    ),
+    "response norm of ConvNeXt": lambda: net(conv(3, 8), ResponseNorm(8), conv(8, 8)),
     "upsampled and dropped out": lambda: net(
         conv(3, 8), nn.Dropout2d(), nn.Upsample(scale_factor=2), conv(8, 8), relu()
     ),
@@ -898,6 +919,47 @@ def test_small_nets_shrink_exactly(kind):
             model, plan, TINY, oracle.images(TINY), hooks=hooks, behind=False
         )
         oracle.train_step(small, oracle.images(TINY))
+
+
+def _shared_norm_of_tokens():
+    norm = nn.LayerNorm(8)
+    tokens = Lambda(lambda x: x.flatten(2).transpose(1, 2))
+    back = Lambda(lambda x: x.transpose(1, 2))
+    return nn.Sequential(tokens, norm, nn.Linear(8, 8), norm, back)
+
+
+ACROSS = {
+    "layer norm": lambda: LastNorm(8),
+    "group norm": lambda: nn.GroupNorm(2, 8),
+    "response norm of ConvNeXt": lambda: ResponseNorm(8),
+    "layer norm of tokens, shared": _shared_norm_of_tokens,
+}
+
+
+@pytest.mark.parametrize("kind", ACROSS)
+def test_a_norm_over_channels_sees_zeros_for_those_that_are_gone(kind):
+    """By hand: zeros into the whole norm, and nobody reads what it makes of them."""
+    tokens = "tokens" in kind
+    last = nn.Conv1d(8, 8, 1) if tokens else conv(8, 8)
+    model = net(conv(3, 8), ACROSS[kind](), last)
+    for module in model.modules():
+        for vector in module.parameters(recurse=False):
+            nn.init.uniform_(vector, 0.5, 1.5) if vector.ndim < 4 else None
+    kept, x = [0, 2, 3, 7], oracle.images(TINY)
+    keep = {"body.0": kept} | ({"body.1.2": kept} if tokens else {})
+    small = oracle.assert_exact(model, Plan(keep), TINY, x, hooks=False)
+    oracle.train_step(small, x)
+    small = surgery.shrink(model, Plan(keep), TINY)
+    again = Plan({n: [0, 2] for n in keep if "1" not in n})
+    oracle.assert_exact(small, again, TINY, x, hooks=False) if not tokens else None
+    got, gone = oracle.evaluate(small, x), [1, 4, 5, 6]
+    with torch.no_grad():
+        for name in keep:
+            layer = model.get_submodule(name)
+            layer.weight[gone], layer.bias[gone] = 0, 0
+        for layer in (last, *(model.body[1][2:3] if tokens else ())):
+            layer.weight[:, gone] = 0
+    assert oracle.difference(got, oracle.evaluate(model, x)) < 1e-10
 
 
 def test_tokens_share_the_channels_of_the_pixels():
@@ -1181,19 +1243,10 @@ def functional(self, x):
     return self.b(F.conv2d(self.a(x), self.b.weight, padding=1))
 
 
-class LastNorm(nn.LayerNorm):
-    def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 REFUSED = {
     "softmax": (lambda: net(forward=softmax, **two()), "_softmax"),
-    "layer norm": (
-        lambda: net(forward=lambda s, x: s.b(s.c(s.a(x))), **two(c=LastNorm(8))),
-        r"'c' \(LastNorm\) uses 'native_layer_norm'",
-    ),
-    "group norm": (
-        lambda: net(forward=lambda s, x: s.b(s.c(s.a(x))), **two(c=nn.GroupNorm(2, 8))),
+    "norm over channels in a forward": (
+        lambda: net(forward=lambda s, x: s.b(F.group_norm(s.a(x), 2)), **two()),
         "native_group_norm",
     ),
     "transposed": (

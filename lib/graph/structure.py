@@ -53,7 +53,7 @@ class Graph:
     """A traced network: operations, layers, units and groups. Built by `build_graph`.
 
     `layers` maps names to what each convolution and linear layer reads and makes (as
-    tags), `norms`, `vectors`, `moves` and `shuffles` the same for everything else with
+    tags), `norms`, `vectors`, `moves`, `mixes` and `shuffles` the same for all with
     a size, `pairs` each layer with the BatchNorm that alone reads it, `made` the
     values it makes, `normed` the BatchNorm that reads a value, `readers` all nodes that
     read it; `unit_of` maps tags to units, the last unit stands for constants and is
@@ -72,7 +72,7 @@ class Graph:
         self.made, self.normed = record.made, record.normed
         self.vectors = ledger.vectors
         self.moves = record.moves
-        self.shuffles = record.shuffles
+        self.shuffles, self.mixes = record.shuffles, record.mixes
         self.calls = record.calls
         self.record = record.record
         self.has_other_work = self.record.has_other_work
@@ -126,7 +126,8 @@ def list_prunable(graph: Graph, model: nn.Module) -> dict[str, str | None]:
             kind = type(module).__name__
             found[name] = (
                 f"'{name}' ({kind}) does not run as a plain convolution or linear "
-                "layer, with its own weight as it is"
+                "layer, with its own weight as it is; fold what changes the weight "
+                "into a plain nn.Conv2d or nn.Linear in its place"
             )
         elif isinstance(module, LAYERS):
             found[name] = "it does not run in evaluation at this input shape"
@@ -222,7 +223,7 @@ class _Grouping:
         graph, modules = self.graph, self.record.record.modules
         mixers = {
             name: [move.inputs, move.outputs]
-            for name, move in (graph.moves | graph.shuffles).items()
+            for name, move in (graph.moves | graph.shuffles | graph.mixes).items()
         }
         for name, tags in graph.norms.items():
             if isinstance(modules[name], nn.LocalResponseNorm):

@@ -70,10 +70,11 @@ class Layer:
 
 @dataclass(eq=False)
 class Move:
-    """A parameter-free module that moves channels: tags read and tags handed on."""
+    """A module that moves or mixes channels: tags read and handed on, along `dim`."""
 
     inputs: Tensor
     outputs: Tensor
+    dim: int = 1
 
 
 class Trace:
@@ -87,8 +88,8 @@ class Trace:
     their own layer or norm nor a step along the channels, and what does.
     """
 
-    def __init__(self, record: DryRun):
-        self.record = record
+    def __init__(self, record: DryRun, mixers: frozenset[str] = frozenset()):
+        self.record, self.mixers = record, mixers
         self.nodes, self.values = record.nodes, record.values
         self.ledger = Ledger()
         self.layers: dict[str, Layer] = {}
@@ -99,7 +100,11 @@ class Trace:
         self.shuffles: dict[str, Move] = {}
         self.calls: dict[str, tuple[int, int]] = {}
         self.uses: dict[str, str] = {}
+        self.mixes: dict[str, Move] = {}
+        self.found_mixers: set[str] = set()
         self._moving: dict[str, list[Tensor]] = {}
+        for value in self.values:
+            value.tags = None
         self._read_events()
 
     def _read_events(self) -> None:
@@ -110,6 +115,8 @@ class Trace:
             self.ledger.freeze(row, "they are the channels of the input images")
         for i, event in enumerate(self.record.events):
             evaluating = i < self.record.evaluated
+            if self._is_inside_mixer(event):
+                continue
             if isinstance(event, Call):
                 self._read_call(event, evaluating)
             elif event.function is None:
@@ -182,7 +189,15 @@ class Trace:
             self.ledger.tie(known, row)
         return value.tags
 
+    def _is_inside_mixer(self, event: Node | Call) -> bool:
+        if isinstance(event, Node):
+            return not self.mixers.isdisjoint(event.within)
+        parts = event.module.split(".")
+        return any(".".join(parts[:i]) in self.mixers for i in range(1, len(parts)))
+
     def _read_call(self, call: Call, evaluating: bool) -> None:
+        if call.module in self.mixers:
+            self._read_mix(call)
         moving = self._moving.pop(call.module, None)
         source = call.inputs[0] if len(call.inputs) == 1 else None
         target = None if call.output is None else self.values[call.output]
@@ -194,6 +209,27 @@ class Trace:
             self.calls[call.module] = (source, call.output)
         if moving:
             self._read_move(call.module, self.values[source], target)
+
+    def _read_mix(self, call: Call) -> None:
+        """A norm over channels runs at full width and hands channels on in place."""
+        assert call.inputs[0] is not None and call.output is not None
+        name, source = call.module, self.values[call.inputs[0]]
+        if source.tags is None:
+            return
+        dims = [d for d, n in enumerate(source.tags.shape) if n > 1]
+        whole = len(dims) == 1 and source.tags.numel() == source.shape[dims[0]]
+        known = self.mixes.get(name)
+        if not whole or (known and len(known.inputs) != source.tags.numel()):
+            reason = f"{self.record.locate(name)} mixes channels in two ways"
+            for tags in (source.tags, known.inputs if known else None):
+                self.ledger.freeze(tags, reason)
+            return
+        row = source.tags.flatten()
+        if known is None:
+            self.mixes[name] = Move(row, row, dims[0] - len(source.shape))
+        else:
+            self.ledger.tie(known.inputs, row)
+        self.values[call.output].tags = source.tags
 
     def _read_move(self, name: str, source: Value, target: Value) -> None:
         where, width = self.record.locate(name), target.shape[1]
@@ -330,6 +366,8 @@ class Trace:
         else:
             for x in operands:
                 ledger.freeze(x.tags, f"{where} uses '{name}', {_why_frozen(name)}")
+        if row is None and any(x.tags is not None for x in operands):
+            self.found_mixers.update(node.within)
         return [row] * len(node.outputs)
 
     def _see_vector(self, x: Operand) -> Operand:
@@ -367,9 +405,37 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Trace:
     `input_shape` is (C, H, W). Auxiliary heads run only in training. Raises
     `ValueError` naming the module in which the pass failed.
     """
-    found = Trace(run_dry(model, input_shape))
+    record = run_dry(model, input_shape)
+    found = Trace(record)
+    mixers = find_mixers(record, found.found_mixers)
+    if mixers:
+        found = Trace(record, mixers)
     settle_tensors(found)
     return found
+
+
+def find_mixers(record: DryRun, lossy: set[str]) -> frozenset[str]:
+    """Modules that lose track of channels inside, but hand on as many as they read.
+
+    They have parameters, vectors alone (a LayerNorm, a GroupNorm, a norm of responses),
+    one input and one output of the same shape: run at full width, with zeros in the
+    place of what is gone, they need not be understood. Of nested ones the outermost.
+    """
+    fits: dict[str, bool] = {}
+    for event in record.events:
+        if isinstance(event, Call) and event.module in lossy:
+            ends = (*event.inputs, event.output)
+            shapes = {None if e is None else record.values[e].shape for e in ends}
+            same = len(event.inputs) == 1 and len(shapes) == 1 and None not in shapes
+            fits[event.module] = fits.get(event.module, True) and same
+    found: set[str] = set()
+    for name in sorted(n for n, same in fits.items() if n and same):
+        tensors = list(record.modules[name].parameters())
+        vectors = all(sum(n > 1 for n in t.shape) <= 1 for t in tensors)
+        outer = any(name.startswith(f"{other}.") for other in found)
+        if tensors and vectors and not outer:
+            found.add(name)
+    return frozenset(found)
 
 
 def is_shuffle_unit(module: nn.Module) -> bool:

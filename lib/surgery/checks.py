@@ -16,7 +16,7 @@ from lib.graph import Graph, Node
 from lib.graph.dry_run import Call, DryRun, run_dry
 from lib.graph.tags import Operand, Value
 from lib.plan import Kept
-from lib.surgery.movers import Bridge, PinnedShuffleUnit, Remap
+from lib.surgery.movers import Bridge, PinnedShuffleUnit, Remap, Whole
 
 # Operations that hand on what they read, and names for one and the same.
 COPIES = {"clone", "contiguous", "alias", "detach", "lift_fresh", "lift"}
@@ -86,7 +86,7 @@ class _Comparison:
         put_in = {
             name
             for name, module in after.modules.items()  # one slope is no leaf any more
-            if isinstance(module, (Bridge, Remap))
+            if isinstance(module, (Bridge, Remap, Whole))
             or getattr(module, "num_parameters", 0) == 1
         }
         ends = {graph.pairs.get(n, n) for n in kept.scatter}

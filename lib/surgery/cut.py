@@ -18,6 +18,7 @@ from lib.surgery.movers import (
     PinnedShuffleUnit,
     Remap,
     Scatter,
+    Whole,
     device_of,
     inverse,
     on_cpu,
@@ -194,6 +195,10 @@ def _replace_movers(
             alive = kept.units[graph.unit_of(tags)]
             if not alive.all():
                 replace(small, name, GappedLRN(modules[name], alive))
+    for name, move in graph.mixes.items():
+        alive = kept.units[graph.unit_of(move.inputs)]
+        if not alive.all():
+            replace(small, name, Whole(modules[name], alive, move.dim))
     for name, move in graph.shuffles.items():
         _pin_shuffle(modules[name], *_ends(graph, kept, move))
 

@@ -89,19 +89,45 @@ class GappedLRN(nn.LocalResponseNorm):
         return x / (self.k + self.alpha * mean).pow(self.beta)
 
 
+class Whole(nn.Module):
+    """A module that mixes channels (a LayerNorm), run at the width that it had.
+
+    The channels, along `dim` (from the end), that were removed count as zero.
+    """
+
+    source: Tensor
+    kept: Tensor
+
+    def __init__(self, inner: nn.Module, alive: Tensor, dim: int):
+        super().__init__()
+        self.inner, self.dim = inner, dim
+        kept = positions(alive)
+        self.register_buffer("kept", kept, persistent=False)
+        source = inverse(kept, len(alive))
+        self.register_buffer("source", source, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape."""
+        full = spread(x, self.source, self.dim)
+        y: Tensor = self.inner(full)
+        return y.index_select(self.dim, self.kept)
+
+
 class Gate(nn.Module):
     """Zero the silenced channels before a module that reads across channels."""
 
     alive: Tensor
 
-    def __init__(self, inner: nn.Module, alive: Tensor):
+    def __init__(self, inner: nn.Module, alive: Tensor, dim: int = 1):
         super().__init__()
-        self.inner = inner
+        self.inner, self.dim = inner, dim
         self.register_buffer("alive", alive, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, ...] -> what the inner module gives."""
-        alive = self.alive.view([1, -1] + [1] * (x.ndim - 2))
+        layout = [1] * x.ndim
+        layout[self.dim] = -1
+        alive = self.alive.view(layout)
         result: Tensor = self.inner(x * alive.to(x.dtype))
         return result
 
@@ -153,8 +179,7 @@ class Bridge(nn.Module):
         y: Tensor = self.inner(x)
         if self.source is None:
             return y
-        padding = [0, 0] * (y.ndim - 1 - self.dim % y.ndim) + [0, 1]
-        return F.pad(y, padding).index_select(self.dim, self.source)
+        return spread(y, self.source, self.dim)
 
 
 def on_cpu(index: Tensor) -> Tensor:
@@ -191,6 +216,12 @@ def take(x: Tensor, source: Tensor) -> Tensor:
     """Pick channels of `x`; index C picks a channel of zeros."""
     padding = [0, 0] * (x.ndim - 2) + [0, 1]
     return F.pad(x, padding).index_select(1, source)
+
+
+def spread(x: Tensor, source: Tensor, dim: int) -> Tensor:
+    """`take` along `dim`."""
+    padding = [0, 0] * (x.ndim - 1 - dim % x.ndim) + [0, 1]
+    return F.pad(x, padding).index_select(dim, source)
 
 
 def _restore(alive: Tensor, within: Tensor) -> Tensor:

@@ -36,10 +36,10 @@ def mask(
     with torch.no_grad():
         _zero_rows(graph, _rows_when_masked(graph, kept), modules)
         _zero_columns(graph, kept, modules)
-    for name, tags in _readers(graph).items():
+    for name, (tags, dim) in _readers(graph).items():
         alive = kept.units[graph.unit_of(tags)]
         if not alive.all():
-            replace(masked, name, Gate(modules[name], alive))
+            replace(masked, name, Gate(modules[name], alive, dim))
     for block in kept.dropped:
         if not len(dropped_units(graph, block)):  # a residual block
             replace(masked, block, nn.Identity())
@@ -88,11 +88,12 @@ def _zero_columns(graph: Graph, kept: Kept, modules: dict[str, Any]) -> None:
             block[:, ~part] = 0
 
 
-def _readers(graph: Graph) -> dict[str, Tensor]:
-    """Modules without weights that read several channels at once."""
-    readers = {name: move.inputs for name, move in graph.moves.items()}
+def _readers(graph: Graph) -> dict[str, tuple[Tensor, int]]:
+    """Modules beside the layers that read several channels at once, and along what."""
+    moves = graph.moves | graph.mixes
+    readers = {name: (move.inputs, move.dim) for name, move in moves.items()}
     for node in graph.nodes:
         if node.op.endswith("LRN") or node.op == "LocalResponseNorm":
             if node.module in graph.norms:
-                readers[node.module] = graph.norms[node.module]
+                readers[node.module] = graph.norms[node.module], 1
     return readers
