@@ -962,6 +962,42 @@ def test_a_norm_over_channels_sees_zeros_for_those_that_are_gone(kind):
     assert oracle.difference(got, oracle.evaluate(model, x)) < 1e-10
 
 
+class Attends(nn.Module):
+    """Puts its heads together by the size of what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        n, tokens, width = x.shape
+        q, k, v = self.qkv(x).reshape(n, tokens, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        y = torch.softmax(q @ k.transpose(-2, -1), -1) @ v
+        return self.proj(y.transpose(1, 2).reshape(n, tokens, width))
+
+
+def test_a_forward_may_count_the_channels_it_attends_to():
+    """They stay, although a norm over channels alone would let them go."""
+    tokens = Lambda(lambda x: x.flatten(2).transpose(1, 2))
+    parts = [conv(3, 8), tokens, nn.LayerNorm(8), Attends(), nn.Linear(8, 6)]
+    model = net(*parts, nn.ReLU(), nn.Linear(6, 8), Lambda(lambda x: x.transpose(1, 2)))
+    listed = surgery.prunable(model, TINY)
+    assert "'body.3' (Attends) uses 'bmm' between its layers" in listed["body.0"]
+    plan = Plan({"body.4": [1, 2]})
+    oracle.assert_exact(model, plan, TINY, oracle.images(TINY), behind=False)
+
+
+def test_a_number_written_beside_a_parameter_keeps_it_whole():
+    def scaled(self, x):
+        return self.b(self.a(x) * self.gain.view(8, 1, 1))
+
+    model = net(forward=scaled, **two())
+    model.gain = nn.Parameter(torch.rand(8, dtype=torch.float64))
+    plan, x = Plan({"a": [1, 2, 6]}), oracle.images(TINY)
+    small = oracle.assert_exact(model, plan, TINY, x, behind=False)
+    assert len(small.gain) == 8 and len(small.a.inner.weight) == 3
+
+
 def test_tokens_share_the_channels_of_the_pixels():
     """What stands before them and what is added to them is cut with them."""
     model = net(conv(3, 8), Token(8), nn.Conv1d(8, 8, 1))

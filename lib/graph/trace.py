@@ -101,7 +101,8 @@ class Trace:
         self.calls: dict[str, tuple[int, int]] = {}
         self.uses: dict[str, str] = {}
         self.mixes: dict[str, Move] = {}
-        self.found_mixers: set[str] = set()
+        self.lossy: dict[str, str] = {}
+        self.lossy_itself: set[str] = set()
         self._moving: dict[str, list[Tensor]] = {}
         for value in self.values:
             value.tags = None
@@ -367,7 +368,9 @@ class Trace:
             for x in operands:
                 ledger.freeze(x.tags, f"{where} uses '{name}', {_why_frozen(name)}")
         if row is None and any(x.tags is not None for x in operands):
-            self.found_mixers.update(node.within)
+            for module in node.within:
+                self.lossy.setdefault(module, name)
+            self.lossy_itself.add(node.module)
         return [row] * len(node.outputs)
 
     def _see_vector(self, x: Operand) -> Operand:
@@ -385,6 +388,9 @@ class Trace:
         pieces, in_order = move_tags(
             node.op, node.function, source.tags, source.shape, node.raw, node.kwargs
         )
+        if node.constant and node.op in {"view", "reshape", "expand"}:
+            if source.tags.numel() in node.args[1]:
+                self.ledger.widen(source.tags)  # the number may be written in the code
         if not in_order:
             # A module without parameters can be wrapped as a whole, and the outermost
             # such module sees most of the way; ShuffleNetV2's unit is rewritten.
@@ -407,11 +413,36 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Trace:
     """
     record = run_dry(model, input_shape)
     found = Trace(record)
-    mixers = find_mixers(record, found.found_mixers)
+    mixers = find_mixers(record, set(found.lossy))
     if mixers:
         found = Trace(record, mixers)
+    _freeze_attention(found)
     settle_tensors(found)
     return found
+
+
+def _freeze_attention(found: Trace) -> None:
+    """What goes into a module that loses track of channels between its own layers.
+
+    Such a forward puts heads together by the size of its input (`reshape(B, N, C)`), so
+    neither that nor what its layers make may change.
+    """
+    layers = found.layers.items()
+    inner = {
+        name: [x.outputs for n, x in layers if n.startswith(f"{name}.")]
+        for name in found.lossy_itself - {""}
+    }
+    for event in found.record.events:
+        if not isinstance(event, Call) or not inner.get(event.module):
+            continue
+        where = found.record.locate(event.module)
+        reason = (
+            f"{where} uses '{found.lossy[event.module]}' between its layers, and may "
+            "count the channels that it is given"
+        )
+        given = [found.values[p].tags for p in event.inputs if p is not None]
+        for tags in (*given, *inner[event.module]):
+            found.ledger.freeze(tags, reason)
 
 
 def find_mixers(record: DryRun, lossy: set[str]) -> frozenset[str]:
