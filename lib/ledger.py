@@ -12,6 +12,7 @@ contrast   of `data/results`       a registered contrast, or `LEFT - RIGHT [befo
                                    before fine-tuning; then columns, `; share=0.5`
 ranks      of `data/results`       `LEFT - RIGHT`, rank correlations, mean over layers
 size       of `data/published`     `net=NET [variant=] rate= [layers=] [quantity=]`
+latency    of `data/results`       `column=value ...`, the networks timed in runtimes
 test       a file of `tests`       the test that decides
 none                               `not tested` or `not testable here`
 
@@ -41,7 +42,7 @@ COLUMNS = [
     "id", "paper", "claim", "form", "distance", "kind", "rows", "filter", "unit",
     "least", "margin", *COMPUTED, "would_change",
 ]  # fmt: skip
-KINDS = ("contrast", "ranks", "size", "test", "none")
+KINDS = ("contrast", "ranks", "size", "latency", "test", "none")
 ENOUGH = 6  # bases; of fewer, no signs are rare enough to exclude chance
 ARMS = re.compile(r"(\S+) - (\S+)( before)?")
 
@@ -129,6 +130,8 @@ def _answer(claim, families: dict) -> dict[str, Any]:
         return {"verdict": "contradicted" if opposite else "reproduced"}
     if claim.kind == "size":
         return compare_sizes(claim.rows, claim.filter, float(claim.margin))
+    if claim.kind == "latency":
+        return compare_times(claim.rows, claim.filter, float(claim.margin))
     limits = {
         "effect": float(claim.least or verdicts.EFFECT),
         "margin": float(claim.margin or verdicts.MARGIN),
@@ -248,6 +251,28 @@ def compare_sizes(file: str, networks: str, margin: float) -> dict[str, Any]:
     worst = max(misses, key=abs)
     verdict = "reproduced" if abs(worst) <= margin else "contradicted"
     return {"effect": worst, "n": len(misses), "verdict": verdict}
+
+
+def compare_times(file: str, networks: str, margin: float) -> dict[str, Any]:
+    """How far the time kept lies above the MACs kept (shares), by runtime.
+
+    `effect` is the mean over runtimes, `low` and `high` their range: of measured times,
+    no interval. "contradicted" where every runtime misses by more than `margin`.
+    """
+    there = [path.name for path in paths.RESULTS.glob("*.csv")]
+    check_known("file of rows", [file], there)
+    rows = pd.read_csv(paths.RESULTS / file)
+    for item in networks.split("; "):
+        column, value = item.split("=")
+        check_known("column", [column], rows.columns)
+        check_known(column, [value], set(rows[column].astype(str)))
+        rows = rows[rows[column].astype(str) == value]
+    over = 1 / rows["speedup"] - rows["macs_share"]
+    within = over.abs() <= margin
+    verdict = "reproduced" if within.all() else "undecided"
+    return {"effect": over.mean(), "low": over.min(), "high": over.max(),
+            "n": rows["runtime"].nunique(),
+            "verdict": verdict if within.any() else "contradicted"}  # fmt: skip
 
 
 def measure_size(net: str, rate: float, layers: str = "", *, inside: bool) -> dict:

@@ -221,8 +221,9 @@ def publish(profile: str) -> None:
         publish_rows(profile, collect_rows(profile))
         publish_points(profile, collect_rows(profile, "points"))
         _write_table(f"{profile}.csv", collect_rows(profile, "latency"))
-        for kind in TABLES[1:]:
-            _write_table(f"{profile}_{kind}.csv", collect_rows(profile, kind))
+        for kind in TABLES[1:]:  # a channel's worth is often below a thousandth
+            digits = 6 if kind == "truth" else 4
+            _write_table(f"{profile}_{kind}.csv", collect_rows(profile, kind), digits)
         publish_bases(profile)
 
 
@@ -242,18 +243,20 @@ def publish_points(profile: str, points: pd.DataFrame) -> None:
 
 
 def publish_bases(profile: str) -> None:
-    """Copy the baselines of a profile that names its `base`, less optimizer's state."""
+    """Copy the finished bases of a profile that names one, less optimizer's state."""
     if not any("base" in run.parameters for run in settings.read_profile(profile)):
         return
     for path in sorted((stages.profile_folder(profile) / "baselines").glob("*.pt")):
         state = checkpoint.load(path)
+        if len(state["rows"]) < state["identity"]["epochs"]:
+            continue  # killed meanwhile: the next run takes it up
         state["optimizer"] = {}
         paths.BASES.mkdir(parents=True, exist_ok=True)
         checkpoint.save(paths.BASES / path.name, state.pop("identity"), **state)
         print(f"wrote {paths.shown(paths.BASES / path.name)}")
 
 
-def _write_table(name: str, table: pd.DataFrame) -> None:
+def _write_table(name: str, table: pd.DataFrame, digits: int = 4) -> None:
     if table.empty:
         return
     path = paths.RESULTS / name
@@ -261,7 +264,7 @@ def _write_table(name: str, table: pd.DataFrame) -> None:
         before = pd.read_csv(path)
         others = before[~before["base_id"].isin(table["base_id"])]
         table = pd.concat([others, table]).sort_values("base_id", kind="stable")
-    text = table.to_csv(index=False, float_format="%.4f", lineterminator="\n")
+    text = table.to_csv(index=False, float_format=f"%.{digits}f", lineterminator="\n")
     print(f"wrote {paths.shown(paths.write_text(path, text))}")
 
 

@@ -275,3 +275,26 @@ def test_the_command_stores_verdicts_only_when_asked(tmp_path, monkeypatch, caps
     capsys.readouterr()
     ledger.main()
     assert "every stored verdict is what its rows give" in capsys.readouterr().out
+
+
+def test_times_are_judged_by_runtime(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    rows = pd.DataFrame({
+        "net": ["a", "a", "b"], "batch": [64, 64, 64], "runtime": ["x", "y", "x"],
+        "speedup": [2.0, 1.25, 2.0], "macs_share": [0.5, 0.5, 0.1],
+    })  # fmt: skip
+    rows.to_csv(tmp_path / "times.csv", index=False)
+
+    def ask(net, margin):
+        return ledger.compare_times("times.csv", f"net={net}; batch=64", margin)
+
+    found = ask("a", 0.1)
+    assert (found["low"], found["high"]) == pytest.approx((0, 0.3))
+    assert found["effect"] == pytest.approx(0.15) and found["n"] == 2
+    assert found["verdict"] == "undecided"  # one runtime keeps the promise
+    assert ask("a", 0.31)["verdict"] == "reproduced"
+    assert ask("b", 0.1)["verdict"] == "contradicted"
+    with pytest.raises(ValueError, match="net 'c'"):
+        ask("c", 0.1)
+    with pytest.raises(ValueError, match=r"'time\.csv'"):
+        ledger.compare_times("time.csv", "net=a", 0.1)

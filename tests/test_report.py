@@ -417,11 +417,14 @@ def test_bases_are_published_one_by_one_and_keep_those_of_before(monkeypatch, tm
     write_base(0, 80.0)
     baseline = paths.runs_root() / "toy" / "baselines" / "net.pt"
     state = {"model": {"w": torch.ones(2)}, "optimizer": {"m": torch.ones(9)}}
-    checkpoint.save(baseline, {"seed": 0}, rows=[], **state)
+    half = baseline.with_name("half.pt")
+    checkpoint.save(baseline, {"epochs": 1}, rows=[{}], **state)
+    checkpoint.save(half, {"epochs": 2}, rows=[{}], **state)
     run_main(monkeypatch, "--profile", "toy", "--publish")
     for table, column in (("toy", "after"), ("toy_truth", "worth")):
         published = pd.read_csv(paths.RESULTS / f"{table}.csv")
         assert published["base_id"].tolist() == [0, 1]
         assert published[column].tolist() == [80, 81]
     kept = checkpoint.load(paths.BASES / "net.pt", ("model", "optimizer", "rows"))
-    assert kept["optimizer"] == {} and kept["identity"] == {"seed": 0}
+    assert kept["optimizer"] == {} and kept["identity"] == {"epochs": 1}
+    assert list_files(paths.BASES) == ["net.pt"]
