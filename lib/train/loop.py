@@ -97,7 +97,6 @@ def fit(
     device = pick_device(device)
     precision = pick_precision(recipe.precision, device, model)
     model.to(device, memory_format=pick_layout(model, device))
-    _check_sets(model, train_set, val_set)
     optimizer = make_optimizer(model, recipe, device)
     identity = _identify(model, recipe, train_set, precision)
     if teacher is not None:
@@ -110,6 +109,8 @@ def fit(
     update = make_update(
         model, optimizer, recipe, precision, cuda_graph=cuda_graph, teacher=teacher
     )
+    sets = filter(None, (train_set, val_set))
+    update.images = max(sets, key=lambda images: len(images.classes))
     steps = count_batches(train_set, recipe.batch_size, train=True)
     report = Report(recipe, steps, label, done=history.resumed)
     train_set = train_set.to(device)
@@ -358,31 +359,6 @@ def _pick_recipe(recipe: Recipe | None, epochs: int | None, settings: dict) -> R
     if not isinstance(recipe, Recipe):
         raise ValueError(f"recipe must be a train.Recipe, got {recipe!r}")
     return recipe
-
-
-def _check_sets(
-    model: nn.Module, train_set: ImageSet, val_set: ImageSet | None
-) -> None:
-    outputs = _count_outputs(model, train_set)
-    for images in filter(None, (train_set, val_set)):
-        if outputs is not None and len(images.classes) > outputs:
-            raise ValueError(
-                f"{images.name} has {len(images.classes)} classes, the network ends in "
-                f"{outputs} outputs"
-            )
-
-
-def _count_outputs(model: nn.Module, images: ImageSet) -> int | None:
-    """How many numbers the network makes per image, where that is one row of them.
-
-    Seen by running it on two images: the order of registration does not tell.
-    """
-    try:
-        output, _ = next(forward(model, images.take(min(2, len(images)))))
-    except (RuntimeError, TypeError, ValueError):
-        return None  # training itself will say what is wrong
-    plain = isinstance(output, Tensor) and output.ndim == 2
-    return output.shape[1] if plain else None
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.data import ImageSet
 from lib.graph.watch import dtype_of
 from lib.messages import check_choice
 from lib.train.recipe import Recipe, pick_layout
@@ -16,6 +17,7 @@ class Update:
     """Forward, loss, backward and step; loss and hits are summed on the device."""
 
     cheap_to_read = True
+    images: ImageSet | None = None  # what the outputs must have room for
 
     def __init__(
         self,
@@ -91,6 +93,12 @@ class Update:
     def _loss(self, output, y: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy; auxiliary heads (GoogLeNet, Inception) with their weight."""
         outputs = list(output) if isinstance(output, tuple) else [output]
+        if self.images and outputs[0].shape[1] < len(self.images.classes):
+            count = len(self.images.classes)
+            raise ValueError(
+                f"{self.images.name} has {count} classes, the network ends in "
+                f"{outputs[0].shape[1]} outputs"
+            )
         smooth = self.recipe.label_smoothing
         losses = [
             F.cross_entropy(at_least_float32(out), y, label_smoothing=smooth)
