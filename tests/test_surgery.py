@@ -1568,3 +1568,28 @@ def test_what_is_written_back_is_equal_to_the_bit_and_keeps_its_layout(shape, la
     weights = torch.randn_like(made)
     (made * weights).sum().backward()
     assert torch.equal(x.grad, weights[:, kept])
+
+
+# -- timm's nets, made small ---------------------------------------------------------
+
+TIMM = {
+    "resnetv2_50": {"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32)},
+    "tf_mobilenetv3_small_minimal_100": {},  # pads its convolutions
+    "res2net50_26w_4s": {"layers": (1, 1, 1, 1)},  # splits in its forward
+    "convnextv2_atto": {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)},
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_nets_shrink_exactly(name):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **TIMM[name]).double()
+    oracle.roughen(model)
+    scores, shape = baselines.random(model, 0), (3, 32, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is left whole
+        plan = plans.from_scores(model, scores, shape, macs=0.5, skip_fixed=True)
+    whole = cost.count(model, shape).macs
+    small = oracle.assert_exact(model, plan, shape, oracle.images(shape), hooks=False)
+    assert 0.49 < cost.count(small, shape).macs / whole < 0.51

@@ -234,6 +234,8 @@ def prune_theirs(name: str) -> dict:
         got = first(small.eval()(x))
         row |= {"theirs": "runs"}
         row |= {"their_macs": round(cost.count(small, side).macs / full, 4)}
+        if gone.unknown:  # its indices count something else than channels
+            return row
         gone.silence(model)
         error = oracle.difference(got, first(model(x)))
     return row | {
@@ -246,7 +248,7 @@ class Gone:
     """The channels that Torch-Pruning removed, by their numbers in the whole net."""
 
     def __init__(self, names: dict):
-        self.names = names
+        self.names, self.unknown = names, False
         out = ("out_channels", "prune_batchnorm")
         self.left: dict = {}
         self.sides = lambda f: "out" if any(k in f.__name__ for k in out) else "in"
@@ -257,7 +259,7 @@ class Gone:
             module = dep.target.module
             if module not in self.names or not hasattr(module, "weight"):
                 continue
-            both = getattr(module, "groups", 1) > 1
+            both = 1 < getattr(module, "groups", 1) == module.weight.shape[0]
             for side in ("in", "out") if both else (self.sides(dep.handler),):
                 weight = module.weight
                 if weight is None:
@@ -268,8 +270,8 @@ class Gone:
                 key = self.names[module], side
                 left = self.left.setdefault(key, list(range(size)))
                 drop = set(idxs)
-                if max(drop) < len(left):
-                    self.left[key] = [c for i, c in enumerate(left) if i not in drop]
+                self.unknown |= max(drop) >= len(left)
+                self.left[key] = [c for i, c in enumerate(left) if i not in drop]
 
     def silence(self, model: nn.Module) -> None:
         """Zeros in the place of what was removed, where a layer reads or makes it."""
