@@ -15,7 +15,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from lib.graph.dry_run import BATCH, Call, DryRun, Node, run_dry
+from lib.graph.functional import read_known_module
 from lib.graph.leaves import is_leaf
+from lib.graph.mixing import find_mixers, freeze_attention
 from lib.graph.sharing import settle_tensors
 from lib.graph.tags import (
     CONSTANT,
@@ -38,8 +40,6 @@ SHUFFLE_UNITS = {
     ("torchvision.models.shufflenetv2", "InvertedResidual"),
     ("lib.surgery.movers", "PinnedShuffleUnit"),
 }
-
-BATCH_NORMS = {"native_batch_norm", "cudnn_batch_norm"}
 
 
 @dataclass(eq=False)
@@ -122,7 +122,7 @@ class Trace:
                 self._read_call(event, evaluating)
             elif event.function is None:
                 self._read_leaf(event, evaluating)
-            elif not self._read_known_module(event, evaluating):
+            elif not read_known_module(self, event, evaluating):
                 self._read_uses(event, self._follow(event))
         for place in self.record.results:
             reason = "they are the outputs of the network"
@@ -136,15 +136,15 @@ class Trace:
         value = operand.value or Value(operand.shape, derived=True)
         made = self.values[node.outputs[0]]
         if isinstance(module, (_ConvNd, nn.Linear)):
-            self._read_layer_call(node, module, value, evaluating)
+            self.read_layer_call(node, module, value, evaluating)
         elif isinstance(module, _DropoutNd):
             made.tags = value.tags
         else:
-            made.tags = self._read_norm(node.module, value)
+            made.tags = self.read_norm(node.module, value)
             if isinstance(module, _BatchNorm) and node.inputs:
                 self.normed[node.inputs[0]] = node.module
 
-    def _read_layer_call(
+    def read_layer_call(
         self,
         node: Node,
         module: _ConvNd | nn.Linear,
@@ -178,7 +178,7 @@ class Trace:
         self.layers[name] = layer
         return layer
 
-    def _read_norm(self, name: str, value: Value) -> Tensor | None:
+    def read_norm(self, name: str, value: Value) -> Tensor | None:
         """A norm, a PReLU or a response normalisation hands channels on in place."""
         where = self.record.locate(name)
         row = self.ledger.row(value, 1, value.shape[1], where)
@@ -274,56 +274,6 @@ class Trace:
 
     # -- operations ----------------------------------------------------------------
 
-    def _read_known_module(self, node: Node, evaluating: bool) -> bool:
-        """A layer or BatchNorm whose own forward ends in the operation that it is.
-
-        It may pad its input before, or have an activation behind: what counts is that
-        this operation is given the parameters of the module, and as they are.
-        """
-        if node.op in BATCH_NORMS:
-            return self._read_functional_norm(node)
-        return self._read_functional_layer(node, evaluating)
-
-    def _read_functional_layer(self, node: Node, evaluating: bool) -> bool:
-        """Is it the module's own operation, with its own weight, bias and groups?"""
-        name, module = node.module, self.record.modules[node.module]
-        if isinstance(module, nn.Linear):
-            known = node.op in {"addmm", "mm"} and not node.kwargs
-            bias, x, weight = [None, None, *node.operands][-3:]
-            known = known and weight is not None and weight.value is not None
-        elif isinstance(module, _ConvNd) and node.op == "convolution":
-            known = node.raw[6] is False and node.raw[8] == module.groups
-            x, weight, bias = [*node.operands, None][:3]
-        else:
-            return False
-        for key, given in (("weight", weight), ("bias", bias)):
-            if given is not None:
-                known = known and given.parameter == f"{name}.{key}".removeprefix(".")
-        if not known or weight is None or x is None or x.value is None:
-            return False
-        self._read_layer_call(node, module, x.value, evaluating)
-        return True
-
-    def _read_functional_norm(self, node: Node) -> bool:
-        """Statistics, scale and shift lie along the channels."""
-        x, *rest = node.operands
-        if x.value is None or x.tags is None or any(not y.parameter for y in rest):
-            return False
-        where = self.record.locate(node.module)
-        row = self.ledger.row(x.value, 1, x.shape[1], where)
-        owners = {str(y.parameter).rpartition(".")[0] for y in rest}
-        owner = owners.pop() if len(owners) == 1 else None
-        if owner is not None and isinstance(self.record.modules[owner], _BatchNorm):
-            self._read_norm(owner, x.value)
-            self.normed[node.inputs[0]] = owner
-        else:
-            for y in rest:
-                self.ledger.lie_along(str(y.parameter), 0, row, where)
-        for place in node.outputs:  # and the statistics of the batch
-            value = self.values[place]
-            value.tags = row if len(value.shape) == 1 else x.tags
-        return True
-
     def _read_uses(self, node: Node, vectors: set[str]) -> None:
         """Note the parameters that an operation reads other than along channels."""
         for x in node.operands:
@@ -416,57 +366,9 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Trace:
     mixers = find_mixers(record, set(found.lossy))
     if mixers:
         found = Trace(record, mixers)
-    _freeze_attention(found)
+    freeze_attention(found)
     settle_tensors(found)
     return found
-
-
-def _freeze_attention(found: Trace) -> None:
-    """What goes into a module that loses track of channels between its own layers.
-
-    Such a forward puts heads together by the size of its input (`reshape(B, N, C)`), so
-    neither that nor what its layers make may change.
-    """
-    layers = found.layers.items()
-    inner = {
-        name: [x.outputs for n, x in layers if n.startswith(f"{name}.")]
-        for name in found.lossy_itself - {""}
-    }
-    for event in found.record.events:
-        if not isinstance(event, Call) or not inner.get(event.module):
-            continue
-        where = found.record.locate(event.module)
-        reason = (
-            f"{where} uses '{found.lossy[event.module]}' between its layers, and may "
-            "count the channels that it is given"
-        )
-        given = [found.values[p].tags for p in event.inputs if p is not None]
-        for tags in (*given, *inner[event.module]):
-            found.ledger.freeze(tags, reason)
-
-
-def find_mixers(record: DryRun, lossy: set[str]) -> frozenset[str]:
-    """Modules that lose track of channels inside, but hand on as many as they read.
-
-    They have parameters, vectors alone (a LayerNorm, a GroupNorm, a norm of responses),
-    one input and one output of the same shape: run at full width, with zeros in the
-    place of what is gone, they need not be understood. Of nested ones the outermost.
-    """
-    fits: dict[str, bool] = {}
-    for event in record.events:
-        if isinstance(event, Call) and event.module in lossy:
-            ends = (*event.inputs, event.output)
-            shapes = {None if e is None else record.values[e].shape for e in ends}
-            same = len(event.inputs) == 1 and len(shapes) == 1 and None not in shapes
-            fits[event.module] = fits.get(event.module, True) and same
-    found: set[str] = set()
-    for name in sorted(n for n, same in fits.items() if n and same):
-        tensors = list(record.modules[name].parameters())
-        vectors = all(sum(n > 1 for n in t.shape) <= 1 for t in tensors)
-        outer = any(name.startswith(f"{other}.") for other in found)
-        if tensors and vectors and not outer:
-            found.add(name)
-    return frozenset(found)
 
 
 def is_shuffle_unit(module: nn.Module) -> bool:
