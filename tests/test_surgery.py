@@ -982,7 +982,7 @@ def test_a_forward_may_count_the_channels_it_attends_to():
     parts = [conv(3, 8), tokens, nn.LayerNorm(8), Attends(), nn.Linear(8, 6)]
     model = net(*parts, nn.ReLU(), nn.Linear(6, 8), Lambda(lambda x: x.transpose(1, 2)))
     listed = surgery.prunable(model, TINY)
-    assert "'body.3' (Attends) uses 'bmm' between its layers" in listed["body.0"]
+    assert "'body.3' (Attends) multiplies activations between" in listed["body.0"]
     plan = Plan({"body.4": [1, 2]})
     oracle.assert_exact(model, plan, TINY, oracle.images(TINY), behind=False)
 

@@ -8,8 +8,13 @@ if TYPE_CHECKING:
     from lib.graph.trace import Trace
 
 
+def is_product(op: str) -> bool:
+    """Does it multiply one activation with another?"""
+    return op in {"bmm", "baddbmm"} or op.startswith("_scaled_dot_product")
+
+
 def freeze_attention(found: "Trace") -> None:
-    """What goes into a module that loses track of channels between its own layers.
+    """What goes into a module that multiplies activations between its own layers.
 
     Such a forward puts heads together by the size of its input (`reshape(B, N, C)`), so
     neither that nor what its layers make may change.
@@ -17,15 +22,15 @@ def freeze_attention(found: "Trace") -> None:
     layers = found.layers.items()
     inner = {
         name: [x.outputs for n, x in layers if n.startswith(f"{name}.")]
-        for name in found.lossy_itself - {""}
+        for name in found.attending - {""}
     }
     for event in found.record.events:
         if not isinstance(event, Call) or not inner.get(event.module):
             continue
         where = found.record.locate(event.module)
         reason = (
-            f"{where} uses '{found.lossy[event.module]}' between its layers, and may "
-            "count the channels that it is given"
+            f"{where} multiplies activations between its layers, and may count the "
+            "channels that it is given"
         )
         given = [found.values[p].tags for p in event.inputs if p is not None]
         for tags in (*given, *inner[event.module]):

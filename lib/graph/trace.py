@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from lib.graph.dry_run import BATCH, Call, DryRun, Node, run_dry
 from lib.graph.functional import read_known_module
 from lib.graph.leaves import is_leaf
-from lib.graph.mixing import find_mixers, freeze_attention
+from lib.graph.mixing import find_mixers, freeze_attention, is_product
 from lib.graph.sharing import settle_tensors
 from lib.graph.tags import (
     CONSTANT,
@@ -102,7 +102,7 @@ class Trace:
         self.uses: dict[str, str] = {}
         self.mixes: dict[str, Move] = {}
         self.lossy: dict[str, str] = {}
-        self.lossy_itself: set[str] = set()
+        self.attending: set[str] = set()
         self._moving: dict[str, list[Tensor]] = {}
         for value in self.values:
             value.tags = None
@@ -320,7 +320,8 @@ class Trace:
         if row is None and any(x.tags is not None for x in operands):
             for module in node.within:
                 self.lossy.setdefault(module, name)
-            self.lossy_itself.add(node.module)
+            if is_product(name):
+                self.attending.add(node.module)
         return [row] * len(node.outputs)
 
     def _see_vector(self, x: Operand) -> Operand:
