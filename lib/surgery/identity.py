@@ -43,4 +43,6 @@ def refuse_other_plan(
 
 
 def _read(mark: Tensor | None) -> int | None:
-    return None if mark is None or mark.is_meta else int(mark.cpu())
+    if mark is None or mark.is_meta:
+        return None
+    return int(mark.cpu()) % 2**64  # int64 keeps it with a sign
