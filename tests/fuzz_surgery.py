@@ -173,7 +173,7 @@ ACTS = {  # steps that are not just a call of what is registered
     "channel mean": lambda p, x: x * x.mean(1, keepdim=True),
     "halves": lambda p, x: torch.cat(x.chunk(2, 1)[::-1], 1),
 }
-LOUD = {"sigmoid"}  # zero in is not zero out: no hook can tell the readers
+LOUD = {"sigmoid", "groupnorm"}  # zero in is not zero out: no hook can tell the readers
 
 
 class Net(nn.Module):

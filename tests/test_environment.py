@@ -91,7 +91,7 @@ def test_installed_version_is_the_locked_one(dependency):
     try:
         installed = importlib.metadata.version(dependency.name)
     except importlib.metadata.PackageNotFoundError:
-        optional = EXTRAS["bench"] + EXTRAS["gpu"]
+        optional = EXTRAS["bench"] + EXTRAS["gpu"] + EXTRAS["deploy"]
         assert str(dependency) in {str(Requirement(line)) for line in optional}
         pytest.skip(f"{dependency.name} is optional and not installed")
     pins = [pin for pin in find_pins(dependency.name) if not pin.marker

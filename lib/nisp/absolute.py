@@ -42,8 +42,8 @@ PLAIN = set(  # linear with weights that are not negative: they stand for themse
     "view view_as reshape flatten unflatten permute transpose swapaxes movedim T mT "
     "squeeze unsqueeze expand expand_as repeat repeat_interleave select narrow "
     "__getitem__ split chunk unbind flip roll index_select pad cat concat stack "
-    "contiguous clone channel_shuffle pixel_shuffle pixel_unshuffle mean sum "
-    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+    "index_copy contiguous clone channel_shuffle pixel_shuffle pixel_unshuffle mean "
+    "sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
     "adaptive_avg_pool3d".split()
 )
 UNTOUCHED = set(
