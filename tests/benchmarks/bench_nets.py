@@ -98,6 +98,8 @@ def disturb(model: nn.Module, x: torch.Tensor, *, neutral: bool) -> None:
                 shift = key in ("bias", "beta")
                 vector.uniform_(*((-0.3, 0.3) if shift else (0.5, 1.5)), generator=g)
                 vector.mul_(0 if neutral and shift else 1)
+            elif neutral and key != "weight":  # places and tokens are shifts as well
+                vector.zero_()
 
     def adapt(module, args):
         power = args[0].square().transpose(0, 1).flatten(1).mean(1) + 1e-6
@@ -180,7 +182,7 @@ def compare(model: nn.Module, plan: plans.Plan, shape: tuple) -> dict:
     disturb(model, x, neutral=True)
     got = first(surgery.shrink(model, plan, shape, graph=graph)(x))
     silence_mixers(model, graph, plan)
-    with oracle.hooked(model, plan, x):
+    with oracle.hooked(model, plan, x, behind=False):
         row["error_hooks"] = f"{oracle.difference(got, first(model(x))):.1e}"
     return row
 
