@@ -140,24 +140,15 @@ def recover(
     that of the unpruned network. With `scratch` the shrunk network starts from new
     random weights, drawn from the recipe's seed: what the small architecture is worth
     without the large one's weights. A recipe with `distill` has `model` as its teacher.
-    `curve` also measures the validation images, before
-    and after every epoch. `graph`: that of `model`, where it is at hand.
+    `curve` also measures the validation images, before and after every epoch. `graph`:
+    that of `model`, where it is at hand.
     """
     recipe = _at_side(recipe, plan.resolution)
     length = f"{recipe.epochs}epochs"
     tag = "-".join([method, *map(str, extra.values()), length, f"seed{recipe.seed}"])
     folder = run_folder(f"{run}/{tag}")
     plan.save(folder / "plan.json")
-    if plan == Plan():
-        small = copy.deepcopy(model)
-    else:
-        small = surgery.shrink(model, plan, sets.train.shape, graph=graph)
-    if scratch:
-        models.draw_weights(small, recipe.seed)
-    train.recalibrate(
-        small, sets.train, resolution=recipe.resolution, seed=recipe.seed,
-        num_batches=100,
-    )  # fmt: skip
+    small = _start_from(model, plan, sets.train, recipe, graph, scratch)
 
     def measure(images: ImageSet) -> float:
         return train.evaluate(small, images, resolution=recipe.resolution)["top1"]
@@ -181,6 +172,27 @@ def recover(
     }  # fmt: skip
     steps = [epoch["val_top1"] for epoch in history.rows] if curve else []
     return Recovered(small, row, folder, hits, start + steps)
+
+
+def _start_from(
+    model: nn.Module,
+    plan: Plan,
+    images: ImageSet,
+    recipe: Recipe,
+    graph: Graph | None,
+    scratch: bool,
+) -> nn.Module:
+    """The network that is fine-tuned: shrunk, or a copy of the whole; recalibrated."""
+    if plan == Plan():
+        small = copy.deepcopy(model)
+    else:
+        small = surgery.shrink(model, plan, images.shape, graph=graph)
+    if scratch:
+        models.draw_weights(small, recipe.seed)
+    train.recalibrate(
+        small, images, resolution=recipe.resolution, seed=recipe.seed, num_batches=100
+    )
+    return small
 
 
 def _at_side(recipe: Recipe, side: int | None) -> Recipe:

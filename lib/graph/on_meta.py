@@ -114,6 +114,7 @@ def tensors_in(items: Iterable[Any]) -> list[Tensor]:
 
 
 def without_tensors(args: Iterable[Any]) -> list[Any]:
+    """The same nest of arguments, lists all through, with None for every tensor."""
     kept: list[Any] = []
     for item in args:
         nested = isinstance(item, (list, tuple))

@@ -139,10 +139,7 @@ def meet(
         raise ValueError(
             f"latency is the share of time to keep, in (0, 1], got {share}"
         )
-    graph, tried = (
-        table.graph,
-        [(1.0, 1.0)],
-    )  # shares of the table's time, of the clock's
+    tried = [(1.0, 1.0)]  # shares of the table's time, of the clock's
     x = torch.randn(table.batch, *input_shape, dtype=table.dtype)
     with one_thread():
         original = prepare(model, x, table.runtime)
@@ -152,10 +149,11 @@ def meet(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # nothing may be removed
                 plan = from_scores(
-                    model, scores, input_shape, latency=goal, table=table, graph=graph,
+                    model, scores, input_shape, latency=goal, table=table,
+                    graph=table.graph,
                     **options,
                 )  # fmt: skip
-                small = surgery.shrink(model, plan, input_shape, graph=graph)
+                small = surgery.shrink(model, plan, input_shape, graph=table.graph)
         except ValueError:
             if len(tried) == 1:
                 raise

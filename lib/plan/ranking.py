@@ -48,11 +48,10 @@ def from_scores(
     whole. Exactly one of `rate` (share of channels removed; one number, or one per
     layer), `macs` (share of MACs kept, met within 1 %) and `latency` (share kept of the
     milliseconds that `table` foresees, a `lib.latency.Table`, met within 5 %; see
-    `lib.latency.meet` for what the clock says) is given. `scope="layer"`
-    removes the same share everywhere: the `floor(rate * C)` lowest of each layer, with
-    `rate` as it is written (.58 of 50 is 29), equal scores from the lower index on, at
-    least one kept, as many in every group of a grouped convolution. `scope="global"`
-    ranks all channels together.
+    `lib.latency.meet` for what the clock says) is given. `scope="layer"` removes the
+    same share everywhere: the `floor(rate * C)` lowest of each layer, with `rate` as it
+    is written (.58 of 50 is 29), equal scores from the lower index on, at least one
+    kept, as many in every group of a grouped convolution; "global" ranks all together.
 
     `residual` decides about layers that feed an addition: "tie" prunes them together
     (score = sum over the scored members), "scatter" each on its own, written back
@@ -62,45 +61,64 @@ def from_scores(
     the nearest to its share, at least one multiple. (Kernels work on 8 or 16 channels
     at a time, so that a layer with 39 costs as much as one with 40 or 48.)
 
-    Raises `ValueError` for scores that fit no layer, are not finite or belong to
-    channels that cannot be pruned; with `skip_fixed` such layers stay whole, and a
-    warning says how many and why (`surgery.prunable` lists all). Warns when nothing
-    is removed. `graph`, if given, is that of `build_graph(model, input_shape)`.
+    Raises `ValueError` for scores that fit no layer, are not finite or belong to fixed
+    channels; with `skip_fixed` such layers stay whole, and a warning says how many and
+    why (`surgery.prunable` lists all). Warns when nothing is removed. `graph`: that of
+    `build_graph(model, input_shape)`, if known.
     """
     check_request(rate, macs, latency, table, scope)
     check_manner(residual, multiple)
     graph = graph or build_graph(model, input_shape)
-    left = _find_fixed(graph, scores, model, residual) if skip_fixed else {}
-    if left:
-        warnings.warn(_say_left(left), stacklevel=2)
-    scores = {name: score for name, score in scores.items() if name not in left}
+    if skip_fixed:
+        scores = _leave_fixed(graph, scores, model, residual)
     check_scores(graph, scores, model)
     for name in rate.keys() - scores.keys() if isinstance(rate, Mapping) else ():
         raise ValueError(f"rate: '{name}' has no scores{suggest(name, scores)}")
     pools = _make_pools(graph, scores, residual, multiple)
-    if macs is not None or latency is not None:
-
-        def cost_of(counts: list[int]) -> float:
-            kept = resolve(graph, _make_plan(pools, counts), check=False)
-            if latency is not None and table is not None:
-                return table(graph, kept)
-            return other + graph.count_macs(kept.rows, kept.units)
-
-        other = 0
-        if macs is not None and graph.has_other_work:
-            whole = cost.count(model, input_shape).macs
-            other = whole - int(cost_of([0] * len(pools)))
-        removed = _meet_share(pools, macs, latency, scope, cost_of)
-    elif scope == "global" and not isinstance(rate, Mapping) and rate is not None:
-        removed = _lowest(_global_order(pools), pools, rate)
+    if macs is None and latency is None:
+        removed = _meet_rate(pools, rate, scope)
     else:
-        removed = [pool.round(_rate_of(pool, rate)) for pool in pools]
+        cost_of = _make_cost(graph, pools, table)
+        if macs is not None and graph.has_other_work:
+            cost_of = _add_other_work(cost_of, len(pools), model, input_shape)
+        removed = _meet_share(pools, macs, latency, scope, cost_of)
     plan = _make_plan(pools, removed)
     if not plan.keep:
-        warnings.warn(
-            "the plan removes nothing: too low a rate, or no scores", stacklevel=2
-        )
+        reason = "too low a rate, or no scores"
+        warnings.warn(f"the plan removes nothing: {reason}", stacklevel=2)
     return plan
+
+
+def _make_cost(
+    graph: Graph, pools: list["_Pool"], table: Timetable | None
+) -> Callable[[list[int]], float]:
+    """What a plan costs by the steps removed per pool: MACs, or a table's time."""
+
+    def cost_of(counts: list[int]) -> float:
+        kept = resolve(graph, _make_plan(pools, counts), check=False)
+        if table is not None:
+            return table(graph, kept)
+        return graph.count_macs(kept.rows, kept.units)
+
+    return cost_of
+
+
+def _add_other_work(
+    cost_of: Callable[[list[int]], float],
+    size: int,
+    model: nn.Module,
+    input_shape: tuple[int, int, int],
+) -> Callable[[list[int]], float]:
+    """The same with the MACs that no layer owns (functional convolutions)."""
+    other = cost.count(model, input_shape).macs - int(cost_of([0] * size))
+    return lambda counts: other + cost_of(counts)
+
+
+def _meet_rate(pools: list["_Pool"], rate: Rate | None, scope: str) -> list[int]:
+    """Steps removed per pool for a share of the channels."""
+    if scope == "global" and rate is not None and not isinstance(rate, Mapping):
+        return _lowest(_global_order(pools), pools, rate)
+    return [pool.round(_rate_of(pool, rate)) for pool in pools]
 
 
 def count_share(rate: float, size: int) -> int:
@@ -189,13 +207,19 @@ def _find_refused(graph: Graph, scores: Scores, residual: str) -> dict[str, str]
     return refused
 
 
-def _find_fixed(
+def _leave_fixed(
     graph: Graph, scores: Scores, model: nn.Module, residual: str
-) -> dict[str, str]:
-    """What `skip_fixed` leaves whole, with the reason; no misspelt name is among it."""
+) -> Scores:
+    """The scores of what can be pruned; a warning tells of the others.
+
+    A misspelt name is not among those, so that it is refused afterwards.
+    """
     known = list_prunable(graph, model)
     left = {n: str(known[n]) for n in scores if known.get(n) is not None}
-    return left | _find_refused(graph, scores, residual)
+    left |= _find_refused(graph, scores, residual)
+    if left:
+        warnings.warn(_say_left(left), stacklevel=3)
+    return {name: score for name, score in scores.items() if name not in left}
 
 
 def _say_each(reasons: dict[str, str]) -> str:

@@ -22,6 +22,7 @@ def check_request(
     table: Timetable | None,
     scope: str,
 ) -> None:
+    """`ValueError` unless one target is given, in bounds, with what it needs."""
     check_choice("scope", scope, ("layer", "global"))
     if sum(x is not None for x in (rate, macs, latency)) != 1:
         raise ValueError(
@@ -42,6 +43,7 @@ def check_request(
 
 
 def check_manner(residual: str, multiple: int) -> None:
+    """`ValueError` for an unknown treatment of streams, or no number of channels."""
     check_choice("residual", residual, ("tie", "scatter", "keep"))
     if type(multiple) is not int or multiple < 1:
         raise ValueError(f"multiple must be a positive int, got {multiple!r}")
@@ -60,6 +62,7 @@ def _refuse_name(graph: Graph, name: str, model: nn.Module) -> None:
 
 
 def check_scores(graph: Graph, scores: Scores, model: nn.Module) -> None:
+    """`ValueError`, naming the layer, for scores of none, of another size, or NaN."""
     for name, values in scores.items():
         if name not in graph.layers:
             _refuse_name(graph, name, model)

@@ -92,36 +92,23 @@ def fit(
     `distill`. `ValueError`: bad settings, a loss that is not finite.
     """
     recipe = _pick_recipe(recipe, epochs, settings)
-    if (teacher is None) != (recipe.distill == 0):
-        raise ValueError("distill needs a teacher, and a teacher needs distill > 0")
     device = pick_device(device)
+    teacher, told = _seat_teacher(teacher, recipe, device)
     precision = pick_precision(recipe.precision, device, model)
     model.to(device, memory_format=pick_layout(model, device))
     optimizer = make_optimizer(model, recipe, device)
-    identity = _identify(model, recipe, train_set, precision)
-    if teacher is not None:
-        teacher = copy.deepcopy(teacher).to(device).eval()
-        state = teacher.state_dict()
-        identity["teacher"] = checkpoints.digest_tensors("", *state.values())
+    identity = _identify(model, recipe, train_set, precision) | told
     rows, before = _resume(checkpoint, identity, model, optimizer)
     history = History(rows, str(device), precision, resumed=len(rows))
     history.made_with = made_with() if len(rows) < recipe.epochs else before
     update = make_update(
-        model, optimizer, recipe, precision, cuda_graph=cuda_graph, teacher=teacher
-    )
-    sets = filter(None, (train_set, val_set))
-    update.images = max(sets, key=lambda images: len(images.classes))
+        model, optimizer, recipe, precision, cuda_graph=cuda_graph, teacher=teacher,
+        images=max(train_set, val_set or train_set, key=lambda s: len(s.classes)),
+    )  # fmt: skip
     steps = count_batches(train_set, recipe.batch_size, train=True)
     report = Report(recipe, steps, label, done=history.resumed)
     train_set = train_set.to(device)
-
-    def keep() -> None:
-        checkpoints.save(
-            checkpoint, identity, model=model.state_dict(),
-            optimizer=optimizer.state_dict(), rows=history.rows,
-            made_with=history.made_with,
-        )  # fmt: skip
-
+    everything = checkpoint, identity, model, optimizer, history
     with report, _tuned_convolutions(), modes_kept(model):
         for epoch in range(history.resumed, recipe.epochs):
             row = _run_epoch(train_set, update, epoch, report)
@@ -130,10 +117,10 @@ def fit(
                 row["val_top1"] = measured["top1"]
             row |= watch(model) if watch else {}
             history.rows.append(row)
-            keep()
+            _keep(*everything)
             report.epoch_done(row)
     if not history.rows:
-        keep()
+        _keep(*everything)
     return history
 
 
@@ -276,6 +263,14 @@ def _identify(
     }
 
 
+def _keep(checkpoint, identity: dict, model, optimizer, history: History) -> None:
+    checkpoints.save(
+        checkpoint, identity, model=model.state_dict(),
+        optimizer=optimizer.state_dict(), rows=history.rows,
+        made_with=history.made_with,
+    )  # fmt: skip
+
+
 def _resume(
     checkpoint: str | Path | None, identity: dict, model: nn.Module, optimizer
 ) -> tuple[list[dict], dict]:
@@ -359,6 +354,19 @@ def _pick_recipe(recipe: Recipe | None, epochs: int | None, settings: dict) -> R
     if not isinstance(recipe, Recipe):
         raise ValueError(f"recipe must be a train.Recipe, got {recipe!r}")
     return recipe
+
+
+def _seat_teacher(
+    teacher: nn.Module | None, recipe: Recipe, device: torch.device
+) -> tuple[nn.Module | None, dict]:
+    """A copy of the teacher in evaluation on the device, and what identifies it."""
+    if (teacher is None) != (recipe.distill == 0):
+        raise ValueError("distill needs a teacher, and a teacher needs distill > 0")
+    if teacher is None:
+        return None, {}
+    teacher = copy.deepcopy(teacher).to(device).eval()
+    state = teacher.state_dict().values()
+    return teacher, {"teacher": checkpoints.digest_tensors("", *state)}
 
 
 @contextmanager

@@ -208,13 +208,20 @@ def make_update(
     *,
     cuda_graph: bool | str,
     teacher: nn.Module | None = None,
+    images: ImageSet | None = None,
 ) -> Update:
-    """The update for the model's device: captured on a GPU, unless not wanted."""
+    """The update for the model's device: captured on a GPU, unless not wanted.
+
+    The outputs must have room for the classes of `images`.
+    """
     check_choice("cuda_graph", cuda_graph, ("auto", True, False))
     on_gpu = next(model.parameters()).device.type == "cuda"
     if cuda_graph is True and not on_gpu:
         raise ValueError("cuda_graph=True needs a GPU")
     if not on_gpu or not cuda_graph:
-        return Update(model, optimizer, recipe, precision, teacher)
-    must = cuda_graph is True
-    return GraphUpdate(model, optimizer, recipe, precision, teacher, must=must)
+        made = Update(model, optimizer, recipe, precision, teacher)
+    else:
+        must = cuda_graph is True
+        made = GraphUpdate(model, optimizer, recipe, precision, teacher, must=must)
+    made.images = images
+    return made
