@@ -16,6 +16,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "data" / "results"
+NETS = ROOT / "tests" / "benchmarks" / "nets.csv"
 CLAIMS = ROOT / "data" / "published" / "claims.csv"
 MARKED = re.compile(r"(<!-- rows (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NAMES = {
@@ -113,7 +114,26 @@ def findings():
     return "\n".join(lines)
 
 
+def nets():
+    """One sentence on the table of other people's nets."""
+    rows = pd.read_csv(NETS, keep_default_na=False)
+    counts = rows["outcome"].value_counts()
+    errors = rows[["error_mask", "error_hooks"]].stack()
+    errors = pd.to_numeric(errors[errors != ""])
+    refused = ", ".join(rows.loc[rows["outcome"] == "refused", "net"])
+    theirs = rows["theirs"][rows["theirs"] != ""].value_counts()
+    words = {"fails": "that fail or run out of time"}
+    told = ", ".join(f"{n} {words.get(name, name)}" for name, n in theirs.items())
+    return (
+        f"Of {len(rows)} nets of timm {counts.get('half', 0)} are pruned to half of "
+        f"their MACs, with an error of at most {errors.max():.0e} in float64; refused: "
+        f"{refused}. Torch-Pruning on {theirs.sum()} of them: {told} "
+        "(`tests/benchmarks/nets.csv`)."
+    )
+
+
 PARTS = {
+    "nets": nets,
     "findings": findings,
     "cifar10_cpu": partial(accuracies, "cifar10_cpu", split=("rate",)),
     "scop_cifar10_cpu": partial(
