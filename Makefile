@@ -2,8 +2,8 @@
 # lock if it is not there yet (.ci/setup).
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help venv reproduce publish readme lab test bench check environment notebooks strip \
-  lock clean
+.PHONY: help venv reproduce publish readme drawings lab test bench check environment \
+  notebooks strip lock clean
 
 PROFILE ?= quick
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
@@ -33,6 +33,9 @@ publish: venv  ## copy a finished profile's figures and rows to where they are c
 
 readme: venv  ## write the measured parts of README.md from the committed rows
 	@.venv/bin/python .ci/readme.py
+
+drawings: venv  ## draw notebooks/drawings/*.py anew, into figures/drawings
+	@.venv/bin/python .ci/drawings.py
 
 lab: venv  ## open the notebooks in JupyterLab
 	@jupyter lab --LabApp.default_url=/lab/tree/notebooks $(ARGS)
