@@ -59,8 +59,11 @@ def accuracies(profile, split=()):
         before = "" if name == "scratch" else show(part["before"])
         kept = [f"{100 - part[column].mean():.1f} %" for column in
                 ("macs_down", "params_down")]  # fmt: skip
+        if "time_share" in rows:
+            kept.append(f"{100 * part['time_share'].mean():.0f} %")
         lines.append([NAMES.get(name, name), *rest, before, show(part["after"]), *kept])
     head = ["method", *split, "before fine-tuning", "after", "MACs kept", "params kept"]
+    head += ["time kept"] * ("time_share" in rows)
     return f"{describe(rows)}\n\n{markdown(head, lines)}"
 
 

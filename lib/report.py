@@ -25,8 +25,8 @@ RESULT_COLUMNS = [
     "method", "net", "dataset", "base_id", "select_seed", "seed", "profile", "share",
     "length", "rate", "keep", "residual", "epochs", "lr", "d", "w", "r", "base",
     "before", "after", "val", "macs", "params", "macs_down", "params_down",
-    "shared_l1", "select_seconds", "select_images", "seconds", "images_per_s",
-    "precision", "device", "torch", "revision",
+    "ms", "time_share", "timed", "shared_l1", "select_seconds", "select_images",
+    "seconds", "images_per_s", "precision", "device", "torch", "revision",
 ]  # fmt: skip
 MADE_WITH = ("device", "torch", "revision")
 QUICK = "quick"  # its numbers teach, they are not results
@@ -61,10 +61,11 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     if "epochs" in rows:
         rows = rows.assign(epochs=rows["epochs"].astype("Int64"))
     grouped = rows.groupby(keys, sort=False, dropna=False)
+    clocks = {name: (name, "mean") for name in ("ms", "time_share") if name in rows}
     table = grouped.agg(
         n=("seed", "nunique"), base=("base", "mean"), before=("before", "mean"),
         after=("after", "mean"), sd=("after", "std"),
-        macs_down=("macs_down", "mean"), params_down=("params_down", "mean"),
+        macs_down=("macs_down", "mean"), params_down=("params_down", "mean"), **clocks,
     )  # fmt: skip
     table.insert(4, "delta", table["after"] - table["base"])
     return table.reset_index()
@@ -191,7 +192,9 @@ def print_results(profile: str) -> None:
     print(
         "base, before, after: top-1 on the test set in percent, unpruned, pruned and\n"
         "recalibrated, fine-tuned (last epoch); macs_down, params_down: reduction in\n"
-        "percent, 1 MAC = 1 multiply-add of a convolution or linear layer; n: seeds."
+        "percent, 1 MAC = 1 multiply-add of a convolution or linear layer; n: seeds;\n"
+        "ms, time_share: milliseconds of the CPU for 8 images on one thread, and over\n"
+        "those of the unpruned network."
     )
     folder = stages.profile_folder(profile)
     paths.write_text(folder / "table.md", table + "\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lib import cost, data, models, paths, settings, surgery, train
+from lib import cost, data, latency, models, paths, settings, surgery, train
 from lib.data import ImageSet
 from lib.graph import Graph
 from lib.plan import Plan
@@ -134,14 +134,16 @@ def recover(
     folder named after method, extra columns, epochs and seed. The row has accuracy on
     the test set before pruning (`base_top1`, in percent), after recalibration over 100
     batches (`before`) and after fine-tuning (`after`, last epoch; `val` the same on the
-    validation images, for choices), MACs and parameters of the shrunk network, what the
-    last epoch was trained with (device, torch and revision; a later run may have taken
-    it up), and the `extra` columns. The images' side is the plan's; an empty plan is
-    that of the unpruned network. With `scratch` the shrunk network starts from new
-    random weights, drawn from the recipe's seed: what the small architecture is worth
-    without the large one's weights. A recipe with `distill` has `model` as its teacher.
-    `curve` also measures the validation images, before and after every epoch. `graph`:
-    that of `model`, where it is at hand.
+    validation images, for choices), MACs and parameters of the shrunk network, its time
+    (`latency.compare`), what the last epoch was trained with (device, torch and
+    revision; a later run may have taken it up), and the `extra` columns. The images'
+    side is the plan's; an empty plan is that of the unpruned network.
+
+    With `scratch` the shrunk network starts from new random weights, drawn from the
+    recipe's seed: what the small architecture is worth without the large one's weights.
+    A recipe with `distill` has `model` as its teacher. `curve` also measures the
+    validation images, before and after every epoch. `graph`: that of `model`, where it
+    is at hand.
     """
     recipe = _at_side(recipe, plan.resolution)
     length = f"{recipe.epochs}epochs"
@@ -167,6 +169,7 @@ def recover(
         "lr": recipe.lr, "base": base_top1, "before": before,
         "after": 100 * float(hits.double().mean()), "val": measure(sets.val),
         **_count_costs(model, small, sets.train.shape, recipe.resolution),
+        **latency.compare(model, small, sets.train.shape, side=recipe.resolution),
         "seconds": history.seconds, "images_per_s": history.images_per_s,
         "precision": history.precision, **history.made_with,
     }  # fmt: skip

@@ -89,6 +89,14 @@ def test_summary_is_mean_and_deviation_over_seeds():
     assert report.summarise(pd.DataFrame()).empty
 
 
+def test_times_are_averaged_where_rows_have_them():
+    rows = [make_row(seed=seed, ms=ms, time_share=ms / 10)
+            for seed, ms in enumerate([4.0, 6.0])]  # fmt: skip
+    found = report.summarise(pd.DataFrame(rows)).iloc[0]
+    assert (found["ms"], found["time_share"]) == (5.0, 0.5)
+    assert "ms" not in report.summarise(pd.DataFrame(ROWS))
+
+
 @pytest.mark.parametrize("key", ["net", "dataset", "rate", "residual", "epochs"])
 def test_summary_keeps_settings_apart(key):
     rows = [make_row(), make_row(**{key: 0.25 if key == "rate" else 7})]

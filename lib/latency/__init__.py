@@ -2,12 +2,13 @@
 
 MACs are counted, milliseconds measured: by the clock of the process, so that other
 programs take nothing from the count, with the networks in turns on one thread.
-`measure` compares nets, `Table` foresees them layer by layer, `meet` makes a plan for a
-share of the time, `export_onnx` writes what other programs read.
+`measure` compares nets, `compare` two of them for a row of results, `Table` foresees
+them layer by layer, `meet` makes a plan for a share of the time, `export_onnx` writes
+what other programs read.
 """
 
 from lib.latency.export import export_onnx
-from lib.latency.measure import Timing, interleave, measure
+from lib.latency.measure import Timing, compare, interleave, measure
 from lib.latency.runtimes import (
     RUNTIMES,
     find_missing,
@@ -21,6 +22,7 @@ __all__ = [
     "RUNTIMES",
     "Table",
     "Timing",
+    "compare",
     "export_onnx",
     "find_missing",
     "interleave",

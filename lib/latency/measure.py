@@ -133,6 +133,43 @@ def measure(
     return pd.DataFrame(rows).assign(cpu=settings.cpu_model(), threads=1)
 
 
+def compare(
+    model: nn.Module,
+    pruned: nn.Module,
+    input_shape: tuple[int, int, int],
+    *,
+    side: int | None = None,
+    batch: int = 8,
+    turns: int = 7,
+) -> dict:
+    """What a results table says of time, as columns of a row, in a second or less.
+
+    ms: milliseconds of `pruned` for one batch of images, `side` pixels wide where it
+    says so; time_share: those over the model's, the median over turns; timed: what
+    on (runtime, batch, model name of the CPU or GPU). Eager, one thread; the clock is
+    that of `measure`.
+    """
+    first = next(model.parameters())
+    small_shape = (input_shape[0], side, side) if side else input_shape
+    calls = {}
+    for name, net, shape in (
+        (ORIGINAL, model, input_shape),
+        ("pruned", pruned, small_shape),
+    ):
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(batch, *shape, generator=g).to(first.device, dtype_of(model))
+        calls[name] = prepare(net, x, "eager")
+    times = interleave(calls, turns=turns)
+    clock = "wall" if first.is_cuda else "cpu"
+    ratio = getattr(times["pruned"], clock) / getattr(times[ORIGINAL], clock)
+    machine = settings.device_name() if first.is_cuda else settings.cpu_model()
+    return {
+        "ms": times["pruned"].quartiles(clock)[1],
+        "time_share": float(np.median(ratio)),
+        "timed": f"eager, batch {batch}, {machine}",
+    }
+
+
 def _measure_cell(
     nets: Mapping[str, nn.Module],
     files: Mapping[str, bytes],
