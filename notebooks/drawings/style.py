@@ -80,7 +80,7 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
 def label(ax: Axes, x: float, y: float, text: str, size: float = TEXT,
           color: str = INK, **options) -> None:
     """Words centred at a point; `options` as of `Axes.text` (ha, va, weight, ...)."""
-    options = {"ha": "center", "va": "center", "linespacing": 1.25} | options
+    options = {"ha": "center", "va": "center_baseline", "linespacing": 1.25} | options
     ax.text(x, y, text, size=size, color=color, **options)
 
 
