@@ -10,6 +10,8 @@ written by hand; the columns `COMPUTED` are filled from committed rows, by the r
 kind       rows                    filter
 contrast   of `data/results`       a registered contrast, or `LEFT - RIGHT [before]`,
                                    before fine-tuning; then columns, `; share=0.5`
+loss       of `data/results`       `LEFT - RIGHT` at any cost: LEFT loses at most
+                                   `margin`
 ranks      of `data/results`       `LEFT - RIGHT`, rank correlations, mean over layers
 size       of `data/published`     `net=NET [variant=] rate= [layers=] [quantity=]`
 latency    of `data/results`       `column=value ...`, the networks timed in runtimes
@@ -24,6 +26,7 @@ and `high` are the interval that decides, corrected for all that was asked of it
 import argparse
 import ast
 import contextlib
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -42,7 +45,7 @@ COLUMNS = [
     "id", "paper", "claim", "form", "distance", "kind", "rows", "filter", "unit",
     "least", "margin", *COMPUTED, "would_change",
 ]  # fmt: skip
-KINDS = ("contrast", "ranks", "size", "latency", "test", "none")
+KINDS = ("contrast", "loss", "ranks", "size", "latency", "test", "none")
 ENOUGH = 6  # bases; of fewer, no signs are rare enough to exclude chance
 ARMS = re.compile(r"(\S+) - (\S+)( before)?")
 
@@ -110,15 +113,16 @@ def _ask(claim, families: dict) -> None:
         check_choice("filter", claim.filter, ("not tested", "not testable here"))
     if claim.kind == "test":
         find_test(claim.rows, question)
-    if claim.kind not in ("contrast", "ranks"):
+    if claim.kind not in ("contrast", "loss", "ranks"):
         return
     rows, registered = read_rows(claim.rows), read_contrasts(claim.rows)
-    if len(registered):
+    if len(registered) and claim.kind != "loss":
         check_known("contrast", [question], registered["contrast"])
     elif (arms := ARMS.fullmatch(question)) is None:
         raise ValueError(f"'{question}' is no comparison: write LEFT - RIGHT")
     elif len(rows):
-        check_known("arm", [arms[1], *arms[2].split("|")], set(rows["method"]))
+        named = [name for side in arms.groups()[:2] for name in side.split("|")]
+        check_known("arm", named, set(rows["method"]))
     families[family][question] = None
 
 
@@ -130,6 +134,8 @@ def _answer(claim, families: dict) -> dict[str, Any]:
         return {"verdict": "contradicted" if opposite else "reproduced"}
     if claim.kind == "size":
         return compare_sizes(claim.rows, claim.filter, float(claim.margin))
+    if claim.kind == "loss":
+        return compare_losses(claim.rows, question, float(claim.margin))
     if claim.kind == "latency":
         return compare_times(claim.rows, claim.filter, float(claim.margin))
     limits = {
@@ -197,6 +203,34 @@ def judge(
         )
         found[c.name] = vars(c) | corrected | {"n": c.n}
     return found
+
+
+def compare_losses(files: str, question: str, margin: float) -> dict[str, Any]:
+    """Is LEFT within `margin` points of RIGHT, which may cost more? By the t interval.
+
+    "reproduced" where the interval lies above -margin, "contradicted" where it lies
+    below; at the longest fine-tuning with `ENOUGH` bases, else at that with most.
+    """
+    rows = read_rows(files)
+    found: dict[tuple, dict] = {}
+    for length, part in rows.groupby("length") if len(rows) else ():
+        left, right, _ = ARMS.findall(question)[0]
+        left, paired = verdicts.pick_best(part, left), ("net", "dataset", "length")
+        bases = part.groupby("method")["base_id"].agg(set)
+        n = len(bases.get(left, set()) & bases.get(right, set()))
+        if n > 1:
+            gaps = verdicts.pair_arms(part, left, right, same=paired, within=math.inf)
+            low, high = verdicts.interval_of(gaps.to_numpy())
+            needed = None
+            if low <= -margin <= high:
+                needed = verdicts.count_bases_needed(gaps.mean() + margin, gaps.std())
+            found[min(n, ENOUGH), length] = {
+                "effect": gaps.mean(), "low": low, "high": high, "n": n,
+                "needed": needed,
+                "verdict": "reproduced" if low > -margin
+                else "contradicted" if high < -margin else "undecided",
+            }  # fmt: skip
+    return found[max(found)] if found else {"n": 0, "verdict": "not tested"}
 
 
 def read_contrasts(files: str = "") -> pd.DataFrame:

@@ -253,6 +253,33 @@ def test_a_claim_stands_once():
         compute(make_claim("S1"), make_claim("S1"))
 
 
+@pytest.mark.parametrize(
+    "loss, verdict",
+    [(0.1, "reproduced"), (0.9, "contradicted"), (0.3, "undecided")],
+)
+def test_a_loss_is_judged_at_any_cost(loss, verdict, monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    noise = np.array([-0.1, 0.1, 0.0, -0.05, 0.05, 0.02])
+    rows = [
+        {"method": method, "base_id": base, "length": length, "net": "n", "val": val,
+         "dataset": "d", "macs": macs, "after": after}
+        for length in (1, 20) for base in range(6 if length == 1 else 3)
+        for method, macs, val, after in (
+            ("unpruned", 10, 0, 90.0), ("l1", 5, 1, 90 - loss + noise[base]),
+            ("fpgm", 5, 0, 99.0))
+    ]  # fmt: skip
+    pd.DataFrame(rows).to_csv(tmp_path / "compare_16_cpu.csv", index=False)
+    claim = {"kind": "loss", "rows": "compare_16_cpu.csv", "margin": "0.3"}
+    found = compute(make_claim(filter="l1|fpgm - unpruned", **claim)).loc["S1"]
+    assert (found["verdict"], found["n"]) == (verdict, "6")  # more bases go first
+    gap = noise - loss
+    half = stats.t.ppf(0.975, 5) * gap.std(ddof=1) / 6**0.5
+    assert float(found["low"]) == pytest.approx(gap.mean() - half, abs=1e-3)
+    assert float(found["effect"]) == pytest.approx(gap.mean(), abs=1e-3)
+    with pytest.raises(ValueError, match="arm 'l2'"):
+        compute(make_claim(filter="l2 - unpruned", **claim))
+
+
 # -- the command -----------------------------------------------------------------------
 
 
