@@ -17,6 +17,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from lib import paths, settings, stages
+from lib.messages import check_known
 from lib.train import checkpoint
 
 KEYS = ["net", "dataset", "method", "share", "rate", "keep", "residual", "epochs"]
@@ -88,6 +89,49 @@ def list_gaps(rows: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFr
         found.append([method, other, start, gap.mean(), gap.std(), ahead])
     columns = ["method", "against", "before", "after", "sd", "ahead"]
     return pd.DataFrame(found, columns=columns)
+
+
+def put_beside(
+    rows: Iterable[dict] | pd.DataFrame, profile: str, **where
+) -> pd.DataFrame:
+    """Your run beside the full one: top-1 before and after fine-tuning, by method.
+
+    `rows` are of the run at hand, `profile` names the committed rows, of which `where`
+    (column=value) chooses. `n` counts seeds or bases, `sd` is over them; the headings
+    say what was trained, and for how many epochs. Raises `ValueError` where the profile
+    has no committed rows, or no such ones.
+    """
+    path = paths.RESULTS / f"{profile}.csv"
+    if not path.is_file():
+        raise ValueError(f"no rows of '{profile}' are committed ({paths.shown(path)})")
+    full = pd.read_csv(path)
+    for column, value in where.items():
+        check_known("column", [column], full.columns)
+        full = full[full[column] == value]
+    if full.empty:
+        raise ValueError(f"'{profile}' has no rows with {where}")
+    sides = {"your run": pd.DataFrame(rows), "the full run": full}
+    return pd.concat(
+        {f"{name}: {_describe(part)}": _average(part) for name, part in sides.items()},
+        axis=1,
+    )
+
+
+def _describe(rows: pd.DataFrame) -> str:
+    """Network, images and length of the training that some rows had in common."""
+    nets, images = (" + ".join(rows[name].unique()) for name in ("net", "dataset"))
+    epochs = sorted(rows["epochs"].unique())
+    return f"{nets}, {images}, {', '.join(f'{n:g}' for n in epochs)} epochs"
+
+
+def _average(rows: pd.DataFrame) -> pd.DataFrame:
+    """n, before, after, sd by method, in the order in which methods come."""
+    again = "base_id" if "base_id" in rows else "seed"
+    grouped = rows.groupby("method", sort=False)
+    return grouped.agg(
+        n=(again, "nunique"), before=("before", "mean"), after=("after", "mean"),
+        sd=("after", "std"),
+    )  # fmt: skip
 
 
 def format_table(table: pd.DataFrame) -> str:

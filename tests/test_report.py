@@ -97,6 +97,27 @@ def test_times_are_averaged_where_rows_have_them():
     assert "ms" not in report.summarise(pd.DataFrame(ROWS))
 
 
+def test_a_run_stands_beside_the_full_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    full = [make_row(seed=s, after=a, rate=r, net="resnet20", epochs=9)
+            for r in (0.25, 0.5) for s, a in enumerate([60.0, 62.0])]  # fmt: skip
+    pd.DataFrame(full).to_csv(tmp_path / "long.csv", index=False)
+    table = report.put_beside(ROWS, "long", rate=0.5)
+    mine, theirs = dict.fromkeys(table.columns.get_level_values(0))
+    assert mine.startswith("your run: ") and theirs.endswith("9 epochs")
+    assert table.loc["l1", (mine, "after")] == pytest.approx(83.0)
+    assert table.loc["l1", (theirs, "after")] == 61.0
+    assert table.loc["l1", (theirs, "sd")] == pytest.approx(2**0.5)
+    assert table.loc["random", (mine, "n")] == 1
+    assert math.isnan(table.loc["random", (theirs, "after")])
+    with pytest.raises(ValueError, match="'short' are committed"):
+        report.put_beside(ROWS, "short")
+    with pytest.raises(ValueError, match="no rows with"):
+        report.put_beside(ROWS, "long", rate=0.75)
+    with pytest.raises(ValueError, match="column 'size'"):
+        report.put_beside(ROWS, "long", size=1)
+
+
 @pytest.mark.parametrize("key", ["net", "dataset", "rate", "residual", "epochs"])
 def test_summary_keeps_settings_apart(key):
     rows = [make_row(), make_row(**{key: 0.25 if key == "rate" else 7})]
