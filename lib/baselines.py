@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lib.data import ImageSet, batches
 from lib.graph import Graph
+from lib.graph.leaves import filters_of
 from lib.graph.watch import dtype_of, modes_kept
 
 
@@ -25,7 +26,7 @@ def l1(model: nn.Module) -> dict[str, Tensor]:
     Larger filters have larger norms: fit to rank within a layer, not between layers.
     """
     return {
-        name: module.weight.detach().abs().flatten(1).sum(1)
+        name: filters_of(module).detach().abs().flatten(1).sum(1)
         for name, module in prunable_layers(model).items()
     }
 
@@ -73,7 +74,8 @@ def fpgm(model: nn.Module) -> dict[str, Tensor]:
 
     A filter near the geometric median of its layer can be made of the others: low.
     """
-    flat = {n: m.weight.detach().flatten(1) for n, m in prunable_layers(model).items()}
+    layers = prunable_layers(model)
+    flat = {name: filters_of(m).detach().flatten(1) for name, m in layers.items()}
     return {name: torch.cdist(w, w).sum(1) for name, w in flat.items()}
 
 
@@ -97,9 +99,10 @@ def taylor(
     """
     parameters = dict(model.named_parameters())
     norms = graph.pairs if graph else _find_pairs(model)
+    layers = prunable_layers(model)
     gates, scores = {}, {}
-    for name, layer in prunable_layers(model).items():
-        scores[name] = torch.zeros(layer.weight.shape[0])
+    for name, layer in layers.items():
+        scores[name] = torch.zeros(len(filters_of(layer)))
         reader = norms.get(name, name)
         reader = reader if f"{reader}.weight" in parameters else name
         names = (f"{reader}.weight", f"{reader}.bias")
@@ -120,24 +123,35 @@ def taylor(
             output = output[0] if isinstance(output, tuple) else output
             F.cross_entropy(output, y).backward()
             for name, found in gates.items():
-                parts = [_project(watched[p]) for p in found]
+                parts = [
+                    _project(
+                        watched[p], layers[name] if p == f"{name}.weight" else None
+                    )
+                    for p in found
+                ]
                 scores[name] += sum(parts).square().float().cpu()
             for value in watched.values():
                 value.grad = None
     return scores
 
 
-def _project(value: Tensor) -> Tensor:
-    """Sum of g w over the entries of each channel; without a gradient it is 0."""
+def _project(value: Tensor, layer: _ConvNd | nn.Linear | None) -> Tensor:
+    """Sum of g w over the entries of each channel; without a gradient it is 0.
+
+    `layer`: whose weight it is, where it is not a row of one number per channel.
+    """
     grad = torch.zeros_like(value) if value.grad is None else value.grad
-    return (value.detach() * grad).reshape(len(value), -1).sum(1)
+    product = value.detach() * grad
+    if layer is not None:
+        product = filters_of(layer, product)
+    return product.flatten(1).sum(1) if product.ndim > 1 else product
 
 
 def random(model: nn.Module, seed: int) -> dict[str, Tensor]:
     """Uniform random scores in [0, 1), from `seed` alone."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: torch.rand(module.weight.shape[0], generator=generator)
+        name: torch.rand(len(filters_of(module)), generator=generator)
         for name, module in prunable_layers(model).items()
     }
 
@@ -145,7 +159,7 @@ def random(model: nn.Module, seed: int) -> dict[str, Tensor]:
 def uniform(model: nn.Module) -> dict[str, Tensor]:
     """Equal scores: a plan then removes the first channels of each layer."""
     return {
-        name: torch.ones(module.weight.shape[0])
+        name: torch.ones(len(filters_of(module)))
         for name, module in prunable_layers(model).items()
     }
 

@@ -123,6 +123,24 @@ PARTS = {
     "multiplier": lambda w: nn.Sequential(
         conv(w, 2 * w, groups=w, bias=False), nn.ReLU(), conv(2 * w, w, 1)
     ),
+    "transposed": lambda w: nn.Sequential(
+        nn.ConvTranspose2d(w, w, 3, padding=1), nn.BatchNorm2d(w), nn.ReLU()
+    ),
+    "widened": lambda w: nn.Sequential(  # a U-Net's way up, and down again
+        nn.ConvTranspose2d(w, 2 * w, 2, stride=2),
+        nn.ReLU(),
+        conv(2 * w, w),
+        nn.MaxPool2d(2),
+    ),
+    "pixels": lambda w: nn.Sequential(
+        conv(w, 4 * w), nn.PixelShuffle(2), nn.ReLU(), conv(w, w), nn.AvgPool2d(2)
+    ),
+    "unpixels": lambda w: nn.Sequential(
+        conv(w, w), nn.PixelUnshuffle(2), conv(4 * w, w), nn.Upsample(scale_factor=2)
+    ),
+    "transposed in groups": lambda w: nn.ConvTranspose2d(
+        w, w, 3, padding=1, groups=2 if w % 2 == 0 else 1
+    ),
     "grouped": lambda w: conv(w, w, groups=2 if w % 2 == 0 else 1),
     "shuffle": lambda w: nn.ChannelShuffle(2 if w % 2 == 0 else 1),
     "flip": lambda w: Flip(),

@@ -206,8 +206,10 @@ def pull(module, name: str, shape, s: Tensor, found: dict) -> Tensor:
             pull(branch, f"{name}.branches.{i}", shape, part, found)
             for i, (branch, part) in enumerate(zip(module.branches, parts, strict=True))
         )
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        found[name] = s.view(len(module.weight), -1).sum(1)
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+        linear = isinstance(module, nn.Linear)
+        width = module.out_features if linear else module.out_channels
+        found[name] = s.view(width, -1).sum(1)
     passed = (nn.LocalResponseNorm, nn.Dropout, nn.ReLU, nn.ReLU6)
     return s if isinstance(module, passed) else dense(module, shape).T @ s
 
@@ -289,7 +291,7 @@ def test_random_nets_equal_products_of_dense_matrices(drawn):
     expected: dict[str, Tensor] = {}
     pull(model[:-1], "", shape, rand(5), expected)
     found = propagate(model, rand(5), shape)
-    layers = build_graph(model, shape).layers  # a transposed convolution is none
+    layers = build_graph(model, shape).layers
     assert_same(found, {n: expected[n] for n in layers if n in expected})
 
 

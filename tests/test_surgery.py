@@ -786,6 +786,16 @@ def heads(self, x):
     return self.b(left * torch.sigmoid(right))
 
 
+def up(i, o):
+    return nn.ConvTranspose2d(i, o, 2, stride=2)
+
+
+def up_again(self, x):
+    whole = F.relu(self.a(x))
+    half = F.relu(self.b(F.max_pool2d(whole, 2)))
+    return F.relu(self.c(torch.cat([whole, self.u(half)], 1)))
+
+
 def count_calls(self, x):
     return F.relu(self.b(F.relu(self.a(x)) * self.steps.to(x.dtype)))
 
@@ -901,6 +911,14 @@ WORKING = {
         conv(3, 8), nn.InstanceNorm2d(8, affine=True), nn.InstanceNorm2d(8), conv(8, 8)
     ),
     "response norm of ConvNeXt": lambda: net(conv(3, 8), ResponseNorm(8), conv(8, 8)),
+    "U-Net": lambda: net(
+        forward=up_again, a=conv(3, 8), b=conv(8, 16), u=up(16, 8), c=conv(16, 8)
+    ),
+    "transposed, called twice": lambda: net(
+        forward=lambda s, x: s.b(s.c(F.relu(s.c(s.a(x))))), **two(c=up(8, 8))
+    ),
+    "pixels of channels": lambda: net(conv(3, 16), nn.PixelShuffle(2), conv(4, 8)),
+    "channels of pixels": lambda: net(conv(3, 4), nn.PixelUnshuffle(2), conv(16, 8)),
     "upsampled and dropped out": lambda: net(
         conv(3, 8), nn.Dropout2d(), nn.Upsample(scale_factor=2), conv(8, 8), relu()
     ),
@@ -919,6 +937,30 @@ def test_small_nets_shrink_exactly(kind):
             model, plan, TINY, oracle.images(TINY), hooks=hooks, behind=False
         )
         oracle.train_step(small, oracle.images(TINY))
+
+
+def test_a_synchronised_norm_is_a_batch_norm():
+    plain = net(conv(3, 8), bn(8), relu(), conv(8, 8), relu())
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain)).eval()
+    scores = baselines.l1(plain)
+    made, wanted = (
+        plans.from_scores(m, scores, TINY, rate=0.5) for m in (model, plain)
+    )
+    assert made == wanted and made.keep
+    small, x = surgery.shrink(model, made, TINY), oracle.images(TINY)
+    assert small.body[1].num_features == 4
+    torch.testing.assert_close(small(x), surgery.mask(plain, made, TINY).eval()(x))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_work_of_a_transposed_convolution(groups):
+    model = net(conv(3, 8), nn.ConvTranspose2d(8, 8, 3, stride=2, groups=groups))
+    counted = cost.count(model, TINY).macs
+    assert counted == 64 * 9 * (3 * 8 + 8 * 8 // groups) + 8 * 5
+    if groups == 1:
+        made = plans.from_scores(model, baselines.l1(model), TINY, rate=0.5)
+        left = cost.count(surgery.shrink(model, made, TINY), TINY).macs
+        assert left == 64 * 9 * (3 * 4 + 4 * 4) + 4 * 5
 
 
 def _shared_norm_of_tokens():
@@ -1285,9 +1327,10 @@ REFUSED = {
         lambda: net(forward=lambda s, x: s.b(F.group_norm(s.a(x), 2)), **two()),
         "native_group_norm",
     ),
-    "transposed": (
+    "transposed in groups": (
         lambda: net(
-            forward=lambda s, x: s.b(s.c(s.a(x))), **two(c=nn.ConvTranspose2d(8, 8, 3))
+            forward=lambda s, x: s.b(s.c(s.a(x))),
+            **two(c=nn.ConvTranspose2d(8, 8, 3, groups=2)),
         ),
         "ConvTranspose2d",
     ),

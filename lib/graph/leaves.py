@@ -29,8 +29,10 @@ def is_leaf(module: nn.Module) -> bool:
     Nothing of it may be overridden, by its class or in the instance, and its tensors
     must be its own: not computed by a parametrization or a hook.
     """
-    if not isinstance(module, LEAVES) or isinstance(module, _ConvTransposeNd):
+    if not isinstance(module, LEAVES):
         return False
+    if isinstance(module, _ConvTransposeNd) and module.groups > 1:
+        return False  # a group's filters lie in blocks of the weight's first axis
     if isinstance(module, nn.PReLU) and module.num_parameters == 1:
         return False  # one slope for all channels is an element-wise operation
     return not is_overridden(module)
@@ -76,6 +78,19 @@ def _is_plain_value(value: Any) -> bool:
     return isinstance(value, (int, float, str))
 
 
+def filters_of(module: _ConvNd | nn.Linear, weight: Tensor | None = None) -> Tensor:
+    """The weight with the channels that are made first: [C_out, C_in per group, ...].
+
+    A view of the parameter; a copy for a transposed convolution in groups. `weight`
+    stands for a tensor of the same shape, such as its gradient.
+    """
+    weight = module.weight if weight is None else weight
+    if not isinstance(module, _ConvTransposeNd):
+        return weight
+    parts = [part.transpose(0, 1) for part in weight.chunk(module.groups)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
 def guess_output(module: nn.Module, x: Tensor) -> Tensor | None:
     """What the leaf makes of `x`, or None where its own forward had better say.
 
@@ -87,7 +102,9 @@ def guess_output(module: nn.Module, x: Tensor) -> Tensor | None:
     with torch._C._DisableTorchDispatch():  # nobody need see how the shape is made
         if isinstance(module, _BatchNorm):
             return x.detach() if _norm_fits(module, x) else None
-        if not isinstance(module, LAYERS) or not _is_plain(module, x):
+        if not isinstance(module, LAYERS) or isinstance(module, _ConvTransposeNd):
+            return None
+        if not _is_plain(module, x):
             return None
         shape = (
             _shape_of_linear(module, x)

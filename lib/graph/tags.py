@@ -42,6 +42,7 @@ SPATIAL = set(
     "upsample_nearest2d upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d "
     "_upsample_nearest_exact2d reflection_pad2d replication_pad2d".split()
 )
+PIXELS = {"pixel_shuffle", "pixel_unshuffle"}
 CONSTANTS = {"new_zeros", "new_ones", "new_full", "new_empty"}
 REDUCTIONS = {"mean", "sum", "amax", "amin"}
 MOVES = set(
@@ -262,6 +263,23 @@ class Ledger:
             return tags
         self.freeze(tags, f"{where} runs '{name}' across channels")
         return None
+
+    def shuffle_pixels(
+        self, name: str, x: Operand, r: int, where: str
+    ) -> Tensor | None:
+        """r^2 channels become the pixels of one, or the pixels of one r^2 channels."""
+        tags = x.tags
+        if tags is None or tags.numel() == 1:
+            return tags
+        if tags.numel() != x.shape[1] or tags.shape[1] != x.shape[1]:
+            self.freeze(tags, f"{where} runs '{name}' across channels")
+            return None
+        if name == "pixel_unshuffle":
+            return tags.repeat_interleave(r * r, 1)
+        first, *others = tags.flatten().view(-1, r * r).unbind(1)
+        for each in others:
+            self.tie(first, each)
+        return first.view(1, -1, *tags.shape[2:])
 
     def reduce(
         self,

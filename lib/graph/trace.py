@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from lib.graph.dry_run import BATCH, Call, DryRun, Node, run_dry
 from lib.graph.functional import read_known_module
-from lib.graph.leaves import is_leaf
+from lib.graph.leaves import filters_of, is_leaf
 from lib.graph.mixing import find_mixers, freeze_attention, is_product
 from lib.graph.sharing import settle_tensors
 from lib.graph.tags import (
@@ -24,6 +24,7 @@ from lib.graph.tags import (
     CONSTANTS,
     ELEMENTWISE,
     MOVES,
+    PIXELS,
     REDUCTIONS,
     SPATIAL,
     Ledger,
@@ -47,7 +48,8 @@ class Layer:
     """A convolution or linear layer: the tags it reads and the tags it makes.
 
     `positions` holds, for each call in evaluation, the number of output positions per
-    image: MACs = positions * kernel size * inputs per group * outputs.
+    image (of input positions where it is transposed): MACs = positions * kernel size *
+    inputs per group * outputs.
     """
 
     name: str
@@ -157,21 +159,25 @@ class Trace:
         made.tags = _along(layer.outputs, dim, len(made.shape))
         if evaluating:
             self.made.setdefault(node.module, []).append(node.outputs[0])
-            numbers = torch.Size(made.shape).numel()
-            layer.positions.append(numbers // (BATCH * len(layer.outputs)))
+            counted, width = made, len(layer.outputs)
+            if isinstance(module, _ConvTransposeNd):
+                counted, width = value, len(layer.inputs)
+            numbers = torch.Size(counted.shape).numel()
+            layer.positions.append(numbers // (BATCH * width))
 
     def _read_layer(
         self, name: str, module: _ConvNd | nn.Linear, value: Value
     ) -> Layer:
         linear = isinstance(module, nn.Linear)
-        out, channels = module.weight.shape[:2]
+        filters = filters_of(module)
+        out, channels = filters.shape[:2]
         groups = 1 if isinstance(module, nn.Linear) else module.groups
         dim, where = -1 if linear else 1, self.record.locate(name)
         inputs = self.ledger.row(value, dim, channels * groups, where)
         if name in self.layers:  # it runs a second time
             self.ledger.tie(self.layers[name].inputs, inputs)
             return self.layers[name]
-        kernel = module.weight[0, 0].numel()
+        kernel = filters[0, 0].numel()
         layer = Layer(name, inputs, self.ledger.fresh(out), groups, kernel, [])
         if layer.depthwise:
             self.ledger.tie(layer.outputs, inputs.repeat_interleave(out // groups))
@@ -304,6 +310,8 @@ class Trace:
             row = ledger.elementwise(name, operands, shape, where)
         elif name in SPATIAL:
             row = ledger.spatial(name, operands[0], where)
+        elif name in PIXELS and len(operands[0].shape) == 4:
+            row = ledger.shuffle_pixels(name, operands[0], node.args[1], where)
         elif name in REDUCTIONS and len(node.args) > 1:
             keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim")
             row = ledger.reduce(name, operands[0], node.args[1], bool(keepdim), where)

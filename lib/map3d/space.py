@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lib import cost
 from lib import plan as plans
 from lib.graph import Graph, build_graph, dropped_units
+from lib.graph.leaves import filters_of
 from lib.graph.trace import trace
 from lib.map3d.blocks import find_blocks
 from lib.messages import check_choice
@@ -235,7 +236,7 @@ class Space:
         for name, full in self.channels.items():
             if name not in modules or name.startswith(gone):
                 continue
-            now = modules[name].weight.shape[0]
+            now = len(filters_of(modules[name]))
             wanted = max(_round(width * full / self.steps), 1)
             if now < wanted:
                 raise ValueError(
@@ -262,7 +263,7 @@ class Space:
         side = side or self.native
         modules = dict(model.named_modules())
         left = [name for name in self.channels if name in modules]
-        now = sum(modules[name].weight.shape[0] for name in left)
+        now = sum(len(filters_of(modules[name])) for name in left)
         spent = cost.count(model, (self.input_shape[0], side, side))
         blocks = len(self.find_present(model))
         return {

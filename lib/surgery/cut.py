@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from lib.graph import Graph, Layer, build_graph
+from lib.graph.leaves import filters_of
 from lib.graph.trace import Move
 from lib.plan import Kept, Plan, resolve
 from lib.surgery.checks import check_result
@@ -109,7 +111,9 @@ def _cut_tensors(
     for name, rows in kept.rows.items():
         module, layer = modules[name], graph.layers[name]
         columns = kept.units.index_select(0, graph.columns[name])
-        cut = _cut_weight(module.weight, layer, rows, columns)
+        cut = _cut_weight(filters_of(module), layer, rows, columns)
+        if isinstance(module, _ConvTransposeNd):
+            cut = cut.transpose(0, 1).contiguous()
         found.append((module.weight, cut))
         if module.bias is not None:
             found.append((module.bias, _cut(module.bias, _choose(rows), 0)))
@@ -167,7 +171,7 @@ def _resize_modules(
     """The sizes that modules keep beside their tensors, read from what was cut."""
     for name in kept.rows:
         module, layer = modules[name], graph.layers[name]
-        rows, inputs = module.weight.shape[:2]
+        rows, inputs = filters_of(module).shape[:2]
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = rows, inputs
             continue

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.graph import Graph, build_graph, dropped_units
+from lib.graph.leaves import filters_of
 from lib.graph.structure import block_units
 from lib.plan import Kept, Plan, resolve
 from lib.surgery.checks import check_result
@@ -63,7 +64,7 @@ def _rows_when_masked(graph: Graph, kept: Kept) -> dict[str, Tensor]:
 def _zero_rows(graph: Graph, rows: dict[str, Tensor], modules: dict[str, Any]) -> None:
     dead = torch.zeros(graph.num_tags + 1, dtype=torch.bool)  # constants: the last
     for name, alive in rows.items():
-        for tensor in (modules[name].weight, modules[name].bias):
+        for tensor in (filters_of(modules[name]), modules[name].bias):
             if tensor is not None:
                 tensor[~alive] = 0
         dead[graph.layers[name].outputs[~alive]] = True
@@ -83,7 +84,7 @@ def _zero_columns(graph: Graph, kept: Kept, modules: dict[str, Any]) -> None:
         alive = kept.units[graph.columns[name]]
         if layer.depthwise or bool(alive.all()):
             continue  # a depthwise filter reads its own channel, whose row is gone
-        blocks = modules[name].weight.chunk(layer.groups)
+        blocks = filters_of(modules[name]).chunk(layer.groups)
         for block, part in zip(blocks, alive.chunk(layer.groups), strict=True):
             block[:, ~part] = 0
 
