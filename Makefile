@@ -2,8 +2,8 @@
 # lock if it is not there yet (.ci/setup).
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help venv reproduce publish readme drawings lab test bench check environment \
-  notebooks strip lock clean
+.PHONY: help venv reproduce publish readme drawings course grade book slides lab test \
+  bench check environment notebooks strip lock clean
 
 PROFILE ?= quick
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
@@ -36,6 +36,20 @@ readme: venv  ## write the measured parts of README.md from the committed rows
 
 drawings: venv  ## draw notebooks/drawings/*.py anew, into figures/drawings
 	@.venv/bin/python .ci/drawings.py
+
+course: venv  ## student and teacher versions of the notebooks, below data/runs/course
+	@.venv/bin/python .ci/course.py $(if $(OUT),--out '$(OUT)') $(ARGS)
+
+grade: venv  ## run the checks of students' notebooks (BOOKS="..."), print points
+	@.venv/bin/python .ci/course.py --grade $(BOOKS)
+
+book:  ## the notebooks as a book, below data/runs/book (needs npm the first time)
+	@.ci/setup book
+	@.venv/bin/python .ci/book.py book $(if $(OUT),--out '$(OUT)')
+
+slides:  ## the same as slides for a lecture, below data/runs/slides
+	@.ci/setup book
+	@.venv/bin/python .ci/book.py slides $(if $(OUT),--out '$(OUT)')
 
 lab: venv  ## open the notebooks in JupyterLab
 	@jupyter lab --LabApp.default_url=/lab/tree/notebooks $(ARGS)
@@ -77,8 +91,8 @@ strip:  # what differs from one execution to the next
 	  notebooks/[0-9]*.ipynb
 
 lock:  ## write requirements.lock anew from pyproject.toml (needs uv)
-	@uv pip compile pyproject.toml --extra test --extra bench --extra deploy --extra gpu \
-	  --universal --python-version 3.11 --fork-strategy fewest --no-header \
+	@uv pip compile pyproject.toml --extra test --extra bench --extra deploy --extra book \
+	  --extra gpu --universal --python-version 3.11 --fork-strategy fewest --no-header \
 	  --no-annotate --no-emit-index-url --quiet -o requirements.lock
 
 clean:  ## forget the runs of a profile (PROFILE=quick); data sets stay

@@ -1,9 +1,13 @@
 """What test files share, how they are spread over processes, and the closing line."""
 
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
+from measure_course import course
+from nbformat.v4 import new_code_cell
+from nbval.plugin import IPyNbCell
 from xdist.scheduler import LoadScopeScheduling
 
 # Files that take longest begin first, so that none is left over at the end; 30, 31 and
@@ -36,8 +40,23 @@ def find_group(path: Path) -> str:
     return next((line for line in SLOW if path.stem in line.split()), path.stem)
 
 
+def list_untouched(notebook):
+    """Cells behind a notebook's last: unsolved exercises must fail their checks."""
+    exercises = course.find_exercises(notebook.nb, notebook.path.stem)
+    for exercise in exercises:
+        if exercise.checks:
+            cell = new_code_cell(course.untouched(notebook.nb, exercise))
+            yield IPyNbCell.from_parent(
+                notebook, name=f"Exercise {exercise.number} unsolved",
+                cell_num=exercise.number, cell=cell, options=defaultdict(bool),
+            )  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
     """Slow files first, then long ones; tests of one file stay in their order."""
+    notebooks = {item.parent for item in items if isinstance(item, IPyNbCell)}
+    for notebook in sorted(notebooks, key=lambda notebook: notebook.path):
+        items.extend(list_untouched(notebook))
     places = {line: place for place, line in enumerate(SLOW)}
     items.sort(
         key=lambda item: (

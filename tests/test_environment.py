@@ -86,12 +86,24 @@ def test_conda_installs_the_same_versions():
     assert SpecifierSet(python) == SpecifierSet(PROJECT["requires-python"])
 
 
+def test_binder_installs_the_same_versions_for_the_cpu():
+    lines = (ROOT / ".binder/requirements.txt").read_text().splitlines()
+    pinned = [Requirement(line) for line in lines if line.startswith("torch")]
+    assert len(pinned) == 2
+    for requirement in pinned:
+        (pin,) = find_pins(requirement.name)
+        assert version_of(requirement) == f"{version_of(pin)}+cpu"
+    python = (ROOT / ".binder/runtime.txt").read_text().strip().removeprefix("python-")
+    assert Version(python) in SpecifierSet(PROJECT["requires-python"])
+
+
 @pytest.mark.parametrize("dependency", ALL, ids=lambda requirement: requirement.name)
 def test_installed_version_is_the_locked_one(dependency):
     try:
         installed = importlib.metadata.version(dependency.name)
     except importlib.metadata.PackageNotFoundError:
-        optional = EXTRAS["bench"] + EXTRAS["gpu"] + EXTRAS["deploy"]
+        extras = ("bench", "book", "deploy", "gpu")
+        optional = [line for extra in extras for line in EXTRAS[extra]]
         assert str(dependency) in {str(Requirement(line)) for line in optional}
         pytest.skip(f"{dependency.name} is optional and not installed")
     pins = [pin for pin in find_pins(dependency.name) if not pin.marker
