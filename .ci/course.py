@@ -9,7 +9,7 @@ The committed notebooks are the one source. An exercise is a run of tagged cells
     solution   code      what a student writes stands between the two lines
                          `# BEGIN SOLUTION` and `# END SOLUTION`
     check      code      assertions that the student runs, too
-    answer     markdown  in place of solution and check where words are asked for
+    answer     markdown  where words are asked for, in place of the two or beside them
 
 and a question of the quiz is a markdown cell tagged `quiz` with its answer in
 `<details>`. Anything else is refused in one line. The student version has `...` for
@@ -36,14 +36,14 @@ KINDS = {"exercise": "markdown", "solution": "code", "check": "code",
          "answer": "markdown", "quiz": "markdown"}  # fmt: skip
 HEAD = re.compile(
     r"\*\*Exercise (?P<number>\d+)\*\* \((?P<points>\d+) points?, "
-    r"(?P<level>easy|medium|hard), (?P<minutes>\d+) minutes?\)\."
+    r"(?P<level>easy|medium|hard|harder), (?P<minutes>\d+) minutes?\)\."
 )
 BLOCK = re.compile(
     r"^([ \t]*)# BEGIN SOLUTION[ \t]*\n(.*?)^[ \t]*# END SOLUTION[ \t]*$",
     re.DOTALL | re.MULTILINE,
 )
 DETAILS = re.compile(r"\s*<details>.*?</details>", re.DOTALL)
-CODE = re.compile(r"```.*?```|`[^`]*`|\$[^$]+\$", re.DOTALL)  # links nothing
+CODE = re.compile(r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]+\$", re.DOTALL)  # no links
 LINK = re.compile(r"""(?:\]\(<?|\bsrc=")([^\s)>"]+)""")
 RECORD = ".written.json"  # in each folder written: what stands there, by its SHA-256
 
@@ -101,8 +101,8 @@ def find_exercises(book, name):
         where = f"{name}, exercise {exercise.number}"
         if bool(exercise.solutions) != bool(exercise.checks):
             raise ValueError(f"{where}: a solution needs a check behind it")
-        if bool(exercise.solutions) == bool(exercise.answers):
-            raise ValueError(f"{where}: has solution and check, or an answer in words")
+        if not exercise.checks and not exercise.answers:
+            raise ValueError(f"{where}: neither solution and check nor an answer")
     return exercises
 
 
@@ -306,7 +306,7 @@ def grade(book, source, name, folder):
     run(book, folder)
     marks = []
     for exercise in exercises:
-        if exercise.answers:
+        if not exercise.checks:
             marks.append((exercise, None, ""))
             continue
         faults = [_fault(places.get(source.cells[i].id)) for i in exercise.checks]

@@ -169,7 +169,7 @@ def test_a_malformed_cell_is_refused_in_one_line(book, fault):
 GONE = {
     3: "cell 3: a check without a solution",
     4: "exercise 1: a solution needs a check",
-    9: "exercise 3: has solution and check, or an answer",
+    9: "exercise 3: neither solution and check nor an answer",
 }
 
 
