@@ -24,6 +24,7 @@ SLOW = [
     "03_criteria",
     "11_scop_selection",
     "21_nisp_propagation",
+    "23_nisp_theory",
     "20_nisp_inf_fs",
     "10_scop_knockoffs",
     "test_map3d_collect",
