@@ -2,10 +2,26 @@
 
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from lib.graph.dry_run import Call, DryRun
 
 if TYPE_CHECKING:
     from lib.graph.trace import Trace
+
+
+# ShuffleNetV2's unit, which splits and shuffles in its own forward, and what surgery
+# makes of it: known by name, since torchvision takes longer to import than torch.
+SHUFFLE_UNITS = {
+    ("torchvision.models.shufflenetv2", "InvertedResidual"),
+    ("lib.surgery.movers", "PinnedShuffleUnit"),
+}
+
+
+def is_shuffle_unit(module: nn.Module) -> bool:
+    """Is it ShuffleNetV2's unit, as torchvision wrote it or rewritten by surgery?"""
+    bases = type(module).__mro__
+    return any((base.__module__, base.__name__) in SHUFFLE_UNITS for base in bases)
 
 
 def is_product(op: str) -> bool:

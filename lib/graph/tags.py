@@ -24,8 +24,7 @@ ELEMENTWISE = ADDITIONS | set(
     "elu elu_ selu celu softplus leaky_relu leaky_relu_ threshold threshold_ clamp "
     "clamp_ clamp_min clamp_min_ clamp_max pow abs neg exp sqrt rsqrt reciprocal "
     "square rsub maximum minimum where native_dropout dropout _to_copy to clone "
-    "detach alias "
-    "_prelu_kernel prelu "
+    "detach alias _prelu_kernel prelu "
     "contiguous lift_fresh zeros_like ones_like empty_like rand_like bernoulli "
     "bernoulli_".split()
 )
@@ -271,15 +270,14 @@ class Ledger:
         tags = x.tags
         if tags is None or tags.numel() == 1:
             return tags
-        if tags.numel() != x.shape[1] or tags.shape[1] != x.shape[1]:
+        if tags.numel() != tags.shape[1]:
             self.freeze(tags, f"{where} runs '{name}' across channels")
             return None
         if name == "pixel_unshuffle":
             return tags.repeat_interleave(r * r, 1)
-        first, *others = tags.flatten().view(-1, r * r).unbind(1)
-        for each in others:
-            self.tie(first, each)
-        return first.view(1, -1, *tags.shape[2:])
+        first = tags.reshape(-1, r * r)[:, :1]
+        self.tie(first.expand(-1, r * r), tags)
+        return first.reshape(1, -1, *tags.shape[2:])
 
     def reduce(
         self,

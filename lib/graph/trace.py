@@ -17,7 +17,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from lib.graph.dry_run import BATCH, Call, DryRun, Node, run_dry
 from lib.graph.functional import read_known_module
 from lib.graph.leaves import filters_of, is_leaf
-from lib.graph.mixing import find_mixers, freeze_attention, is_product
+from lib.graph.mixing import (
+    find_mixers,
+    freeze_attention,
+    is_product,
+    is_shuffle_unit,
+)
 from lib.graph.sharing import settle_tensors
 from lib.graph.tags import (
     CONSTANT,
@@ -34,13 +39,6 @@ from lib.graph.tags import (
 )
 
 __all__ = ["BATCH", "Layer", "Move", "Node", "Trace", "trace"]
-
-# ShuffleNetV2's unit, which splits and shuffles in its own forward, and what surgery
-# makes of it: known by name, since torchvision takes longer to import than torch.
-SHUFFLE_UNITS = {
-    ("torchvision.models.shufflenetv2", "InvertedResidual"),
-    ("lib.surgery.movers", "PinnedShuffleUnit"),
-}
 
 
 @dataclass(eq=False)
@@ -378,12 +376,6 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Trace:
     freeze_attention(found)
     settle_tensors(found)
     return found
-
-
-def is_shuffle_unit(module: nn.Module) -> bool:
-    """Is it ShuffleNetV2's unit, as torchvision wrote it or rewritten by surgery?"""
-    bases = type(module).__mro__
-    return any((base.__module__, base.__name__) in SHUFFLE_UNITS for base in bases)
 
 
 def _along(row: Tensor, dim: int, ndim: int) -> Tensor:
