@@ -4,10 +4,10 @@
     .venv/bin/python .ci/book.py slides [--out FOLDER]
 
 What Sphinx reads is written to FOLDER/source first. For the book these are README.md,
-the notebooks with the outputs that they have, the figures they link to, and a page
-for each file of code; for the slides one page a notebook, see `.ci/slides.py`. MathJax
-is fetched once through npm, and kept in data/runs/npm. REPOSITORY=owner/name (on
-GitHub) adds buttons that open a notebook in Colab and Binder.
+the notebooks with the outputs that they have, the figures they link to, and a page for
+each file of code that one links to; for the slides one page a notebook, made by
+`.ci/slides.py`. MathJax is fetched once through npm, and kept in data/runs/npm.
+REPOSITORY=owner/name (on GitHub) adds buttons that open a notebook in Colab and Binder.
 """
 
 import argparse
@@ -99,8 +99,8 @@ class Source:
         if self.folder / name not in self.written:
             text = (ROOT / path).read_text(encoding="utf-8").rstrip() or "# empty"
             language = LANGUAGES.get(path.suffix, "text")
-            fence = "`" * 8
-            self.write(name, f"# `{path}`\n\n{fence}{language}\n{text}\n{fence}\n")
+            head, fence = f"---\norphan: true\n---\n# `{path}`", "`" * 8
+            self.write(name, f"{head}\n\n{fence}{language}\n{text}\n{fence}\n")
         return name
 
     def relink(self, text, folder):
@@ -147,8 +147,6 @@ class Source:
 
 def write_book(source):
     """The pages of the book."""
-    for path in sorted((ROOT / "lib").rglob("*.py")):
-        source.add_code(PurePosixPath(path.relative_to(ROOT).as_posix()))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     source.write("index.md", source.relink(readme, PurePosixPath(".")))
     for path in sorted(course.NOTEBOOKS.glob("[0-9]*.ipynb")):
@@ -163,8 +161,6 @@ def write_book(source):
                 cell.source = ("<details><summary>Answer</summary>\n\n"
                                f"{cell.source}\n\n</details>")  # fmt: skip
         source.write(f"notebooks/{path.name}", nbformat.writes(book) + "\n")
-    text = "# Code\n\nThe files of `lib`, and others that a page links to.\n"
-    source.write("code.md", text)
 
 
 def build(kind, out):

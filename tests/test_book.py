@@ -13,6 +13,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from nbformat.v4 import new_code_cell
+from test_course import make_book
 
 from lib import paths
 
@@ -31,7 +33,7 @@ def load(name):
         sys.path.remove(folder)
 
 
-book = load("book")
+book, slides_of = load("book"), load("slides")
 
 
 def make(kind, tmp_path_factory):
@@ -88,6 +90,28 @@ def test_without_npm_one_line_says_so(monkeypatch, tmp_path):
         ValueError, match="MathJax comes from npm, which is not on PATH"
     ):
         book.fetch_mathjax()
+
+
+def test_slides_show_first_sentences_and_keep_the_rest_for_the_speaker(tmp_path):
+    cells = make_book()
+    cells.cells[0].source = "# T\n\nShown: one. Not shown.\n\n- a list. As it is."
+    cells.cells[1].source = "settings.check()"
+    cells.cells.insert(2, new_code_cell("short()\n" * 3))
+    cells.cells.insert(3, new_code_cell("long()\n" * 30))
+    page = slides_of.make_page(cells, "10_a", book.Source(tmp_path, ".md"))
+    shown = re.sub(r"<aside.*?</aside>", "", page, flags=re.DOTALL)
+    for text in (
+        "Shown: one.",
+        "- a list. As it is.",
+        "short()",
+        "**Exercise 1**",
+        "Who",
+    ):
+        assert text in shown
+    for text in ("Not shown.", "Therefore", "as a is not"):
+        assert text in page and text not in shown
+    assert "long()" not in page and "2 * x" not in page and "assert" not in page
+    assert page.count("revealjs-break") == 4  # one for each exercise and question
 
 
 # ---- links, in the files ----

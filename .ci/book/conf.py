@@ -32,6 +32,7 @@ revealjs_script_conf = {
     "height": 720,
 }
 revealjs_script_plugins = [
+    {"name": "RevealHighlight", "src": "revealjs/plugin/highlight/highlight.js"},
     {"name": "RevealNotes", "src": "revealjs/plugin/notes/notes.js"},
     {"name": "RevealZoom", "src": "revealjs/plugin/zoom/zoom.js"},
 ]
@@ -51,6 +52,7 @@ html_theme_options = {
 if repository := os.environ.get("REPOSITORY"):
     html_theme_options |= {
         "repository_url": f"https://github.com/{repository}",
+        "repository_branch": "main",
         "use_repository_button": True,
         "path_to_docs": "",
         "launch_buttons": {
