@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import urllib.request
+from fnmatch import fnmatch
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -90,6 +91,13 @@ def test_without_npm_one_line_says_so(monkeypatch, tmp_path):
         ValueError, match="MathJax comes from npm, which is not on PATH"
     ):
         book.fetch_mathjax()
+
+
+def test_every_notebook_stands_in_one_session():
+    toc = (paths.ROOT / ".ci/book/toc.yml").read_text(encoding="utf-8")
+    globs = re.findall(r"glob: notebooks/(.*)", toc)
+    for stem in STEMS:
+        assert sum(fnmatch(stem, pattern) for pattern in globs) == 1, stem
 
 
 def test_slides_show_first_sentences_and_keep_the_rest_for_the_speaker(tmp_path):
