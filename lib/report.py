@@ -172,24 +172,35 @@ def save_figure(run: str, name: str, figure: Figure, numbers: pd.DataFrame) -> P
 
 
 def draw_results(rows: pd.DataFrame) -> Figure:
-    """Accuracy against MACs for every method, mean and s.d. over seeds."""
-    shown = rows.melt(
-        ["method", "macs", "seed"], ["before", "after"],
-        var_name="fine-tuning", value_name="top1",
-    )  # fmt: skip
-    figure = Figure(figsize=(6.4, 4.2))
-    axis = figure.subplots()
-    sns.lineplot(
-        shown.assign(macs=shown["macs"] / 1e6), x="macs", y="top1", hue="method",
-        style="fine-tuning", style_order=["after", "before"], markers=True,
-        errorbar="sd", err_style="bars", ax=axis,
-    )  # fmt: skip
-    axis.axhline(rows["base"].mean(), color="0.5", lw=1, ls=":")
-    sns.move_legend(axis, "upper left", bbox_to_anchor=(1, 1))
-    nets = ", ".join(f"{net} on {data}" for net, data in
-                     rows[["net", "dataset"]].drop_duplicates().to_numpy())  # fmt: skip
-    axis.set(xlabel="million MACs per image", ylabel="top-1, test (%)",
-             title=f"{nets}; dotted: unpruned; bars: s.d.")  # fmt: skip
+    """Accuracy of every network before and after fine-tuning; a dot is a base or seed.
+
+    A network is named by its method and by what else varies among the rows; the bar is
+    the mean over its dots, the dotted line that of the unpruned networks.
+    """
+    told = [key for key in (*KEYS, "length", "lr") if key in rows and key != "method"]
+    varied = [key for key in told if rows[key].nunique(dropna=False) > 1]
+    names = [
+        ", ".join([row["method"], *(f"{key} {row[key]}" for key in varied)])
+        for row in rows.to_dict("records")
+    ]
+    shown = rows.assign(network=names).sort_values("macs_down", kind="stable")
+    order = list(dict.fromkeys(shown["network"]))
+    figure = Figure(figsize=(9, 1.2 + 0.26 * len(order)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, column in zip(axes, ("before", "after"), strict=True):
+        sns.stripplot(
+            shown, x=column, y="network", order=order, jitter=False, color="C0",
+            alpha=0.7, ax=axis,
+        )  # fmt: skip
+        means = shown.groupby("network")[column].mean().reindex(order)
+        axis.scatter(means, range(len(order)), marker="|", s=160, color="k", zorder=3)
+        axis.axvline(rows["base"].mean(), color="0.5", lw=1, ls=":")
+        axis.set(xlabel="top-1, test (%)", ylabel="")
+        axis.set_title(f"{column} fine-tuning", fontsize="medium")
+        axis.grid(axis="y", lw=0.4)
+    nets = rows[["net", "dataset"]].drop_duplicates().to_numpy()
+    title = ", ".join(f"{net} on {data}" for net, data in nets)
+    figure.suptitle(f"{title}; dotted: unpruned", fontsize="medium")
     return figure
 
 

@@ -97,6 +97,19 @@ def test_times_are_averaged_where_rows_have_them():
     assert "ms" not in report.summarise(pd.DataFrame(ROWS))
 
 
+def test_results_are_drawn_network_by_network():
+    rows = [make_row("random", rate=0.5, after=70.0, macs_down=80.0)]
+    rows += [make_row(seed=s, rate=r, after=80 + s + 10 * r, macs_down=100 * r)
+             for r in (0.25, 0.5) for s in (0, 1)]  # fmt: skip
+    before, after = report.draw_results(pd.DataFrame(rows)).axes
+    names = [tick.get_text() for tick in before.get_yticklabels()]
+    assert names == ["l1, rate 0.25", "l1, rate 0.5", "random, rate 0.5"]
+    means = after.collections[-1].get_offsets()[:, 0]
+    assert means.tolist() == [83.0, 85.5, 70.0]
+    dots = sorted(x for c in after.collections[:-1] for x in c.get_offsets()[:, 0])
+    assert dots == [70.0, 82.5, 83.5, 85.0, 86.0]
+
+
 def test_a_run_stands_beside_the_full_one(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "RESULTS", tmp_path)
     full = [make_row(seed=s, after=a, rate=r, net="resnet20", epochs=9)
