@@ -51,7 +51,7 @@ def make_page(book, stem, source):
             blocks = _show_code(cell, f"{stem}_{index}", source)
         else:
             continue
-        starts = cell.cell_type == "markdown" and course.tag_of(cell) != "answer"
+        starts = course.tag_of(cell) in ("exercise", "quiz")
         for block in blocks:
             heading = block.startswith("#")
             if starts or heading or measure(slides[-1], block) > SLIDE_LINES:
