@@ -24,6 +24,8 @@ def l1(model: nn.Module) -> dict[str, Tensor]:
     """L1 norm of each filter, the sum of its absolute weights (Li et al. 2017, eq. 1).
 
     Larger filters have larger norms: fit to rank within a layer, not between layers.
+
+    Step by step in notebooks/03_criteria.ipynb.
     """
     return {
         name: filters_of(module).detach().abs().flatten(1).sum(1)
@@ -73,6 +75,8 @@ def fpgm(model: nn.Module) -> dict[str, Tensor]:
     """Sum of the distances of each filter to the others of its layer (He et al. 2019).
 
     A filter near the geometric median of its layer can be made of the others: low.
+
+    Step by step in notebooks/03_criteria.ipynb.
     """
     layers = prunable_layers(model)
     flat = {name: filters_of(m).detach().flatten(1) for name, m in layers.items()}

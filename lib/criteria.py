@@ -118,6 +118,8 @@ def measure_truth(
     scattered plan does. Mean cross-entropy in nats over `images`, in evaluation mode;
     only what comes after the layer is computed anew. ValueError: a layer without a
     BatchNorm, a forward that torch.fx does not trace or that works in place.
+
+    Step by step in notebooks/03_criteria.ipynb.
     """
     try:
         traced = fx.symbolic_trace(model)

@@ -62,6 +62,8 @@ def compute(claims: pd.DataFrame) -> pd.DataFrame:
     Comparisons of one choice of rows are corrected together: hand over all claims at
     once. Raises `ValueError`, naming the claim, for one that points nowhere: at a file,
     a profile, a contrast, an arm, a printed number or a test that is unknown.
+
+    Step by step in notebooks/41_claims.ipynb.
     """
     if not claims["id"].is_unique:
         twice = claims["id"][claims["id"].duplicated()].iloc[0]

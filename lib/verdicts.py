@@ -214,7 +214,10 @@ def decide(
     effect: float = EFFECT,
     margin: float = MARGIN,
 ) -> str:
-    """The rule. `interval` is uncorrected, `corrected` wider or equal; in points."""
+    """The rule. `interval` is uncorrected, `corrected` wider or equal; in points.
+
+    Step by step in notebooks/41_claims.ipynb.
+    """
     low, high = corrected
     if low > 0 and mean >= effect:
         return "reproduced"

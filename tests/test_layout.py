@@ -135,6 +135,18 @@ def test_documents_name_files_and_commands_that_exist(name):
         assert placeholder or (paths.ROOT / path).exists(), path
 
 
+def test_docstrings_name_the_notebook_that_teaches_them():
+    told = {
+        (path, name)
+        for path in (paths.ROOT / "lib").rglob("*.py")
+        for name in re.findall(r"notebooks/(\w+)\.ipynb", path.read_text())
+    }
+    assert len({name for _, name in told}) > 9
+    for path, name in told:
+        book = paths.NOTEBOOKS / f"{name}.ipynb"
+        assert book.is_file(), f"{path} names {name}"
+
+
 def test_slow_files_are_files_and_notebooks_that_share_points_stay_together():
     found = {path.stem for path in [*NOTEBOOKS, *(paths.ROOT / "tests").glob("*.py")]}
     assert {name for line in conftest.SLOW for name in line.split()} <= found

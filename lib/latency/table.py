@@ -35,6 +35,8 @@ class Table:
     are timed as eager ones, since compiling each takes seconds. `full` is the time of
     the whole network as measured, `known` the layers timed so far. A table answers the
     same question with the same number, so plans made with it repeat.
+
+    Step by step in notebooks/50_latency.ipynb.
     """
 
     def __init__(

@@ -47,6 +47,8 @@ def collect(
     decides it: a collection that was killed goes on where it stopped, and several
     processes may measure different chains. ValueError: a design without points, a
     recipe with a resolution of its own. Source: Wang et al. 2021, algorithm 1.
+
+    Step by step in notebooks/30_map_collection.ipynb.
     """
     if not design or not all(design):
         raise ValueError("the design has no point, or an empty chain")

@@ -56,6 +56,8 @@ def fit(
     varies, options that do not go together.
     Source: Wang et al. 2021; the basis and the solvers (Levenberg-Marquardt; monotone:
     alternating nonnegative least squares) are ours.
+
+    Step by step in notebooks/31_map_fit.ipynb.
     """
     return fit_table(check_points(points), rank, degree, monotone)
 

@@ -98,6 +98,8 @@ def optimum(
     are differences. SLSQP climbs from the best peaks of a grid, num x num, on the
     budget surface and from the best of a coarse one inside it. ValueError: keep
     outside (0, 1] or below the cost of the box's lower corner; a cost that is not so.
+
+    Step by step in notebooks/31_map_fit.ipynb.
     """
     problem = Problem(predictor, keep, cost)
     starts = _list_starts(problem, num)

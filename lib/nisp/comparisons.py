@@ -78,6 +78,8 @@ def rank_layerwise(
     channel is constant scores zero. Nothing is propagated: what a later layer makes of
     a channel has no part. `options` are those of `collect_channels`. Source: the
     layer-by-layer comparison of Yu et al. 2018, sec. 4.
+
+    Step by step in notebooks/22_nisp_pruning.ipynb.
     """
     scores = {}
     for name, values in collect_channels(model, images, **options).items():

@@ -42,6 +42,8 @@ def inf_fs(
     ValueError: not [N, D], non-finite, N < 2, every feature constant, alpha outside
     [0, 1], an unknown variant. Source: Roffo et al. 2015; for the variants, the codes
     published under that name in 2016 and 2020 as we understand them.
+
+    Step by step in notebooks/20_nisp_inf_fs.ipynb.
     """
     matrix = build_graph_matrix(features, alpha, variant, mask_dead=mask_dead)
     return score_graph(matrix, variant=variant).to(features.device)

@@ -66,6 +66,8 @@ def propagate(
     all zero; an unknown FRL; rates outside [0, 1) or of layers that cannot be pruned;
     weights that are not finite; nets so deep that float64 ends; activity that does not
     fit; and, by its name, an operation without a rule. Source: Yu et al. 2018, sec. 3.
+
+    Step by step in notebooks/21_nisp_propagation.ipynb.
     """
     if behind_norm and activity is not None:
         raise ValueError("activity is measured before norms; leave behind_norm out")

@@ -65,6 +65,8 @@ def from_scores(
     channels; with `skip_fixed` such layers stay whole, and a warning says how many and
     why (`surgery.prunable` lists all). Warns when nothing is removed. `graph`: that of
     `build_graph(model, input_shape)`, if known.
+
+    Step by step in notebooks/02_surgery.ipynb.
     """
     check_request(rate, macs, latency, table, scope)
     check_manner(residual, multiple)

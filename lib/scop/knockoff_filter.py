@@ -25,6 +25,8 @@ def knockoff_threshold(w: Tensor, q: float) -> float:
     are reported. The estimate is (1 + #{w <= -t}) / max(1, #{w >= t}) (knockoff+,
     Barber & Candes 2015, sec. 1.2). inf where no t will do.
     ValueError: w not [p] and finite, q outside (0, 1).
+
+    Step by step in notebooks/10_scop_knockoffs.ipynb.
     """
     # A feature that does not matter wins or loses against its knockoff by a fair coin,
     # so that the losses beyond -t stand for the wins beyond t that are only luck.

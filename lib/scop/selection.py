@@ -79,6 +79,8 @@ def select(
 
     Raises `ValueError` for a layer without a BatchNorm, a control of another shape, or
     a beta that is not finite, naming the layer.
+
+    Step by step in notebooks/11_scop_selection.ipynb.
     """
     recipe = recipe or train.Recipe(
         epochs, lr=lr, batch_size=batch_size, seed=seed, precision=precision
@@ -137,6 +139,8 @@ def importance(model: nn.Module, betas: dict[str, Tensor]) -> dict[str, Tensor]:
     gamma is the scale of the BatchNorm behind the layer, `beta~ = 1 - beta`. Raises
     `ValueError`, naming the layer, for betas that are not finite, leave [0, 1] or have
     another length than the layer has channels.
+
+    Step by step in notebooks/11_scop_selection.ipynb.
     """
     _check_finite(betas)
     scores = {}

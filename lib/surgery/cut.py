@@ -46,6 +46,8 @@ def shrink(
     plan removes nothing. Raises `ValueError` for a plan that does not fit, and for a
     forward that would compute something else with fewer channels. `graph`, if given, is
     that of `build_graph(model, input_shape)`.
+
+    Step by step in notebooks/02_surgery.ipynb.
     """
     graph = graph or build_graph(model, input_shape)
     kept = resolve(graph, plan, model)
