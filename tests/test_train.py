@@ -21,7 +21,7 @@ from torch.testing import assert_close
 from lib import data, models, train
 from lib.data import ImageSet
 from lib.train import checkpoint as checkpoints
-from lib.train import loop, update
+from lib.train import loop, progress, update
 from lib.train.recipe import (
     Recipe,
     make_optimizer,
@@ -1060,3 +1060,26 @@ def test_recalibrate_leaves_norms_without_statistics():
     model[1] = nn.BatchNorm2d(8, track_running_stats=False)
     train.recalibrate(model, make_set())
     assert model[1].running_mean is None and model[4].num_batches_tracked == 1
+
+
+# ---- what a watcher in Jupyter sees ----
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_bar_goes_and_a_line_stays_finished_or_killed(monkeypatch, capsys, killed):
+    tqdm_notebook = pytest.importorskip("tqdm.notebook").tqdm_notebook
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr(progress, "_is_watched", lambda: True)
+    monkeypatch.setattr(progress, "tqdm", tqdm_notebook)
+    monkeypatch.setattr("tqdm.notebook.display", lambda *_: None)
+    report = progress.Report(train.Recipe(epochs=2), 3, "base", 0)
+    with contextlib.suppress(KeyboardInterrupt), report:
+        for epoch in range(1 if killed else 2):
+            report.bar.update(3)
+            report.tell(f"loss {epoch}", 1.0)
+        if killed:
+            raise KeyboardInterrupt
+    assert report.bar.container.children[1].bar_style != "danger"
+    assert report.bar.container.comm is None, "the bar is closed"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == ("base: epoch 1/2  loss 0" if killed else "base: epoch 2/2  loss 1")

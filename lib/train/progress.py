@@ -18,7 +18,7 @@ class Report:
 
     def __init__(self, recipe: Recipe, steps: int, label: str, done: int):
         self.recipe, self.label, self.start = recipe, label, time.perf_counter()
-        self.done, self.skipped = done, done
+        self.done, self.skipped, self.last = done, done, ""
         batch = os.environ.get("TQDM_DISABLE") or not _is_watched()
         self.bar = tqdm(
             total=steps * recipe.epochs, initial=steps * done, desc=label,
@@ -31,7 +31,12 @@ class Report:
         return self
 
     def __exit__(self, *exception) -> None:
+        self.bar.total = (
+            self.bar.n
+        )  # else a run that is stopped leaves a red bar behind
         self.bar.close()
+        if self.last and not self.bar.disable:
+            print(self.last, flush=True)
 
     def step_done(self, update) -> None:
         self.bar.update()
@@ -51,6 +56,7 @@ class Report:
         """One more epoch is done, and `what` came of it."""
         self.done += 1
         line = f"{self.label}: epoch {self.done}/{self.recipe.epochs}  {what}"
+        self.last = line
         if self.bar.disable:
             print(line, flush=True)
         spent = time.perf_counter() - self.start
