@@ -34,8 +34,9 @@ class Report:
         self.bar.total = (
             self.bar.n
         )  # else a run that is stopped leaves a red bar behind
+        shown = not self.bar.disable  # a closed bar says that it is disabled
         self.bar.close()
-        if self.last and not self.bar.disable:
+        if self.last and shown:
             print(self.last, flush=True)
 
     def step_done(self, update) -> None:
