@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from lib import paths
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "data" / "results"
@@ -168,7 +170,7 @@ def main():
         if after != before:
             sys.exit("README.md and data/results part: run `make readme`")
     else:
-        README.write_text(after, encoding="utf-8")
+        paths.write_text(README, after)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ from lib.data import ImageSet, batches
 from lib.graph import Graph
 from lib.graph.leaves import filters_of
 from lib.graph.watch import dtype_of, modes_kept
+from lib.messages import check_finite
+
+OF_WEIGHTS = ("l1", "bn_scale", "fpgm", "random", "uniform")  # no images needed
 
 
 def l1(model: nn.Module) -> dict[str, Tensor]:
@@ -27,10 +30,9 @@ def l1(model: nn.Module) -> dict[str, Tensor]:
 
     Step by step in notebooks/03_criteria.ipynb.
     """
-    return {
-        name: filters_of(module).detach().abs().flatten(1).sum(1)
-        for name, module in prunable_layers(model).items()
-    }
+    layers = prunable_layers(model)
+    filters = {name: filters_of(m).detach().flatten(1) for name, m in layers.items()}
+    return _checked({name: w.abs().sum(1) for name, w in filters.items()})
 
 
 def bn_scale(model: nn.Module, *, graph: Graph | None = None) -> dict[str, Tensor]:
@@ -49,6 +51,12 @@ def bn_scale(model: nn.Module, *, graph: Graph | None = None) -> dict[str, Tenso
             scores[name] = gamma.detach().abs()
     if not scores:
         raise ValueError("no convolution with a BatchNorm behind it; use another score")
+    return _checked(scores)
+
+
+def _checked(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The scores; ValueError that names the layer where one is NaN or infinite."""
+    check_finite("the score", scores)
     return scores
 
 
@@ -80,7 +88,7 @@ def fpgm(model: nn.Module) -> dict[str, Tensor]:
     """
     layers = prunable_layers(model)
     flat = {name: filters_of(m).detach().flatten(1) for name, m in layers.items()}
-    return {name: torch.cdist(w, w).sum(1) for name, w in flat.items()}
+    return _checked({name: torch.cdist(w, w).sum(1) for name, w in flat.items()})
 
 
 def taylor(
@@ -136,7 +144,7 @@ def taylor(
                 scores[name] += sum(parts).square().float().cpu()
             for value in watched.values():
                 value.grad = None
-    return scores
+    return _checked(scores)
 
 
 def _project(value: Tensor, layer: _ConvNd | nn.Linear | None) -> Tensor:

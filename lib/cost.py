@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from lib.graph.on_meta import meta_tensors, move_all, tensors_in
 from lib.graph.tags import CONSTANTS, ELEMENTWISE, MOVES, REDUCTIONS
 from lib.graph.watch import dtype_of
+from lib.settings import check_shape
 
 # What may be done to a weight without multiplying by it as a layer does.
 WORKLESS = ELEMENTWISE | MOVES | REDUCTIONS | CONSTANTS | {"embedding", "copy_", "cat"}
@@ -42,7 +43,7 @@ def count(model: nn.Module, input_shape: tuple[int, int, int]) -> Cost:
     model is left as found. Warns of operations with weights that torch's counter does
     not know (a deformable convolution, a bilinear layer), which count nothing.
     """
-    x = torch.empty(1, *input_shape, device="meta", dtype=dtype_of(model))
+    x = torch.empty(1, *check_shape(input_shape), device="meta", dtype=dtype_of(model))
     counter = FlopCounterMode(display=False)
     with (
         meta_tensors(dict(model.named_modules())) as names,

@@ -1,7 +1,8 @@
 """What refusals have in common: the nearest known name, a choice out of a few."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -27,3 +28,10 @@ def check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
     for name in given:
         if name not in known:
             raise ValueError(f"{what} '{name}' is unknown{suggest(name, known)}")
+
+
+def check_finite(what: str, values: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for the first of the tensors by name that holds NaN or inf."""
+    for name, tensor in values.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{what} of '{name}' is not finite")

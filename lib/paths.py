@@ -6,10 +6,17 @@ runs.
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed process left stays
+    fcntl = None  # type: ignore[assignment]
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -17,6 +24,7 @@ PUBLISHED = ROOT / "data" / "published"
 RESULTS = ROOT / "data" / "results"
 BASES = RESULTS / "bases"
 FIGURES = ROOT / "figures"
+LOCK = ".lock"  # in a scratch folder, held by the process that uses it
 
 
 def checkout() -> Path:
@@ -32,12 +40,13 @@ def checkout() -> Path:
 def data_root(root: str | Path | None = None) -> Path:
     """The folder of the data sets: `root`, else `PRUNING_DATA`, else `data/`."""
     root = root or os.environ.get("PRUNING_DATA") or checkout() / "data"
-    return Path(root).resolve()
+    return Path(root).expanduser().resolve()
 
 
 def runs_root() -> Path:
     """The folder for everything a run makes: `PRUNING_RUNS`, else `data/runs/`."""
-    return Path(os.environ.get("PRUNING_RUNS") or checkout() / "data/runs").resolve()
+    root = os.environ.get("PRUNING_RUNS") or checkout() / "data/runs"
+    return Path(root).expanduser().resolve()
 
 
 def shown(path: str | Path) -> str:
@@ -46,26 +55,105 @@ def shown(path: str | Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
+@contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """A new folder `.tmp-...` in `parent`, gone when left.
+
+    Those that killed processes have left there go too: a living process holds a lock.
+    """
+    _sweep(parent)
+    folder, lock = _make_locked(parent)
+    try:
+        with lock:
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_locked(parent: Path) -> tuple[Path, Any]:
+    """A new folder and the open file in it that says that somebody is at work."""
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix=".tmp-"))
+        try:
+            lock = open(folder / LOCK, "x+b")
+        except FileNotFoundError:  # swept by another before there was a lock
+            continue
+        except OSError:  # a full disk
+            folder.rmdir()
+            raise
+        with suppress(OSError):  # where files cannot be locked nothing is swept
+            _lock(lock, wait=True)
+        if (folder / LOCK).exists():
+            return folder, lock
+        lock.close()
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the scratch folders in `parent` whose processes are gone."""
+    for left in parent.glob(".tmp-*") if fcntl else ():
+        try:
+            with open(left / LOCK, "r+b") as lock:
+                _lock(lock, wait=False)
+                shutil.rmtree(left, ignore_errors=True)
+        except FileNotFoundError:  # killed before it was locked
+            with suppress(OSError):
+                left.rmdir()
+        except OSError:  # somebody is at work in it, or it is none of ours
+            continue
+
+
+def _lock(file: Any, *, wait: bool) -> None:
+    """Lock an open file until it is closed, or its process ends."""
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
 def write_atomic(path: str | Path, write: Callable[[Path], Any]) -> Path:
-    """Let `write(tmp)` fill a temporary file beside `path`, then move it into place.
+    """Let `write(tmp)` fill a file in a scratch folder, then move it to `path`.
 
     A reader sees the old file or the whole new one, never half of it; on an error
-    nothing is left behind.
+    nothing is left behind. A link stays one: what it points to is written. OSError
+    names `path` and the cause (a full disk), also where `write` hides it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.suffix)
-    os.close(handle)
-    tmp = Path(name)
+    target = Path(os.path.realpath(path))
     try:
-        write(tmp)
-        tmp.chmod(0o644)
-        with open(tmp, "rb") as written:
-            os.fsync(written.fileno())  # the content before the name
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with scratch(target.parent) as folder:
+            tmp = folder / f"new{path.suffix}"
+            write(tmp)
+            with open(tmp, "r+b") as written:
+                os.fsync(written.fileno())  # the content before the name
+            os.replace(tmp, target)
+    except Exception as error:
+        cause = _find_cause(error)
+        if cause is None:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
     return path
+
+
+def _find_cause(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind `error`: torch tells another."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def reading(path: str | Path | None, what: str) -> Iterator[None]:
+    """Whatever fails inside is one ValueError: that the file at `path` is no `what`."""
+    try:
+        yield
+    except Exception as error:  # torch and pandas raise many kinds for a damaged file
+        reason = " ".join(str(error).split())[:200]
+        kind = type(error).__name__
+        raise ValueError(
+            f"{path}: not a readable {what} ({kind}{': ' * bool(reason)}{reason}). It "
+            "stays as it is; rename it to keep it aside, and what it held is made anew"
+        ) from error
 
 
 def write_text(path: str | Path, text: str) -> Path:

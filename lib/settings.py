@@ -13,11 +13,14 @@ imported where it is used: Snakemake reads this module for every plan and in eve
 import ast
 import itertools
 import math
+import numbers
 import platform
 import shutil
 import subprocess
+import sys
 import time
 import types
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +35,8 @@ from lib.messages import check_choice, check_known
 class Rule:
     """What a parameter may be: its type, bounds (low included, high not), choices.
 
-    With `many` it is a list of such values, with at least one.
+    With `many` it is a list of such values, with at least one, each once unless they
+    `repeat`.
     """
 
     kind: type
@@ -40,13 +44,15 @@ class Rule:
     high: float = math.inf
     choices: tuple = ()
     many: bool = False
+    repeat: bool = False
 
 
+ABOVE_ZERO = 1e-12  # as a lower bound it keeps 0 out
 ABOVE_ONE = math.nextafter(1.0, 2.0)  # as an upper bound it lets 1 in
 COUNTS = """
 n_train epochs baseline_epochs finetune_epochs control_epochs select_epochs
 select_images resolution depth_epochs depth_images point_images part base others
-truth_images levels lots
+truth_images levels lots size
 """.split()
 ONES = "turns threads batch_size repetitions rounds multiple parts degree".split()
 POSITIVE = "lr baseline_lr finetune_lr select_lr depth_lr".split()
@@ -57,12 +63,12 @@ PARAMETERS = {
     **dict.fromkeys(("pretrained", "interior"), Rule(bool)),
     **dict.fromkeys(COUNTS, Rule(int, 0)),
     **dict.fromkeys(ONES, Rule(int, 1)),
-    **dict.fromkeys(POSITIVE, Rule(float, 1e-12)),
+    **dict.fromkeys(POSITIVE, Rule(float, ABOVE_ZERO)),
     "batches": Rule(int, 1, many=True),
     "runtimes": Rule(str, choices=RUNTIMES, many=True),
     **dict.fromkeys(("seeds", "depths", "lengths"), Rule(int, 0, many=True)),
-    "low": Rule(float, 1e-12, ABOVE_ONE, many=True),
-    "shares": Rule(float, 1e-12, ABOVE_ONE, many=True),
+    "low": Rule(float, ABOVE_ZERO, ABOVE_ONE, many=True, repeat=True),
+    "shares": Rule(float, ABOVE_ZERO, ABOVE_ONE, many=True),
     "weight_decay": Rule(float, 0.0),
     "seed": Rule(int, 0, 2**31),
     "warmup": Rule(float, 0.0),
@@ -70,8 +76,8 @@ PARAMETERS = {
     "rate": Rule(float, 0.0, 1.0),
     "rates": Rule(float, 0.0, 1.0, many=True),
     "alpha": Rule(float, 0.0, ABOVE_ONE),
-    "share": Rule(float, 1e-12, ABOVE_ONE),
-    "keep": Rule(float, 1e-12, ABOVE_ONE),
+    "share": Rule(float, ABOVE_ZERO, ABOVE_ONE),
+    "keep": Rule(float, ABOVE_ZERO, ABOVE_ONE),
     "residual": Rule(str, choices=("tie", "scatter", "keep")),
     "width": Rule(str, choices=("uniform", "inner", "scatter")),
     "design": Rule(str, choices=("axis", "grid")),
@@ -99,10 +105,32 @@ def check(**values: Any) -> Settings:
     """Check a notebook's parameters; return them, floats as floats.
 
     Refuses, in one line each: unknown names, wrong types (`"1e-3"` is a string, YAML
-    wants `1.0e-3`), NaN and infinity, values out of range.
+    wants `1.0e-3`), NaN and infinity, values out of range, a `part` beyond `parts`.
+    Names that papermill was given and the notebook does not declare are unknown too:
+    papermill itself runs on with the defaults.
     """
+    check_known("parameter", _find_injected(), values)
     checked = {name: check_value(name, value) for name, value in values.items()}
+    part, parts = checked.get("part", 0), checked.get("parts", math.inf)
+    if part >= parts:
+        raise ValueError(f"part must lie in [0, parts), got part {part} of {parts}")
     return Settings(**checked)
+
+
+def _find_injected() -> list[str]:
+    """What papermill has set in this kernel, in the cell that it puts in."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    cells = getattr(shell, "user_ns", {}).get("In", [])
+    injected = [source for source in cells if source.startswith("# Parameters\n")]
+    return [name for source in injected for name, _ in _find_assigned(source)]
+
+
+def _find_assigned(source: str) -> Iterator[tuple[str, ast.expr]]:
+    """Names and values of the assignments in a cell of parameters."""
+    for node in ast.parse(source).body:
+        target = getattr(node, "targets", [getattr(node, "target", None)])[0]
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            yield ast.unparse(target), node.value
 
 
 def check_value(name: str, value: Any) -> Any:
@@ -112,13 +140,25 @@ def check_value(name: str, value: Any) -> Any:
     if not rule.many:
         return check_rule(name, value, rule)
     if not isinstance(value, (list, tuple)) or not value:
-        raise ValueError(f"{name} must be a list with an entry, got {value!r}")
-    return [check_rule(name, item, rule) for item in value]
+        text = value if str(value).startswith("[") else f"[{value}]"
+        hint = f'; for papermill: -y "{name}: {text}"' if value else ""
+        raise ValueError(f"{name} must be a list with an entry, got {value!r}{hint}")
+    found = [check_rule(name, item, rule) for item in value]
+    twice = [item for i, item in enumerate(found) if item in found[:i]]
+    if twice and not rule.repeat:
+        raise ValueError(f"{name} must name each value once, got {twice[0]!r} twice")
+    return found
 
 
 def check_rule(name: str, value: Any, rule: Rule) -> Any:
-    """One value against a rule; an int where a float is wanted comes back as one."""
-    if rule.kind is float and isinstance(value, int) and not isinstance(value, bool):
+    """One value against a rule, as the plain type that the rule names.
+
+    Numbers of numpy and torch are welcome, and ints and fractions where a float is
+    wanted.
+    """
+    value = value.item() if getattr(value, "ndim", 1) == 0 else value
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if rule.kind is float and real:
         value = float(value)
     kind = type(value)
     if kind is not rule.kind:
@@ -129,12 +169,29 @@ def check_rule(name: str, value: Any, rule: Rule) -> Any:
             f"{kind.__name__}{hint}"
         )
     if kind in (int, float) and not rule.low <= value < rule.high:
-        raise ValueError(
-            f"{name} must lie in [{rule.low:g}, {rule.high:g}), got {value}"
-        )
+        low = "(0" if rule.low == ABOVE_ZERO else f"[{rule.low:g}"
+        high = "1]" if rule.high == ABOVE_ONE else f"{rule.high:g})"
+        raise ValueError(f"{name} must lie in {low}, {high}, got {value}")
     if rule.choices:
         check_choice(name, value, rule.choices)
     return value
+
+
+def check_int(name: str, value: Any, low: float, high: float = math.inf) -> int:
+    """A whole number in [low, high), or one line that says what it is instead."""
+    return check_rule(name, value, Rule(int, low, high))
+
+
+def check_float(name: str, value: Any, low: float, high: float = math.inf) -> float:
+    """A number in [low, high), neither NaN nor infinite, or one line."""
+    return check_rule(name, value, Rule(float, low, high))
+
+
+def check_shape(shape: Any) -> tuple[int, ...]:
+    """The shape of an input, (C, H, W), as plain ints of 1 or more, or one line."""
+    if isinstance(shape, str) or not isinstance(shape, Iterable):
+        raise ValueError(f"input_shape must be (C, H, W), got {shape!r}")
+    return tuple(check_int("input_shape", size, 1) for size in shape)
 
 
 # -- profiles ----------------------------------------------------------------------
@@ -230,12 +287,8 @@ def declared_parameters(notebook: str) -> dict[str, Any]:
     """Names and defaults in the cell tagged `parameters` of a notebook."""
     book = paths.read_json(paths.NOTEBOOKS / f"{notebook}.ipynb")
     tagged = [c for c in book["cells"] if "parameters" in c["metadata"].get("tags", [])]
-    declared = {}
-    for node in ast.parse("".join(line for c in tagged for line in c["source"])).body:
-        target = getattr(node, "targets", [getattr(node, "target", None)])[0]
-        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-            declared[ast.unparse(target)] = ast.literal_eval(node.value)
-    return declared
+    source = "".join(line for cell in tagged for line in cell["source"])
+    return {name: ast.literal_eval(value) for name, value in _find_assigned(source)}
 
 
 # -- what a number was measured with -----------------------------------------------

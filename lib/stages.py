@@ -16,7 +16,7 @@ from lib import cost, data, latency, models, paths, settings, surgery, train
 from lib.data import ImageSet
 from lib.graph import Graph
 from lib.plan import Plan
-from lib.train import Recipe
+from lib.train import Recipe, checkpoint
 from lib.train.recipe import pick_device
 
 
@@ -30,17 +30,24 @@ class Sets:
 
 
 def load_sets(
-    dataset: str, *, n_train: int = 0, resolution: int = 0, unseen: bool = False
+    dataset: str,
+    *,
+    n_train: int = 0,
+    resolution: int = 0,
+    size: int = 0,
+    unseen: bool = False,
 ) -> Sets:
     """Training, validation (a tenth of the training images, fixed) and test images.
 
     `n_train` limits the training images (stratified), `resolution` is the side to which
-    all images are scaled; 0 means all of them, as they are. With `unseen` no training
-    image is held out: for published weights, which have seen them all, validation is
-    one half of the test images (stratified, fixed) and the other half is the test.
+    all images are scaled; 0 means all of them, as they are. `size`: to which a folder
+    of images of several sizes is brought when read (scaled, centre cropped). With
+    `unseen` no training image is held out: for published weights, which have seen them
+    all, validation is one half of the test images (stratified, fixed) and the other
+    half is the test.
     """
-    rest = data.load(dataset, "train")
-    test = data.load(dataset, "test", like=rest)
+    rest = data.load(dataset, "train", size=size or None)
+    test = data.load(dataset, "test", size=size or None, like=rest)
     if unseen:
         test, val = data.split_validation(test, fraction=0.5)
     else:
@@ -84,7 +91,9 @@ def make_baseline(
     committed = paths.BASES / name
     if committed.is_file() and not path.is_file():
         print(f"baseline: reading {paths.shown(committed)}")
-        model.load_state_dict(train.load_checkpoint(committed)["model"])
+        state = train.load_checkpoint(committed)["model"]
+        with checkpoint.reading(committed):
+            model.load_state_dict(state)
         return model.to(pick_device(None))
     known = path.is_file()
     print(f"baseline: {'reading' if known else 'training, into'} {paths.shown(path)}")

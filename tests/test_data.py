@@ -1,11 +1,13 @@
 """lib.data against slow references, and every refusal by the file it names."""
 
+import io
 import itertools
 import math
 import re
 import subprocess
 import sys
 import urllib.error
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,7 +197,71 @@ def test_jpeg_files_are_read(tmp_path):
     assert len(data.load("own", "train", root=tmp_path)) == 6
 
 
+@pytest.mark.parametrize("suffix", ["webp", "bmp", "tif", "TIFF", "png"])
+def test_images_of_other_kinds_and_in_folders_of_a_class_are_read(tmp_path, suffix):
+    write_tree(tmp_path / "own")
+    for file in sorted((tmp_path / "own").glob("*/*/*.png")):
+        image, inner = Image.open(file), file.parent / "inner" / "more"
+        inner.mkdir(parents=True, exist_ok=True)
+        options = {"lossless": True} if suffix == "webp" else {}
+        image.save(inner / f"{file.stem}.{suffix}", **options)
+    train = data.load("own", "train", root=tmp_path)
+    assert train.classes == ("ant", "bee") and len(train) == 8
+    halves = train.images.view(2, 2, 2, 8, 8, 3)  # class, as png or not, image
+    assert torch.equal(halves[:, 0], halves[:, 1])
+
+
+def test_what_is_no_image_is_named(tmp_path, capsys):
+    write_tree(tmp_path / "own")
+    data.load("own", "train", root=tmp_path)
+    assert capsys.readouterr().out == ""
+    for name in ("ant/a.gif", "bee/deep/notes.txt", "loose.png"):
+        file = tmp_path / "own/train" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"?")
+    assert len(data.load("own", "train", root=tmp_path)) == 4
+    assert (
+        capsys.readouterr()
+        .out.strip()
+        .endswith(
+            "own/train: left out 3 files, no images: loose.png, ant/a.gif, "
+            "bee/deep/notes.txt"
+        )
+    )
+
+
+def test_the_home_folder_can_be_written_as_a_tilde(tmp_path, monkeypatch):
+    write_tree(tmp_path / "sets/own")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PRUNING_DATA", "~/sets")
+    assert len(data.load("own", "train")) == 4
+    assert len(data.load("own", "train", root="~/sets")) == 4
+
+
 # Refusals while reading
+
+
+@pytest.mark.parametrize("kind", ["inflates", "claims"])
+def test_an_npz_larger_than_memory_is_one_line(tmp_path, kind):
+    """A bomb: 100 TB by the word of the zip's directory, or of the array's header."""
+    path = write_npz(tmp_path / "own/train.npz")
+    if kind == "claims":
+        header = io.BytesIO()
+        shape = {"shape": (10**9, 8, 8, 3000), "fortran_order": False, "descr": "|u1"}
+        np.lib.format.write_array_header_1_0(header, shape)
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("images.npy", header.getvalue())
+            file.writestr("labels.npy", b"")
+    else:
+        raw = bytearray(path.read_bytes())
+        entry = raw.index(b"PK\x01\x02")  # the directory's first: images
+        raw[entry + 24 : entry + 28] = (0xFFFFFFF0).to_bytes(4, "little")
+        path.write_bytes(raw)
+        for copy in range(30):  # 4 GB each, as far as such an entry goes
+            (path.parent / f"train{copy}.npz").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"memory|allocate") as caught:
+        data.load("own", "train", root=tmp_path)
+    assert "\n" not in str(caught.value) and str(tmp_path / "own") in str(caught.value)
 
 
 BAD_FILES = {
@@ -304,7 +370,7 @@ def test_unknown_name_gives_the_nearest_or_all_and_the_place(tmp_path, name, hin
     "name, split, size, expected",
     [
         ("mnist5k", "val", None, "split must be one of ['train', 'test'], got 'val'"),
-        ("mnist5k", "train", 0, "size must be at least 1"),
+        ("mnist5k", "train", 0, "size must lie in [1, inf), got 0"),
         ("mnist5k", "train", 14, "size=14 is for folders"),
     ],
 )
@@ -319,8 +385,9 @@ def test_tree_refusals(tmp_path):
     both = named(own / "train/ant/0.png", "8 x 8", own / "train/bee/9.png", "4 x 6")
     with pytest.raises(ValueError, match=both + ".*size="):
         data.load("own", "train", root=tmp_path)
-    with pytest.raises(ValueError, match=named(own / "train", "do not fit into 8 GB")):
-        data.load("own", "train", root=tmp_path, size=100_000)
+    big = named(own / "train", "GB of images do not fit into", "smaller size=")
+    with pytest.raises(ValueError, match=big):
+        data.load("own", "train", root=tmp_path, size=10**7)
     (own / "train/bee/9.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=named(own / "train/bee/9.png", "not a read")):
         data.load("own", "train", root=tmp_path)
@@ -479,7 +546,9 @@ def test_scaled_pixels_are_those_of_batches_rounded(side):
 def test_scaling_to_the_own_side_is_nothing_and_to_none_is_refused():
     images = make_set(8)
     assert images.scale(8) is images
-    with pytest.raises(ValueError, match=r"made: a side must be at least 1 pixel"):
+    with pytest.raises(
+        ValueError, match=r"made: the side in pixels must lie in \[1, inf\)"
+    ):
         images.scale(0)
 
 
@@ -731,10 +800,10 @@ def test_stream_on_a_gpu_is_that_of_the_cpu():
 @pytest.mark.parametrize(
     "changes, expected",
     [
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"resolution": 0}, "resolution must be at least 1"),
-        ({"seed": -1}, "seed and epoch must be >= 0"),
-        ({"epoch": -1}, "seed and epoch must be >= 0"),
+        ({"batch_size": 0}, "batch_size must lie in [1, inf), got 0"),
+        ({"resolution": 0}, "resolution must lie in [1, inf), got 0"),
+        ({"seed": -1}, "seed must lie in [0, inf), got -1"),
+        ({"epoch": -1}, "epoch must lie in [0, inf), got -1"),
         ({"dtype": torch.uint8}, "floating type, got torch.uint8"),
         ({"batch_size": 99, "drop_last": True}, "made: drop_last leaves nothing"),
         ({"images": make_set(4).subset([])}, "made: no images"),

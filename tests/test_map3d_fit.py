@@ -435,7 +435,7 @@ def test_the_order_of_points_does_not_matter(seed, options):
 
 
 @few
-@given(st.integers(0, 10**6), st.floats(1e-3, 1), st.sampled_from(ANY))
+@given(st.integers(0, 10**6), st.floats(0.02, 1), st.sampled_from(ANY))
 def test_scaling_accuracies_scales_the_map(seed, factor, options):
     points = measure(AXIS, sd=0.3, seed=seed)
     a = quiet_fit(points, **options)

@@ -655,9 +655,9 @@ def test_designs_put_together():
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
-    [("axes", {}, "design must be one of"), ("axis", {"rounds": 0}, "rounds must be"),
+    [("axes", {}, "design must be one of"), ("axis", {"rounds": 0}, "rounds must lie"),
      ("interleaved", {}, "design must be one of"),
-     ("grid", {"levels": 1}, "levels at least 2")],
+     ("grid", {"levels": 1}, "levels must lie")],
 )  # fmt: skip
 def test_designs_that_make_no_sense_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):

@@ -2,8 +2,11 @@
 
 import json
 import math
+import multiprocessing
+import os
 import subprocess
 import sys
+import time
 
 import pandas as pd
 import pytest
@@ -384,8 +387,86 @@ def test_a_write_replaces_the_whole_file(tmp_path):
     file = paths.write_text(tmp_path / "a" / "b.txt", "longer than the new one")
     assert paths.write_text(file, "né") == file
     assert file.read_bytes() == "né".encode()
-    assert file.stat().st_mode & 0o777 == 0o644
     assert len(list(file.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0, 0o666)])
+def test_a_written_file_has_the_rights_that_umask_leaves(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        file = paths.write_text(tmp_path / "a.txt", "new")
+    finally:
+        os.umask(before)
+    assert file.stat().st_mode & 0o777 == mode
+
+
+def test_a_link_stays_and_its_target_is_written(tmp_path):
+    target = paths.write_text(tmp_path / "there" / "a.txt", "old")
+    (tmp_path / "link.txt").symlink_to("there/a.txt")
+    paths.write_text(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink() and target.read_text() == "new"
+    assert (
+        len(list(tmp_path.iterdir())) == 2 and len(list(target.parent.iterdir())) == 1
+    )
+
+
+def test_what_a_killed_process_left_is_swept_and_a_living_ones_work_is_not(tmp_path):
+    def hang(tmp):
+        tmp.write_text("half")
+        print("writing", flush=True)
+        time.sleep(60)
+
+    context = multiprocessing.get_context("fork")
+    dead, alive = (
+        context.Process(target=paths.write_atomic, args=(tmp_path / name, hang))
+        for name in ("dead.txt", "alive.txt")
+    )
+    for process in (dead, alive):
+        process.start()
+    while len(list(tmp_path.glob(".tmp-*/new.txt"))) < 2:
+        time.sleep(0.01)
+    dead.kill()
+    dead.join()
+    (tmp_path / ".tmp-unlocked").mkdir()  # killed before it was locked
+    paths.write_text(tmp_path / "a.txt", "new")
+    left = list(tmp_path.glob(".tmp-*"))
+    alive.kill()
+    alive.join()
+    assert len(left) == 1
+    paths.write_text(tmp_path / "a.txt", "newer")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_an_error_while_writing_names_the_file(tmp_path):
+    def fill(tmp):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 640 vs 598") from None
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.pt'") as found:
+        paths.write_atomic(tmp_path / "a.pt", fill)
+    assert found.value.errno == 28 and list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_write_one_file_at_once(tmp_path):
+    def write_often(text):
+        for _ in range(40):
+            paths.write_text(tmp_path / "a.txt", text * 1000)
+
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=write_often, args=(text,)) for text in "ab"]
+    for process in both:
+        process.start()
+    seen = set()
+    while any(process.is_alive() for process in both):
+        if (tmp_path / "a.txt").exists():
+            seen.add((tmp_path / "a.txt").read_text())
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert seen <= {"a" * 1000, "b" * 1000}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, {"x": [-math.inf]}, object()])
@@ -460,8 +541,9 @@ def test_bases_are_published_one_by_one_and_keep_those_of_before(monkeypatch, tm
     baseline = paths.runs_root() / "toy" / "baselines" / "net.pt"
     state = {"model": {"w": torch.ones(2)}, "optimizer": {"m": torch.ones(9)}}
     half = baseline.with_name("half.pt")
-    checkpoint.save(baseline, {"epochs": 1}, rows=[{}], **state)
-    checkpoint.save(half, {"epochs": 2}, rows=[{}], **state)
+    rows = [{"epoch": 1, "seconds": 1.0, "images_per_s": 1.0}]
+    checkpoint.save(baseline, {"epochs": 1}, rows=rows, **state)
+    checkpoint.save(half, {"epochs": 2}, rows=rows, **state)
     run_main(monkeypatch, "--profile", "toy", "--publish")
     for table, column in (("toy", "after"), ("toy_truth", "worth")):
         published = pd.read_csv(paths.RESULTS / f"{table}.csv")

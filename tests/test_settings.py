@@ -10,12 +10,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import IPython
 import nbformat
 import pytest
 import threadpoolctl
 import torch
 import yaml
+from papermill.translators import PythonTranslator
 
 from lib import paths, settings
 
@@ -66,6 +69,11 @@ WRONG = [
     ({"pretrained": "yes"}, r"pretrained must be a bool, got 'yes'"),
     ({"residual": "ties"}, r"residual must be one of .*'tie'.*got 'ties'"),
     ({"net": None}, r"net must be a str, got None"),
+    ({"methods": "[l1]"}, r"methods must be a list .*: -y \"methods: \[l1\]\"$"),
+    ({"rates": 0.5}, r"rates must be a list .*: -y \"rates: \[0\.5\]\"$"),
+    ({"seeds": [0, 0]}, r"seeds must name each value once, got 0 twice"),
+    ({"methods": ["l1", "nisp", "l1"]}, r"methods must .* got 'l1' twice"),
+    ({"part": 2, "parts": 2}, r"part must lie in \[0, parts\), got part 2 of 2"),
 ]
 
 
@@ -76,7 +84,25 @@ def test_wrong_parameters_are_refused_in_one_line(values, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("sent, known", [({"sed": 3}, "'seed'"), ({"nets": 1}, "run")])
+def test_a_parameter_that_papermill_was_given_in_vain_is_refused(
+    monkeypatch, sent, known
+):
+    def receive(values):
+        cell = PythonTranslator.codify(values, comment="Parameters")
+        shell = SimpleNamespace(user_ns={"In": ["", "run = 'x'; seed = 0", cell]})
+        monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
+
+    receive({"seed": 4, "run": "y"})
+    assert settings.check(run="y", seed=4).seed == 4
+    receive(sent)
+    name = next(iter(sent))
+    with pytest.raises(ValueError, match=f"parameter '{name}' is unknown.*{known}"):
+        settings.check(run="x", seed=0)
+
+
 def test_rules_let_their_bounds_in():
+    assert settings.check(part=1, parts=2, low=[0.5, 0.5], seed=0).part == 1
     assert settings.check(keep=1, seed=2**31 - 1, rates=[0]).as_dict() == {
         "keep": 1.0, "seed": 2**31 - 1, "rates": [0.0],
     }  # fmt: skip

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib.data.images import ImageSet
+from lib.settings import check_int
 
 
 class Draws(NamedTuple):
@@ -48,9 +49,10 @@ def batches(
     `device` (`images.to(device)`) to spare a copy per epoch. ValueError: an empty set,
     or an argument out of range.
     """
+    batch_size = check_int("batch_size", batch_size, 1)
     count = count_batches(images, batch_size, train=train, drop_last=drop_last)
-    if resolution is not None and resolution < 1:
-        raise ValueError(f"resolution must be at least 1 pixel, got {resolution}")
+    if resolution is not None:
+        resolution = check_int("resolution", resolution, 1)
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating type, got {dtype}")
     augment = train if augment is None else augment
@@ -82,8 +84,7 @@ def count_batches(
     drop_last: bool | None = None,
 ) -> int:
     """How many batches `batches` gives with the same arguments; its ValueErrors."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    batch_size = check_int("batch_size", batch_size, 1)
     if len(images) == 0:
         raise ValueError(f"{images.name}: no images to make batches of")
     full = len(images) // batch_size
@@ -100,8 +101,7 @@ def draw_epoch(
     images: ImageSet, *, shuffle: bool, augment: bool, seed: int, epoch: int
 ) -> Draws:
     """Draw one epoch's order, crop offsets and flips from (seed, epoch), both >= 0."""
-    if seed < 0 or epoch < 0:
-        raise ValueError(f"seed and epoch must be >= 0, got {seed} and {epoch}")
+    seed, epoch = check_int("seed", seed, 0), check_int("epoch", epoch, 0)
     # SeedSequence mixes: neither seed + epoch nor nearby pairs share a stream.
     state = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]))

@@ -1,6 +1,8 @@
 """Sets of one's own on disk: npz files or folders of images, read and checked."""
 
 import functools
+import math
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -17,11 +19,10 @@ from torch import Tensor
 from lib.data.images import ImageSet, check_tensors
 
 SPLITS = ("train", "test")
-SUFFIXES = (".png", ".jpg", ".jpeg")
-MAX_BYTES = 8 * 10**9
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 BROKEN_NPZ = (
     *(zipfile.BadZipFile, zlib.error, EOFError, OSError),
-    *(KeyError, TypeError, ValueError),
+    *(KeyError, TypeError, ValueError, MemoryError),
 )
 BROKEN_IMAGE = (
     *(OSError, SyntaxError, EOFError, ValueError),
@@ -86,6 +87,7 @@ def read_shards(folder: Path, split: str, *, like: ImageSet | None = None) -> Im
     files = find_shards(folder, split)
     if not files:
         raise FileNotFoundError(f"{folder}: no {split}*.npz or {split}/ folder in it")
+    check_memory(folder, sum(map(inflated_size, files)))
     parts = map_threads(read_npz, files)
     shape = (parts[0][0] if like is None else like.images).shape[1:]
     high = 2**31 if like is None else len(like.classes)
@@ -104,6 +106,27 @@ def read_shards(folder: Path, split: str, *, like: ImageSet | None = None) -> Im
     return replace(like, name=folder.name, images=images, labels=labels)
 
 
+def inflated_size(path: Path) -> int:
+    """Bytes that an npz file inflates to, by its own word; 0 if it is none."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return sum(part.file_size for part in file.infolist())
+    except BROKEN_NPZ:
+        return 0  # refused when it is read
+
+
+def check_memory(where: Path, size: int, hint: str = "") -> None:
+    """Refuse a split of `size` bytes that is larger than the machine's memory."""
+    names = getattr(os, "sysconf_names", ())  # Windows has none
+    if {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(names):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if size > memory:
+            raise ValueError(
+                f"{where}: {size / 1e9:,.1f} GB of images do not fit into "
+                f"{memory / 1e9:,.1f} GB of memory{hint}"
+            )
+
+
 def read_npz(path: Path) -> tuple[Tensor, Tensor]:
     """One file's `images` and `labels`, checked for type, shape and count."""
     expected = "expected an npz with images uint8 [N, H, W, C] and labels int64 [N]"
@@ -114,7 +137,8 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor]:
             labels = labels.astype(np.int64, copy=False)
         tensors = torch.from_numpy(pixels), torch.from_numpy(labels)
     except BROKEN_NPZ as error:
-        raise ValueError(f"{path}: cannot be read ({error}), {expected}") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: cannot be read ({reason}), {expected}") from None
     check_tensors(path, *tensors)
     if not len(labels):
         raise ValueError(f"{path}: holds no images")
@@ -171,20 +195,37 @@ def read_tree(
 def list_tree(folder: Path) -> tuple[list[Path], tuple[str, ...], Tensor]:
     """Image files in order of their names, the names of classes, and labels [N].
 
-    Hidden files and folders are none (torchvision's ImageFolder takes them up).
+    A class is a folder, with all below it. Hidden files and folders are none
+    (torchvision's ImageFolder takes them up); what else is no image is named in print.
     """
-    classes = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
+    found = [path for path in sorted(folder.glob("[!.]*")) if path.is_dir()]
+    classes = tuple(path.name for path in found)
     files, labels = [], []
-    for label, name in enumerate(classes):
-        inside = sorted((folder / name).glob("[!.]*"))
+    others = [path for path in sorted(folder.glob("[!.]*")) if path.is_file()]
+    for label, inside in enumerate(map(walk, found)):
         images = [file for file in inside if file.suffix.lower() in SUFFIXES]
+        others += [file for file in inside if file.suffix.lower() not in SUFFIXES]
         if not images:
-            raise ValueError(f"{folder / name}: no image ({', '.join(SUFFIXES)}) in it")
+            raise ValueError(
+                f"{found[label]}: no image ({', '.join(SUFFIXES)}) in it; class "
+                f"{classes[label]!r} needs one"
+            )
         files += images
         labels += [label] * len(images)
     if not files:
         raise FileNotFoundError(f"{folder}: no class folders, expected <class>/*.png")
-    return files, tuple(classes), torch.tensor(labels)
+    if others:
+        names = ", ".join(str(file.relative_to(folder)) for file in others[:5])
+        rest = ", ..." if len(others) > 5 else ""
+        print(f"{folder}: left out {len(others)} files, no images: {names}{rest}")
+    return files, classes, torch.tensor(labels)
+
+
+def walk(folder: Path) -> list[Path]:
+    """The files below a folder in order of their paths, nothing hidden."""
+    below = (path for path in folder.rglob("*") if path.is_file())
+    seen = [p for p in below if not any(x[0] == "." for x in p.relative_to(folder).parts)]
+    return sorted(seen)
 
 
 def find_shape(
@@ -205,11 +246,7 @@ def find_shape(
     shape = (size or height, size or width, channels)
     if like is not None:
         check_shape(folder, shape, like.images.shape[1:])
-    if len(files) * np.prod(shape) > MAX_BYTES:
-        raise ValueError(
-            f"{folder}: {len(files):,} images of {list(shape)} [H, W, C] do not fit "
-            f"into {MAX_BYTES / 1e9:g} GB of memory; pass a smaller size="
-        )
+    check_memory(folder, len(files) * math.prod(shape), "; pass a smaller size=")
     return shape
 
 

@@ -1,5 +1,6 @@
 """Labelled images in memory: checked, limited, split off for choices."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,6 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lib.settings import ABOVE_ZERO, check_float, check_int
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,6 +34,13 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         check_tensors(self.name, self.images, self.labels)
+        for what, low in (("mean", -math.inf), ("std", ABOVE_ZERO)):
+            values = getattr(self, what)
+            if not isinstance(values, (list, tuple)):
+                raise ValueError(f"{self.name}: {what} must be a tuple, got {values!r}")
+            name = f"{self.name}: {what}"
+            plain = tuple(check_float(name, value, low) for value in values)
+            object.__setattr__(self, what, plain)
         if not len(self.mean) == len(self.std) == self.images.shape[-1]:
             raise ValueError(f"{self.name}: mean and std need one value per channel")
 
@@ -68,6 +78,7 @@ class ImageSet:
         Each class gets its share of `n`, rounded down or up. ValueError: `n` outside
         1..N.
         """
+        n = check_int(f"{self.name}: the number of images", n, -math.inf)
         if not 1 <= n <= len(self):
             raise ValueError(f"{self.name}: cannot take {n} of {len(self)} images")
         groups = shuffle_classes(self, seed)
@@ -83,8 +94,7 @@ class ImageSet:
         Bilinear, antialiased, rounded to uint8; the padding of crops goes along. The
         very set where there is nothing to do. ValueError: `side` below 1.
         """
-        if side < 1:
-            raise ValueError(f"{self.name}: a side must be at least 1 pixel, got {side}")
+        side = check_int(f"{self.name}: the side in pixels", side, 1)
         if self.shape[1:] == (side, side):
             return self
         pixels = self.images.permute(0, 3, 1, 2).float()
@@ -103,8 +113,7 @@ def split_validation(
     image stays on either side. Both parts keep the set's order. ValueError: fraction
     outside (0, 1), or a class with fewer than 2 images.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"{images.name}: fraction must lie in (0, 1), got {fraction}")
+    fraction = check_float(f"{images.name}: fraction", fraction, ABOVE_ZERO, 1.0)
     groups = shuffle_classes(images, seed)
     for name, group in zip(images.classes, groups, strict=True):
         if len(group) < 2:

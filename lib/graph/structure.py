@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lib.graph.leaves import LAYERS
 from lib.graph.scattering import find_pairs, find_readers, writes_zeros
 from lib.graph.trace import Layer, Node, Trace, trace
+from lib.settings import check_shape
 
 RELUS = {"relu", "relu_"}
 NONE = torch.empty(0, dtype=torch.long)
@@ -112,7 +113,7 @@ def build_graph(model: nn.Module, input_shape: tuple[int, ...]) -> Graph:
     The model, its parameters and its train/eval mode are left as found. Nothing is
     remembered: build it once at the entry of a task and hand it down.
     """
-    return Graph(trace(model, input_shape))
+    return Graph(trace(model, check_shape(input_shape)))
 
 
 def list_prunable(graph: Graph, model: nn.Module) -> dict[str, str | None]:

@@ -80,13 +80,17 @@ def read_points(run: str) -> pd.DataFrame:
         raise ValueError(
             f"no points.csv below {paths.shown(folder)}: run 30_map_collection first"
         )
-    points = pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
+    found = []
+    for file in files:
+        with paths.reading(file, "table of points"):
+            found.append(pd.read_csv(file))
+    points = pd.concat(found, ignore_index=True)
     for column in [c for c in ("net", "dataset", "width") if c in points]:
-        found = points[column].unique()
-        if len(found) > 1:
+        several = points[column].unique()
+        if len(several) > 1:
             raise ValueError(
                 f"points of different {column} below {paths.shown(folder)}: "
-                f"{', '.join(map(str, found))}; give each a profile of its own"
+                f"{', '.join(map(str, several))}; give each a profile of its own"
             )
     return points.drop_duplicates([c for c in points if c != "seconds"])
 
@@ -201,9 +205,8 @@ class _Collection:
 
 def _read_row(path: Path) -> dict:
     row = paths.read_json(path)
-    if not isinstance(row, dict) or not {*COLUMNS[2:]} <= row.keys():
-        raise ValueError(f"{path}: not a measured point; delete it to measure it anew")
-    return row
+    with paths.reading(path, "measured point"):
+        return {name: row[name] for name in COLUMNS[2:]}
 
 
 def _name_chain(chain: Chain) -> str:

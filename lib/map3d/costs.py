@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from lib.settings import ABOVE_ONE, ABOVE_ZERO, check_float
+
 NAMES = ("d", "w", "r")
 COMPOUND = (1.2, 1.1, 1.15)  # EfficientNet's bases of d, w, r: Tan & Le, ICML 2019
 COLLINEAR = 0.1  # least singular value of three unit columns that count as independent
@@ -82,7 +84,7 @@ def equal_split(keep: float, cost: PowerLaw = FORMULA) -> tuple[float, float, fl
     For 0.5 of the formula (0.794, 0.891, 0.891). A dimension that costs nothing stays
     at 1. ValueError: keep outside (0, 1].
     """
-    check_keep(keep)
+    keep = check_keep(keep)
     e = np.array(cost.exponents)
     costly = e > 0
     shares = np.ones(3)
@@ -97,7 +99,7 @@ def inverse_compound(
 
     For 0.5 of the formula (0.824, 0.904, 0.862). ValueError: keep outside (0, 1].
     """
-    check_keep(keep)
+    keep = check_keep(keep)
     phi = -np.log(keep) / (np.log(COMPOUND) @ cost.exponents)
     return tuple((np.array(COMPOUND) ** -phi).tolist())
 
@@ -152,7 +154,11 @@ def read_numbers(table, columns=NAMES) -> np.ndarray:
     return values
 
 
-def check_keep(keep: float) -> None:
-    """ValueError unless 0 < keep <= 1."""
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep: expected the share of the cost in (0, 1], got {keep}")
+def check_keep(keep: float) -> float:
+    """The share of the cost as a float; ValueError unless 0 < keep <= 1."""
+    try:
+        return check_float("keep", keep, ABOVE_ZERO, ABOVE_ONE)
+    except ValueError:
+        raise ValueError(
+            f"keep: expected the share of the cost in (0, 1], got {keep!r}"
+        ) from None

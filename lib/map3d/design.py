@@ -4,12 +4,12 @@ A design is a list of chains. A chain starts at the unpruned network; each of it
 is pruned from the network that the point before it left, and fine-tuned.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import product
 
 from lib.map3d.costs import check_keep
 from lib.messages import check_choice
+from lib.settings import ABOVE_ONE, ABOVE_ZERO, check_float, check_int
 
 Point = tuple[float, ...]  # (d, w, r)
 Chain = list[Point]
@@ -24,10 +24,15 @@ def find_floors(keep: float, exponents: Sequence[float] = (1.0, 2.0, 2.0)) -> Po
     `exponents` (a, b, c), all positive. Half of the paper's d w^2 r^2: (.5, .707,
     .707). ValueError for other values.
     """
-    check_keep(keep)
-    if len(exponents) != 3 or not all(0 < e < math.inf for e in exponents):
-        raise ValueError(f"exponents must be three positive numbers, got {exponents}")
-    d, w, r = (keep ** (1 / exponent) for exponent in exponents)
+    keep = check_keep(keep)
+    try:
+        d, w, r = (
+            keep ** (1 / check_float("exponents", e, ABOVE_ZERO)) for e in exponents
+        )
+    except ValueError:
+        raise ValueError(
+            f"exponents must be three positive numbers, got {exponents}"
+        ) from None
     return d, w, r
 
 
@@ -49,10 +54,8 @@ def make_design(
     together: two dimensions take half of the log cost each, then all three a third.
     """
     check_choice("design", name, DESIGNS)
-    if rounds < 1 or levels < 2:
-        raise ValueError(
-            f"rounds must be at least 1, levels at least 2, got {rounds}, {levels}"
-        )
+    rounds, levels = check_int("rounds", rounds, 1), check_int("levels", levels, 2)
+    floors = tuple(check_float("floors", x, ABOVE_ZERO, ABOVE_ONE) for x in floors)
     chains: list[Chain] = [[WHOLE]]
     if name == "axis":
         chains += _walk_axes(floors, rounds)

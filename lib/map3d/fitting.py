@@ -193,6 +193,11 @@ def check_points(points: ArrayLike | pd.DataFrame) -> np.ndarray:
             f"accuracy: point {bad[0]} has {accuracy[bad[0]]}, expected percent from 0 "
             "to 100; measure it again or leave it out"
         )
+    if accuracy.any() and accuracy.max() <= 1:
+        raise ValueError(
+            f"accuracy: all are at most {accuracy.max():g}, as shares are; expected "
+            "percent from 0 to 100, multiply by 100"
+        )
     if not accuracy.any():
         raise ValueError("accuracy: all are 0, there is nothing to fit; train longer")
     return table

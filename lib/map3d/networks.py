@@ -79,7 +79,7 @@ def pick_rivals(
 
 def _take_affordable(table, keep: float, tolerance: float) -> pd.DataFrame:
     """Rows of a share in [keep - tolerance, keep]; ValueError where there is none."""
-    check_keep(keep)
+    keep = check_keep(keep)
     if not tolerance >= 0:
         raise ValueError(f"tolerance: expected a share >= 0, got {tolerance}")
     shares = read_numbers(table, ["share"])[:, 0]

@@ -12,6 +12,7 @@ itself the same polynomial is a sum of large numbers that cancel.
 """
 
 import math
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from numpy.typing import ArrayLike
 from lib import paths
 
 SLACK = 1e-9  # shares closer than this are the same
+FAR = 10.0  # percent outside 0..100 that a smooth fit may come to
 KIND = "map of accuracy over (d, w, r)"  # the first entry of a saved map
 
 
@@ -78,10 +80,18 @@ class Map:
         """Accuracy in percent at shares d, w, r that broadcast to one shape.
 
         A float for three numbers, else float64 of that shape. Nothing is clipped:
-        points outside the box of the data are extrapolated, see `covers`.
+        points outside the box of the data are extrapolated, see `covers`; a warning
+        where that leaves 0..100 % by far, nan at nan. ValueError: what is no number.
         """
         u, v, t = self._centre(d, w, r)
         found = polyval3d(u, v, t, self.coefficients)
+        low, high = np.nanmin(found, initial=0), np.nanmax(found, initial=100)
+        if low < -FAR or high > 100 + FAR:
+            warnings.warn(
+                f"predicted accuracies from {low:,.0f} to {high:,.0f} %: the map knows "
+                f"shares down to {self.low} and cannot tell beyond; see `covers`",
+                stacklevel=2,
+            )
         return float(found) if found.ndim == 0 else found
 
     def gradient(self, d: ArrayLike, w: ArrayLike, r: ArrayLike) -> np.ndarray:
@@ -101,20 +111,20 @@ class Map:
         F_m is dF/dx_m; the cost is d^e1 w^e2 r^e3, by default the paper's d w^2 r^2.
         Where nothing bounds it, the best network of a cost has the three E_m equal.
         """
-        shares = np.stack(np.broadcast_arrays(d, w, r))
+        shares = np.stack(_read_shares(d, w, r))
         powers = np.reshape(exponents, (3, *[1] * (shares.ndim - 1)))
         return shares * self.gradient(d, w, r) / (powers * self.predict(d, w, r))
 
     def covers(self, d: ArrayLike, w: ArrayLike, r: ArrayLike) -> bool | np.ndarray:
         """Whether points lie in the box of the data; elsewhere F is extrapolated."""
-        shares = np.stack(np.broadcast_arrays(d, w, r), -1)
+        shares = np.stack(_read_shares(d, w, r), -1)
         low, high = np.array(self.low) - SLACK, np.array(self.high) + SLACK
         found = ((shares >= low) & (shares <= high)).all(-1)
         return bool(found) if found.ndim == 0 else found
 
     def _centre(self, d: ArrayLike, w: ArrayLike, r: ArrayLike) -> list[np.ndarray]:
         """The three u of points: 0 unpruned, 1 the lowest share seen."""
-        shares = np.broadcast_arrays(d, w, r)
+        shares = _read_shares(d, w, r)
         return [(1 - x) / span for x, span in zip(shares, self.span, strict=True)]
 
     # -- files -------------------------------------------------------------------------
@@ -140,3 +150,14 @@ class Map:
             raise ValueError(
                 f"{path}: a damaged map ({error}); fit and save it again"
             ) from None
+
+
+def _read_shares(*shares: ArrayLike) -> list[np.ndarray]:
+    """Shares d, w, r as float64 of one shape; ValueError for what is no number."""
+    try:
+        if any(x is None for x in shares):
+            raise TypeError("one is None")
+        plain = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in shares))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"d, w, r: expected numbers of one shape ({error})") from None
+    return list(plain)

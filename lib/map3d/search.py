@@ -23,6 +23,7 @@ from scipy.optimize.elementwise import find_root
 
 from lib.map3d.costs import FORMULA, ROUNDING, PowerLaw, check_keep, make_relative
 from lib.map3d.predictor import Map
+from lib.settings import check_int
 
 ACTIVE = 1e-7  # relative distance from a bound or the budget that counts as on it
 STATIONARY = 1e-5  # residual of the conditions up to which a point meets them
@@ -102,7 +103,7 @@ def optimum(
     Step by step in notebooks/31_map_fit.ipynb.
     """
     problem = Problem(predictor, keep, cost)
-    starts = _list_starts(problem, num)
+    starts = _list_starts(problem, check_int("num", num, 2))
     best, *others = _drop_copies([_climb(problem, start) for start in starts])
     residuals = [check_conditions(problem, p)["kkt_residual"] for p in others]
     pairs = zip(others, residuals, strict=True)
@@ -119,7 +120,10 @@ class Problem:
     """Maximise F over the data's box subject to C <= keep; errors as in `optimum`."""
 
     def __init__(self, predictor: Map, keep: float, cost: Callable):
-        check_keep(keep)
+        keep = check_keep(keep)
+        if not hasattr(predictor, "low"):
+            kind = type(predictor).__name__
+            raise ValueError(f"predictor: expected a Map of `fit`, got a {kind}")
         self.predictor, self.keep = predictor, keep
         self.box = np.array([predictor.low, predictor.high], dtype=float)  # [2, 3]
         self.cost = make_relative(cost, self.box)

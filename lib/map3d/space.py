@@ -21,7 +21,7 @@ from lib.graph import Graph, build_graph, dropped_units
 from lib.graph.leaves import filters_of
 from lib.graph.trace import trace
 from lib.map3d.blocks import find_blocks
-from lib.messages import check_choice
+from lib.messages import check_choice, check_finite
 from lib.plan import Plan, resolve
 
 # what a plan does with the residual stream
@@ -71,6 +71,7 @@ def score_channels(
     }
     if not scores:
         raise ValueError("no BatchNorm reads a layer of the network; width needs one")
+    check_finite("the score", scores)
     return scores
 
 

@@ -45,8 +45,8 @@ def download(url: str, path: Path, digest: str) -> None:
     """Fetch `url` to `path`; only a complete file with the right digest stays."""
     print(f"{path.name}: fetching {url}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), digest, progress=False)
+        fetch = torch.hub.download_url_to_file
+        paths.write_atomic(path, lambda tmp: fetch(url, str(tmp), digest, False))
     except RuntimeError as error:
         raise ValueError(f"{path}: not kept, from {url}: {error}") from None
     except (OSError, HTTPException) as error:

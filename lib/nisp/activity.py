@@ -14,6 +14,7 @@ from lib import baselines
 from lib.data import ImageSet
 from lib.graph import Graph, Node, build_graph
 from lib.graph.watch import recorded
+from lib.messages import check_finite
 from lib.nisp.absolute import ACTIVATIONS
 from lib.nisp.frl import take_sample
 from lib.train import forward
@@ -57,7 +58,9 @@ def measure_activity(
                     )
                 totals[name] = totals[name] + torch.stack(rows).mean(0)
                 rows.clear()
-    return {name: total / len(sample) for name, total in totals.items()}
+    means = {name: total / len(sample) for name, total in totals.items()}
+    check_finite("the mean output", means)
+    return means
 
 
 def collect_channels(

@@ -1,6 +1,5 @@
 """What `from_scores` is asked for: its types, and what of it is refused."""
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from lib.graph import Graph
 from lib.messages import check_choice, suggest
 from lib.plan.resolve import Kept
+from lib.settings import ABOVE_ONE, ABOVE_ZERO, check_float
 
 Scores = Mapping[str, Tensor]
 Rate = float | Mapping[str, float]
@@ -34,12 +34,11 @@ def check_request(
         raise ValueError("scope='global' takes one rate, not one per layer")
     rates = rate if isinstance(rate, Mapping) else {"rate": rate or 0.0}
     for name, value in rates.items():
-        if not math.isfinite(value) or not 0 <= value < 1:
-            raise ValueError(f"{name}: the rate must lie in [0, 1), got {value}")
+        check_float(f"{name}: the rate", value, 0.0, 1.0)
     for what, share in (("macs", macs), ("latency", latency)):
-        if share is not None and not 0 < share <= 1:
-            what += " is the share of " + ("MACs" if what == "macs" else "time")
-            raise ValueError(f"{what} to keep, in (0, 1], got {share}")
+        if share is not None:
+            what += ", the share of " + ("MACs" if what == "macs" else "time")
+            check_float(f"{what} to keep", share, ABOVE_ZERO, ABOVE_ONE)
 
 
 def check_manner(residual: str, multiple: int) -> None:
@@ -63,7 +62,13 @@ def _refuse_name(graph: Graph, name: str, model: nn.Module) -> None:
 
 def check_scores(graph: Graph, scores: Scores, model: nn.Module) -> None:
     """`ValueError`, naming the layer, for scores of none, of another size, or NaN."""
+    if not isinstance(scores, Mapping):
+        kind = type(scores).__name__
+        raise ValueError(f"scores: expected a dict of tensors by layer, got a {kind}")
     for name, values in scores.items():
+        if not isinstance(values, Tensor) or values.is_complex():
+            kind = type(values).__name__
+            raise ValueError(f"scores: '{name}' needs a tensor of reals, got a {kind}")
         if name not in graph.layers:
             _refuse_name(graph, name, model)
         size = len(graph.layers[name].outputs)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.graph.watch import modes_kept, recorded
-from lib.messages import check_known
+from lib.messages import check_finite, check_known
 from lib.scop.controls.base import exchange
 from lib.scop.controls.gaussian import check_covariance
 
@@ -66,6 +66,7 @@ def split_pairs(
             f"expected at least 8 rows and swap one of {SWAPS}, got {len(x)} rows and "
             f"swap={swap!r}"
         )
+    check_finite("the sample", {"x": x, "knock": knock})
     generator, half = torch.Generator().manual_seed(seed), len(x) // 2
     mask = _draw_mask(x.shape[1], swap, groups, generator).to(x.device)
     order = torch.randperm(len(x), generator=generator).to(x.device)
@@ -133,7 +134,7 @@ def _choose_bandwidths(
 ) -> tuple[float, ...]:
     if given is not None:
         widths = tuple(float(sigma) for sigma in given)
-        if not widths or min(widths) <= 0:
+        if not widths or not all(0 < width < math.inf for width in widths):
             raise ValueError(f"bandwidths: expected positive numbers, got {widths}")
         return widths
     unit = float((2 * pooled.var(0).sum()).sqrt()) / 8
@@ -223,6 +224,7 @@ def offdiagonal_energy(weight: Tensor, d: Tensor) -> float:
     0. A grouped convolution: give one group's rows at a time. 0 where W D W' vanishes.
     ValueError where d does not fit.
     """
+    check_finite("the map", {"weight": weight, "d": d})
     rows, d = weight.detach().double().flatten(1), d.detach().double().flatten()
     if weight.dim() > 2 and len(d) == weight.shape[1]:
         d = d.repeat_interleave(rows.shape[1] // weight.shape[1])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lib.messages import check_choice
 from lib.scop.controls.gaussian import GaussianKnockoffs, draw_normal, solve_s
+from lib.settings import ABOVE_ZERO, check_float, check_int
 
 CONTROLS = ("exact", "independent", "shuffled", "noise")
 
@@ -30,10 +31,10 @@ def knockoff_threshold(w: Tensor, q: float) -> float:
     """
     # A feature that does not matter wins or loses against its knockoff by a fair coin,
     # so that the losses beyond -t stand for the wins beyond t that are only luck.
-    if w.dim() != 1 or not bool(w.isfinite().all()) or not 0 < q < 1:
-        raise ValueError(
-            f"expected finite w [p] and 0 < q < 1, got {list(w.shape)} and q={q}"
-        )
+    q = check_float("q", q, ABOVE_ZERO, 1.0)
+    if not isinstance(w, Tensor) or w.dim() != 1 or not bool(w.isfinite().all()):
+        shape = list(getattr(w, "shape", ())) or w
+        raise ValueError(f"expected finite w [p] and 0 < q < 1, got {shape} and q={q}")
     w = w.detach().double()
     levels = w[w != 0].abs().unique()
     wrong = (w <= -levels[:, None]).sum(1) + 1
@@ -90,11 +91,9 @@ def simulate_filter(
     (nan for one repetition). ValueError: unknown control, more signals than features.
     """
     check_choice("control", control, CONTROLS)
-    if not 1 <= signals <= p or repetitions < 1:
-        raise ValueError(
-            f"expected 1 <= signals <= p and repetitions >= 1, got signals={signals}, "
-            f"p={p}, repetitions={repetitions}"
-        )
+    repetitions = check_int("repetitions", repetitions, 1)
+    if not 1 <= signals <= p:
+        raise ValueError(f"expected 1 <= signals <= p, got signals={signals}, p={p}")
     draw, rates = _find_control(control, p, rho), []
     for repetition in range(repetitions):
         generator = torch.Generator().manual_seed(1_000_003 * seed + repetition)

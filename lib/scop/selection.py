@@ -24,6 +24,7 @@ from lib import baselines, stages, train
 from lib.data import ImageSet
 from lib.graph import Graph, build_graph
 from lib.kernels import mix_norm_relu
+from lib.messages import check_finite
 from lib.scop.controls.base import Control
 from lib.scop.controls.build import build_control
 from lib.scop.layers import block_layers, find_pairs
@@ -169,7 +170,9 @@ def read_scales(model: nn.Module, betas: dict[str, Tensor]) -> dict[str, Tensor]
     for name, scale in found.items():
         if scale is None:
             raise ValueError(f"'{name}' has no BatchNorm with a scale behind it")
-    return {n: s.detach().abs().to("cpu", torch.float32) for n, s in found.items()}
+    scales = {n: s.detach().abs().to("cpu", torch.float32) for n, s in found.items()}
+    check_finite("the scale", scales)
+    return scales
 
 
 # -- the network while betas are learnt ----------------------------------------------

@@ -8,8 +8,11 @@ aside with the names of what differs when it is another's, and refused when dama
 import hashlib
 import itertools
 import json
+import math
 import os
+import zipfile
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -44,35 +47,57 @@ def digest_identity(identity: dict) -> str:
 def save(path: str | Path | None, identity: dict, **parts) -> None:
     """Write identity and parts (tensors, plain values), whole or not at all.
 
-    Without a path nothing is written.
+    Without a path nothing is written. OSError names the file and the cause.
     """
-    if path is not None:
-        state = {"identity": identity, **parts}
-        paths.write_atomic(path, lambda tmp: torch.save(state, tmp))
+    if path is None:
+        return
+    state = {"identity": identity, **parts}
+
+    def write(tmp: Path) -> None:
+        with open(tmp, "wb") as file:  # torch's own files lose the cause of an error
+            torch.save(state, file)
+
+    paths.write_atomic(path, write)
 
 
 def load(path: str | Path, parts: Iterable[str] = ()) -> dict:
     """Read what `save` wrote, on the CPU; pickled code is never run.
 
     Raises `FileNotFoundError` or `ValueError`, naming the file, where it is missing,
-    damaged, or lacks the identity or one of `parts`.
+    damaged (a single bit is enough), or lacks the identity or one of `parts`.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
+    with reading(path):
+        with zipfile.ZipFile(path) as file:
+            wrong = file.testzip()  # torch does not look at the checksums
+        if wrong is not None:
+            raise ValueError(f"wrong checksum of {wrong}")
         state = torch.load(path, weights_only=True, map_location="cpu")
         lacking = {"identity", *parts} - state.keys()
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise ValueError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}); delete it to "
-            "start afresh"
-        ) from error
+        if not lacking and "rows" in state:
+            _check_rows(state["rows"], state["identity"].get("epochs", math.inf))
     if lacking:
         raise ValueError(
             f"{path}: not a checkpoint of this kind, it lacks {sorted(lacking)}"
         )
     return state
+
+
+def reading(path: str | Path | None) -> AbstractContextManager[None]:
+    """While the content of a checkpoint is put to use: what does not fit names it."""
+    return paths.reading(path, "checkpoint")
+
+
+def _check_rows(rows: list[dict], epochs: float) -> None:
+    """One row per finished epoch, in order, with the time it took."""
+    numbers = [row["epoch"] for row in rows]
+    if numbers != list(range(1, len(rows) + 1)) or len(rows) > epochs:
+        raise ValueError(f"rows of epochs {numbers}, expected 1, 2, ... up to {epochs}")
+    for row in rows:
+        if not row["seconds"] >= 0 or not row["images_per_s"] >= 0:
+            raise ValueError(f"epoch {row['epoch']} has no time of its own")
 
 
 def take_up(

@@ -22,7 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.data import ImageSet, batches, count_batches
 from lib.graph.watch import dtype_of, modes_kept
-from lib.settings import made_with
+from lib.messages import check_finite
+from lib.settings import check_int, made_with
 from lib.train import checkpoint as checkpoints
 from lib.train.progress import Report
 from lib.train.recipe import (
@@ -135,6 +136,7 @@ def evaluate(
 
     Every image counts once, whatever the size of the last batch. The model's device
     and train/eval mode stay; with fewer than 6 classes top5 is 100 by definition.
+    ValueError: outputs that are not numbers, with the tensor that is to blame.
     """
     totals = torch.zeros(3, dtype=torch.float64)
     for output, y in forward(
@@ -142,6 +144,9 @@ def evaluate(
     ):
         totals = totals.to(y.device) + _count_batch(output, y)
     loss, top1, top5 = (totals / len(images)).tolist()
+    if math.isnan(loss):  # every guess is then the first class
+        check_finite("the tensor", _list_floats(model))
+        raise ValueError(f"{images.name}: the outputs of the network are not numbers")
     return {"top1": 100 * top1, "top5": 100 * top5, "loss": loss}
 
 
@@ -195,10 +200,11 @@ def recalibrate(
     The exact average over the batches of one epoch (or of `num_batches`), under the
     training augmentation: plain images give statistics that training never saw. Only
     BatchNorms are put in training mode, weights stay bit-identical. A BatchNorm that
-    does not run keeps what it has; so do all of them if this is interrupted.
+    does not run keeps what it has; so do all of them if this is interrupted, or comes
+    to a statistic that is not finite (ValueError, by name).
     """
-    if num_batches is not None and num_batches < 1:
-        raise ValueError(f"num_batches must be at least 1, got {num_batches}")
+    if num_batches is not None:
+        num_batches = check_int("num_batches", num_batches, 1)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     momenta = {norm: norm.momentum for norm in norms if norm.track_running_stats}
     if not momenta:
@@ -215,6 +221,13 @@ def recalibrate(
             norm.train()
         for x, _ in itertools.islice(stream, num_batches):
             model(x.contiguous(memory_format=layout))
+        check_finite("the tensor", _list_floats(model))
+
+
+def _list_floats(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers that can be NaN, by name."""
+    state = model.state_dict()
+    return {name: value for name, value in state.items() if value.is_floating_point()}
 
 
 @contextmanager
@@ -278,10 +291,11 @@ def _resume(
     state = checkpoints.take_up(checkpoint, identity, PARTS)
     if state is None:
         return [], {}
-    model.load_state_dict(state["model"])
     own = ("lr", "fused", "foreach", "capturable")  # belong to the device, not the run
     groups = [{k: g[k] for k in own if k in g} for g in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
+    with checkpoints.reading(checkpoint):
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
     for group, kept in zip(optimizer.param_groups, groups, strict=True):
         group.update(kept)
     return state["rows"], state.get("made_with", {})

@@ -95,14 +95,10 @@ def _check(entry: Field, value):
     if isinstance(entry.default, tuple):
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{name} must be a tuple of numbers, got {value!r}")
-        return tuple(check_rule(name, _plain(item), rule) for item in value)
+        return tuple(check_rule(name, item, rule) for item in value)
     if value is None and entry.default is None:
         return None
-    return check_rule(name, _plain(value), rule)
-
-
-def _plain(value):
-    return value.item() if hasattr(value, "item") else value
+    return check_rule(name, value, rule)
 
 
 def _show(value) -> str:

@@ -39,7 +39,6 @@ class Options:
     def __post_init__(self):
         for chosen in fields(self):
             value = getattr(self, chosen.name)
-            value = value.item() if hasattr(value, "item") else value
             value = check_rule(chosen.name, value, chosen.metadata["rule"])
             object.__setattr__(self, chosen.name, value)
 
@@ -233,14 +232,9 @@ def take_up(path: Path | None, identity: dict, game: Game) -> bool:
     state = checkpoint.take_up(path, identity, PARTS)
     if state is None:
         return False
-    try:
+    with checkpoint.reading(path):
         game.load_state_dict(state["modules"])
         if game.optimizer:
             game.optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: not a readable checkpoint (its weights do not fit); delete it to "
-            "start afresh"
-        ) from error
     game.arm.rows = list(state["rows"])
     return True
