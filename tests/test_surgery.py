@@ -1334,6 +1334,15 @@ REFUSED = {
         ),
         "ConvTranspose2d",
     ),
+    "fixed filters, a number of them in the code": (
+        lambda: net(
+            forward=lambda s, x: s.b(
+                F.conv2d(s.a(x), torch.ones(8, 1, 3, 3).double() / 9, groups=8)
+            ),
+            **two(),
+        ),
+        "convolution",
+    ),
     "functional convolution": (lambda: net(forward=functional, **two()), "convolution"),
     "channel mean": (
         lambda: net(
