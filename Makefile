@@ -7,8 +7,11 @@ SHELL := bash
 
 PROFILE ?= quick
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+CLUSTER ?=
 ARGS ?=
-RUNS := $(or $(PRUNING_RUNS),data/runs)
+# recipes take these from the environment, where quotes and spaces are only characters
+export PROFILE CORES CLUSTER
+RUNS := "$${PRUNING_RUNS:-data/runs}"
 
 # `python3` of a Jupyter kernel, `papermill` of a rule: those of .venv, always
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -19,17 +22,18 @@ help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | \
 	  while IFS=$$'\t' read -r name text; do \
 	    printf '  make %-10s %s\n' "$$name" "$$text"; done
-	@echo '  PROFILE=quick|cifar10_cpu  CORES=processors to use'
+	@echo '  PROFILE=quick|cifar10_cpu  CORES=processors to use  CLUSTER=slurm'
 	@echo '  ARGS="more arguments"  PYTHON=the Python that .venv is made with'
 
 venv:
 	@.ci/setup
 
 reproduce: venv  ## run a profile (PROFILE=quick) and print its table; resumes
-	@.venv/bin/python .ci/reproduce.py $(PROFILE) --cores $(CORES) $(ARGS)
+	@.venv/bin/python .ci/reproduce.py "$$PROFILE" \
+	  $(if $(CLUSTER),--cluster "$$CLUSTER",--cores "$$CORES") $(ARGS)
 
 publish: venv  ## copy a finished profile's figures and rows to where they are committed
-	@.venv/bin/python -m lib.report --profile $(PROFILE) --publish
+	@.venv/bin/python -m lib.report --profile "$$PROFILE" --publish
 
 readme: venv  ## write the measured parts of README.md from the committed rows
 	@.venv/bin/python .ci/readme.py
@@ -58,7 +62,7 @@ lab: venv  ## open the notebooks in JupyterLab
 test: venv  ## unit tests, and every committed notebook against its outputs
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
 	PRUNING_RUNS=$$runs TQDM_DISABLE=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
-	  .venv/bin/python -m pytest -q -n $(CORES) --no-loadscope-reorder \
+	  .venv/bin/python -m pytest -q -n "$$CORES" --no-loadscope-reorder \
 	  tests notebooks --ignore=tests/benchmarks --nbval-lax --nbval-current-env \
 	  --nbval-cell-timeout=600 --nbval-kernel-startup-timeout=120 \
 	  $(if $(MAKE_TERMOUT),,--color=no) $(ARGS)
@@ -80,7 +84,7 @@ environment: venv  ## versions and device, for a report of a fault
 # committed notebooks are executed ones: in order, from nothing, without run metadata;
 # `make publish` then copies their figures
 notebooks: venv  ## execute the notebooks anew, in place, as they are committed
-	@rm -rf '$(RUNS)/quick'; for book in notebooks/[0-9]*.ipynb; do \
+	@rm -rf $(RUNS)/quick; for book in notebooks/[0-9]*.ipynb; do \
 	  echo "$$book"; TQDM_DISABLE=1 papermill "$$book" "$$book" -k python3 \
 	    --no-progress-bar --log-level ERROR || exit 1; done
 	@$(MAKE) --no-print-directory strip
@@ -92,9 +96,10 @@ strip:  # what differs from one execution to the next
 
 lock:  ## write requirements.lock anew from pyproject.toml (needs uv)
 	@uv pip compile pyproject.toml --extra test --extra bench --extra deploy --extra book \
-	  --extra gpu --universal --python-version 3.11 --fork-strategy fewest --no-header \
+	  --extra gpu --extra cluster --universal --python-version 3.11 \
+	  --fork-strategy fewest --no-header \
 	  --no-annotate --no-emit-index-url --quiet -o requirements.lock
 
 clean:  ## forget the runs of a profile (PROFILE=quick); data sets stay
-	@case '$(PROFILE)' in ''|*/*|.*) echo 'clean: PROFILE must be a name'; exit 1;; esac
-	rm -rf '$(RUNS)/$(PROFILE)'
+	@case "$$PROFILE" in ''|*/*|.*) echo 'clean: PROFILE must be a name'; exit 1;; esac; \
+	  echo "removing" $(RUNS)"/$$PROFILE"; rm -rf -- $(RUNS)/"$$PROFILE"

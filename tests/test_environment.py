@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import importlib.util
-import io
 import json
 import os
 import re
@@ -28,7 +27,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 LINES = [*PROJECT["dependencies"], *(line for e in EXTRAS.values() for line in e)]
 ALL = [Requirement(line) for line in LINES]
-REPRODUCE = ROOT / ".ci/reproduce.py"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -102,8 +100,7 @@ def test_installed_version_is_the_locked_one(dependency):
     try:
         installed = importlib.metadata.version(dependency.name)
     except importlib.metadata.PackageNotFoundError:
-        extras = ("bench", "book", "deploy", "gpu")
-        optional = [line for extra in extras for line in EXTRAS[extra]]
+        optional = [line for e in EXTRAS if e != "test" for line in EXTRAS[e]]
         assert str(dependency) in {str(Requirement(line)) for line in optional}
         pytest.skip(f"{dependency.name} is optional and not installed")
     pins = [pin for pin in find_pins(dependency.name) if not pin.marker
@@ -192,60 +189,6 @@ def test_ci_runs_the_documented_test_command():
 def test_notebook_names_the_kernel_of_the_environment(notebook):
     metadata = json.loads(notebook.read_text(encoding="utf-8"))["metadata"]
     assert metadata["kernelspec"]["name"] == "python3"
-
-
-# ---- .ci/reproduce.py ----
-
-SNAKEMAKE_SAYS = """Building DAG of jobs...
-[today]
-localrule score:
-    input: notebooks/11_scop.ipynb
-    output: data/runs/quick/scop.json
-    log: data/runs/quick/11_scop.ipynb
-    jobid: 1
-noise of the notebook
-2 of 9 steps (22%) done
-Error in rule score:
-    jobid: 1
-    log: data/runs/quick/11_scop.ipynb (check log file(s) for error details)
-"""
-
-
-def load_reproduce(monkeypatch, runs: Path):
-    monkeypatch.setenv("PRUNING_RUNS", str(runs))
-    return load_script("reproduce.py")
-
-
-def test_reproduce_shows_steps_and_names_failed_notebooks(
-    tmp_path, monkeypatch, capsys
-):
-    reproduce = load_reproduce(monkeypatch, tmp_path)
-    everything = io.StringIO()
-    failed = reproduce.follow(SNAKEMAKE_SAYS.splitlines(keepends=True), everything)
-    assert failed == ["data/runs/quick/11_scop.ipynb"]
-    assert everything.getvalue() == SNAKEMAKE_SAYS
-    assert capsys.readouterr().out.splitlines() == [
-        "  running data/runs/quick/11_scop.ipynb",
-        "2 of 9 steps (22%) done after 0:00",
-    ]
-
-
-def test_reproduce_quotes_the_error_of_a_notebook(tmp_path, monkeypatch):
-    reproduce = load_reproduce(monkeypatch, tmp_path)
-    error = {"output_type": "error", "ename": "ValueError", "evalue": "bad\nmore"}
-    notebook = tmp_path / "failed.ipynb"
-    notebook.write_text(json.dumps({"cells": [{"outputs": [error]}, {}]}))
-    assert reproduce.last_error(notebook) == "ValueError: bad"
-    assert reproduce.last_error(tmp_path / "none.ipynb") == "it did not start"
-
-
-def test_reproduce_runs_once_at_a_time(tmp_path, monkeypatch):
-    lock = load_reproduce(monkeypatch, tmp_path).take_lock()
-    second = subprocess.run([sys.executable, REPRODUCE, "quick"], text=True,
-                            capture_output=True, timeout=60)  # fmt: skip
-    lock.close()
-    assert second.returncode == 1 and "another `make reproduce`" in second.stderr
-    assert len(second.stderr.splitlines()) == 1
 
 
 # ---- .ci/setup, with a Python and a pip that only pretend ----

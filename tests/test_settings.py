@@ -399,7 +399,7 @@ def workflow(tmp_path_factory):
     copy.edit("notebooks/00_start_here.ipynb", "unlucky", "unhappy")
     copy.edit(".ci/staleness.py", "return {", "print('hashed'); return {")
     told = json.dumps(dict.fromkeys(BOOKS, "told"))
-    job = ["--mode", "remote", "--target-jobs", "toy_00_start_here:", "--dry-run"]
+    job = ["--mode", "remote", "--target-jobs", "00_start_here:tag=", "--dry-run"]
     started = copy.start("toy", *job, PRUNING_CODE=told)
     plan = copy.start("toy", "--dry-run", "--printshellcmds", PRUNING_CODE=told)
     done["changed"], done["job"] = wait(plan), wait(started)
