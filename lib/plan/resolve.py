@@ -44,11 +44,25 @@ def resolve(
     left = _list_left(plan, graph.rows)
     rows = {name: units.index_select(0, graph.rows[name]) for name in left}
     for name in left if check else ():
-        for side, kept in (("make", rows[name]), ("read", units[graph.columns[name]])):
-            if not bool(kept.any()):
-                raise ValueError(f"plan: '{name}' would {side} no channel at all")
+        _check_layer(graph, name, rows[name], units[graph.columns[name]])
     rows |= {name: marks[name] for name in plan.scatter}
     return Kept(units, rows, frozenset(plan.scatter), tuple(plan.drop))
+
+
+def _check_layer(graph: Graph, name: str, makes: Tensor, reads: Tensor) -> None:
+    """Something is left to make and to read, as much in each group of channels."""
+    layer = graph.layers[name]
+    for side, kept in (("make", makes), ("read", reads)):
+        if not bool(kept.any()):
+            raise ValueError(f"plan: '{name}' would {side} no channel at all")
+        if layer.groups == 1 or layer.depthwise:
+            continue
+        counts = kept.view(layer.groups, -1).sum(1).tolist()
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"plan: '{name}' is grouped and would {side} {counts} channels in its "
+                "groups; they must be as many in each"
+            )
 
 
 def _mark(kept: list[int], size: int) -> Tensor:
