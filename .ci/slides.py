@@ -80,9 +80,9 @@ def _count_lines(block):
 
 def _show_text(cell, source):
     tag = course.tag_of(cell)
-    if tag == "answer":
-        return [NOTES.format(cell.source)]
     text = source.relink(UNLINKED.sub(r"\1", cell.source), FOLDER)
+    if tag == "answer":
+        return [NOTES.format(text)]
     if tag:
         shown = course.DETAILS.sub("", text)
         return [shown, NOTES.format(text)] if shown != text else [shown]

@@ -106,6 +106,9 @@ def test_slides_show_first_sentences_and_keep_the_rest_for_the_speaker(tmp_path)
     cells.cells[1].source = "settings.check()"
     cells.cells.insert(2, new_code_cell("short()\n" * 3))
     cells.cells.insert(3, new_code_cell("long()\n" * 30))
+    for cell in cells.cells:  # links lead to pages of slides, in the notes too
+        link = "Therefore [b](40_comparison.ipynb)"
+        cell.source = cell.source.replace("Therefore", link)
     page = slides_of.make_page(cells, "10_a", book.Source(tmp_path, ".md"))
     shown = re.sub(r"<aside.*?</aside>", "", page, flags=re.DOTALL)
     for text in (
@@ -118,6 +121,7 @@ def test_slides_show_first_sentences_and_keep_the_rest_for_the_speaker(tmp_path)
         assert text in shown
     for text in ("Not shown.", "Therefore", "as a is not"):
         assert text in page and text not in shown
+    assert "(40_comparison.md)" in page and ".ipynb" not in page
     assert "long()" not in page and "2 * x" not in page and "assert" not in page
     assert page.count("revealjs-break") == 4  # one for each exercise and question
 
