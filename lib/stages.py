@@ -151,8 +151,7 @@ def recover(
     With `scratch` the shrunk network starts from new random weights, drawn from the
     recipe's seed: what the small architecture is worth without the large one's weights.
     A recipe with `distill` has `model` as its teacher. `curve` also measures the
-    validation images, before and after every epoch. `graph`: that of `model`, where it
-    is at hand.
+    validation images, before and after every epoch. `graph`: that of `model`, if known.
     """
     recipe = _at_side(recipe, plan.resolution)
     length = f"{recipe.epochs}epochs"

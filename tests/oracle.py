@@ -19,6 +19,17 @@ from lib.surgery.movers import Gate
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
+class Dense(nn.Module):
+    """A dense layer: it adds four channels to those it reads."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, 4, 3, padding=1)
+
+    def forward(self, x):
+        return torch.cat([x, self.conv(x).relu()], 1)
+
+
 def roughen(model: nn.Module, seed: int = 0, *, neutral: bool = False) -> nn.Module:
     """Random BatchNorm scales, shifts and statistics, and random biases, in place.
 

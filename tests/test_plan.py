@@ -505,6 +505,10 @@ def test_skip_fixed_leaves_what_cannot_go_and_says_so():
         plans.from_scores(model, {"0": scores["0"]}, shape, rate=0.5)
     with pytest.warns(UserWarning, match="4 scored layers stay whole.*'2'.*prunable"):
         plan = plans.from_scores(model, scores, shape, rate=0.5, skip_fixed=True)
+    rates = dict.fromkeys(scores, 0.5)  # also of layers that then stay
+    with pytest.warns(UserWarning, match="4 scored layers stay whole"):
+        again = plans.from_scores(model, scores, shape, rate=rates, skip_fixed=True)
+    assert again == plan
     assert plan.keep.keys() == {"4"} and len(plan.keep["4"]) == 3
     wrong = {"4": scores["4"], "44": scores["4"]}
     with pytest.raises(ValueError, match="no layer '44'"):

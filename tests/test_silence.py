@@ -137,16 +137,8 @@ def test_channels_added_to_constants_stay_in_the_tensor():
 
 
 def test_a_dense_layer_that_a_normalisation_reads_is_not_dropped():
-    class Dense(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = conv(8, 4)
-
-        def forward(self, x):
-            return torch.cat([x, self.conv(x)], 1)
-
     forward = lambda s, x: s.c(s.n(s.d(s.a(x))))  # noqa: E731
-    parts = {"d": Dense(), "c": conv(12, 8)}
+    parts = {"d": oracle.Dense(8), "c": conv(12, 8)}
     free = net(forward, n=nn.ReLU(), **parts)
     assert surgery.droppable(free, SHAPE) == ["d"]
     whole = net(forward, n=nn.GroupNorm(3, 12), **parts)  # a module of its own: zeros

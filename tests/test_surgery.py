@@ -1439,18 +1439,14 @@ def test_scatter_needs_an_addition():
 
 
 def test_a_dropped_block_may_not_empty_one_group_of_a_later_convolution():
-    class Grown(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = conv(8, 4)
-
-        def forward(self, x):
-            return torch.cat([x, self.conv(x)], 1)
-
     model = net(
         forward=lambda s, x: s.e(s.n(s.c(s.n(s.grown(s.a(x)))))),
-        a=conv(3, 8), grown=Grown(), n=bn(12), c=conv(12, 12), e=conv(12, 8, groups=2),
-    )  # fmt: skip
+        a=conv(3, 8),
+        grown=oracle.Dense(8),
+        n=bn(12),
+        c=conv(12, 12),
+        e=conv(12, 8, groups=2),
+    )
     plan = Plan(drop=["grown"])
     for act in (surgery.shrink, surgery.mask):
         with pytest.raises(ValueError, match=r"'e' is grouped .* \[6, 2\]"):

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from lib import cost
 from lib.graph import Graph, Group, build_graph, list_prunable
-from lib.messages import suggest
 from lib.plan.record import Plan
 from lib.plan.requests import (
     Rate,
     Scores,
     Timetable,
     check_manner,
+    check_rates,
     check_request,
     check_scores,
 )
@@ -70,12 +70,11 @@ def from_scores(
     """
     check_request(rate, macs, latency, table, scope)
     check_manner(residual, multiple)
+    check_rates(rate, scores)
     graph = graph or build_graph(model, input_shape)
     if skip_fixed:
         scores = _leave_fixed(graph, scores, model, residual)
     check_scores(graph, scores, model)
-    for name in rate.keys() - scores.keys() if isinstance(rate, Mapping) else ():
-        raise ValueError(f"rate: '{name}' has no scores{suggest(name, scores)}")
     pools = _make_pools(graph, scores, residual, multiple)
     if macs is None and latency is None:
         removed = _meet_rate(pools, rate, scope)

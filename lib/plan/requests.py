@@ -48,6 +48,14 @@ def check_manner(residual: str, multiple: int) -> None:
         raise ValueError(f"multiple must be a positive int, got {multiple!r}")
 
 
+def check_rates(rate: Rate | None, scores: Scores) -> None:
+    """`ValueError` for a rate of a layer that has no scores."""
+    if not isinstance(rate, Mapping) or not isinstance(scores, Mapping):
+        return
+    for name in rate.keys() - scores.keys():
+        raise ValueError(f"rate: '{name}' has no scores{suggest(name, scores)}")
+
+
 def _refuse_name(graph: Graph, name: str, model: nn.Module) -> None:
     module = dict(model.named_modules()).get(name)
     if module is None:
