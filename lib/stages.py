@@ -154,9 +154,8 @@ def recover(
     validation images, before and after every epoch. `graph`: that of `model`, if known.
     """
     recipe = _at_side(recipe, plan.resolution)
-    length = f"{recipe.epochs}epochs"
-    tag = "-".join([method, *map(str, extra.values()), length, f"seed{recipe.seed}"])
-    folder = run_folder(f"{run}/{tag}")
+    tag = "-".join([method, *map(str, extra.values()), f"{recipe.epochs}epochs"])
+    folder = run_folder(f"{run}/{tag}-seed{recipe.seed}")
     plan.save(folder / "plan.json")
     small = _start_from(model, plan, sets.train, recipe, graph, scratch)
 

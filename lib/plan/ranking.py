@@ -64,9 +64,7 @@ def from_scores(
     Raises `ValueError` for scores that fit no layer, are not finite or belong to fixed
     channels; with `skip_fixed` such layers stay whole, and a warning says how many and
     why (`surgery.prunable` lists all). Warns when nothing is removed. `graph`: that of
-    `build_graph(model, input_shape)`, if known.
-
-    Step by step in notebooks/02_surgery.ipynb.
+    `build_graph(model, input_shape)`, if known. In steps: notebooks/02_surgery.ipynb.
     """
     check_request(rate, macs, latency, table, scope)
     check_manner(residual, multiple)
