@@ -20,6 +20,7 @@ SLOW = [
     "22_nisp_pruning",
     "02_surgery",
     "40_comparison",
+    "test_own_images",
     "50_latency",
     "03_criteria",
     "11_scop_selection",
