@@ -3,6 +3,7 @@
 import hashlib
 import io
 import math
+import re
 import urllib.error
 import warnings
 from email.message import Message
@@ -371,27 +372,83 @@ def test_three_channels_keep_the_weights_as_drawn():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def save_published(monkeypatch, folder, net, weights, digest=None) -> Path:
+    """A file as torchvision publishes them: its name ends in its own digest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(net.state_dict(), folder / "net.pth")
+    digest = digest or hashlib.sha256((folder / "net.pth").read_bytes()).hexdigest()
+    file = (folder / "net.pth").rename(folder / f"net-{digest[:8]}.pth")
+    monkeypatch.setattr(weights.value, "url", f"https://made.up/models/{file.name}")
+    return file
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """Where torch keeps weights, without a network."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("PRUNING_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    answer(monkeypatch, urllib.error.URLError("no route"))
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3", "squeezenet1_1"])
-def test_torchvision_weights(name, monkeypatch):
+def test_torchvision_weights(name, hub, monkeypatch):
     options = {"aux_logits": True, "init_weights": False}
     options = options if name != "squeezenet1_1" else {}
-    state = models.build(name, num_classes=1000, **options).state_dict()
-    cls = torchvision.models.get_model_weights(name)
-    monkeypatch.setattr(cls, "get_state_dict", lambda *args, **kwargs: state)
+    trained = models.build(name, num_classes=1000, **options)
+    save_published(monkeypatch, hub, trained, models.find_weights(name))
     net = models.build(name, num_classes=1000, pretrained=True)
-    own = net.state_dict()
+    own, state = net.state_dict(), trained.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in own.items())
     assert not any(key.lower().startswith("aux") for key in own)
 
 
-def test_torchvision_weights_without_network(monkeypatch):
-    def fail(*args, **kwargs):
-        raise urllib.error.URLError("no route")
+@pytest.mark.parametrize("place", ["torch", "data"])
+def test_torchvision_weights_by_name_and_digest(place, hub, tmp_path, monkeypatch):
+    folder = hub if place == "torch" else tmp_path / "data" / "weights"
+    name = "SqueezeNet1_1_Weights.IMAGENET1K_V1"
+    trained = torchvision.models.squeezenet1_1()
+    weights = models.find_weights("squeezenet1_1", name)
+    assert weights is models.find_weights("squeezenet1_1", "IMAGENET1K_V1")
+    file = save_published(monkeypatch, folder, trained, weights)
+    net = models.build("squeezenet1_1", num_classes=1000, pretrained=name)
+    pairs = zip(net.state_dict().values(), trained.state_dict().values(), strict=True)
+    assert all(torch.equal(own, state) for own, state in pairs)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    digest = file.stem.rpartition("-")[2]
+    expected = f"{file}: SHA-256 should be {digest}, found (?!{digest})[0-9a-f]{{8}}$"
+    with pytest.raises(ValueError, match=expected):
+        models.build("squeezenet1_1", num_classes=1000, pretrained=name)
 
-    cls = torchvision.models.get_model_weights("resnet18")
-    monkeypatch.setattr(cls, "get_state_dict", fail)
-    with pytest.raises(FileNotFoundError, match=r"resnet18: .*\.pth .*no route.*put"):
+
+def test_every_published_file_of_torchvision_tells_its_digest():
+    for name in torchvision.models.list_models(module=torchvision.models):
+        for known in torchvision.models.get_model_weights(name):
+            assert re.search(r"-[0-9a-f]{8,}\.pth$", known.url), known
+
+
+def test_torchvision_weights_without_network(hub):
+    expected = rf"{hub}/resnet18-\S+\.pth: no such file, and .*no route.*put it there"
+    with pytest.raises(FileNotFoundError, match=expected):
         models.build("resnet18", num_classes=1000, pretrained=True)
+    assert not list(hub.glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("net", "which", "expected"),
+    [
+        ("resnet18", "IMAGENET1K_V7", "resnet18: weights 'IMAGENET1K_V7' is unknown"),
+        ("resnet18", "ResNet50_Weights.IMAGENET1K_V1", "mean 'ResNet18_Weights.IMAGEN"),
+        ("resnet20", "IMAGENET1K_V1", "resnet20 has one file of weights: pretrained=T"),
+    ],
+)
+def test_weights_of_another_net_are_refused(net, which, expected):
+    classes = 10 if net == "resnet20" else 1000
+    with pytest.raises(ValueError, match=expected):
+        models.build(net, num_classes=classes, pretrained=which)
 
 
 # --- refusals -----------------------------------------------------------------------

@@ -13,3 +13,4 @@ from lib.models.registry import names as names
 from lib.models.resnet import BasicBlock as BasicBlock
 from lib.models.resnet import CifarResNet as CifarResNet
 from lib.models.resnet import PadShortcut as PadShortcut
+from lib.models.vision import find_weights as find_weights

@@ -66,7 +66,7 @@ def build(
     *,
     num_classes: int = 10,
     in_channels: int = 3,
-    pretrained: bool = False,
+    pretrained: bool | str = False,
     image_size: int | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -75,7 +75,9 @@ def build(
     `image_size` (pixels) sets the input size where a net's first linear layer fixes it
     and is checked for all; `None` is the published size, see `input_shape`. `options`
     go on to the net. Weights start from torch's global generator, or with `pretrained`
-    are the published ones: CIFAR-10 for resnet20/32/56, ImageNet for torchvision's.
+    are the published ones: CIFAR-10 for resnet20/32/56, ImageNet for torchvision's,
+    of which a name chooses (`pretrained="ResNet18_Weights.IMAGENET1K_V1"`, else the
+    DEFAULT).
 
     Raises ValueError on an unknown name or option, a number below 1, a size that the
     net cannot take (naming the smallest it can), `pretrained` where nothing was
@@ -95,8 +97,10 @@ def build(
     if not pretrained:
         return call(builder, image_size, options)
     check_pretrained(name, num_classes, in_channels)
+    if isinstance(pretrained, str) and name in BUILDERS:
+        raise ValueError(f"{name} has one file of weights: pretrained=True")
     if name not in BUILDERS:
-        return call(builder, image_size, options | {"pretrained": True})
+        return call(builder, image_size, options | {"pretrained": pretrained})
     net = call(builder, image_size, options)
     net.load_state_dict(weights.load_weights(name))
     return net

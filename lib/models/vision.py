@@ -1,14 +1,19 @@
 """torchvision's classification nets by name, and MobileNetV2 with strides for CIFAR."""
 
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
+from unittest import mock
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
+from lib import paths
+from lib.messages import check_known
 from lib.models.layers import set_input_channels
+from lib.models.weights import download, read_checked
 
 # expansion, channels, blocks, stride (Sandler et al. 2018, table 2); the 24-channel
 # stage keeps the size, as usual at 32 pixels
@@ -41,7 +46,7 @@ def build_torchvision(
     num_classes: int,
     in_channels: int,
     image_size: int | None = None,
-    pretrained: bool = False,
+    pretrained: bool | str = False,
     **options: Any,
 ) -> nn.Module:
     """The torchvision net `name`, `[N, in_channels, H, W]` to `[N, num_classes]`.
@@ -57,7 +62,7 @@ def build_torchvision(
     if name.startswith("maxvit_"):
         options.setdefault("input_size", (side, side))
     if pretrained:
-        return load_published(name, num_classes=num_classes, **options)
+        return load_published(name, pretrained, num_classes=num_classes, **options)
     if name in WITH_AUXILIARY_HEADS:
         # torchvision warns about, and only when told applies, their initialisation.
         options = {"init_weights": True, "aux_logits": False} | options
@@ -66,24 +71,52 @@ def build_torchvision(
     return net
 
 
-def load_published(name: str, **options: Any) -> nn.Module:
-    """`name` with torchvision's DEFAULT weights; without network, one readable line."""
-    weights = torchvision.models.get_model_weights(name).DEFAULT
+def find_weights(name: str, which: bool | str = True) -> Any:
+    """torchvision's weights of the net `name`: True is its DEFAULT, or by their name.
+
+    `ResNet18_Weights.IMAGENET1K_V1` or the part behind the dot. What they were
+    evaluated with is `.transforms()`. ValueError for another name.
+    """
+    known = torchvision.models.get_model_weights(name)
+    if which is True:
+        return known.DEFAULT
+    names = [*known.__members__, *(f"{known.__name__}.{n}" for n in known.__members__)]
+    check_known(f"{name}: weights", [str(which)], names)
+    return known[str(which).rpartition(".")[2]]
+
+
+def load_published(name: str, which: bool | str = True, **options: Any) -> nn.Module:
+    """`name` with torchvision's weights, see `find_weights` and `read_published`."""
+    weights = find_weights(name, which)
     heads = options.get("aux_logits", False)
     if not heads:
         # torchvision loads them in any case, and refuses to be told otherwise.
         options.pop("aux_logits", None)
-    try:
+    state = read_published(weights)
+    # Its builders know what else goes with weights, but check only what they download.
+    with mock.patch.object(type(weights), "get_state_dict", lambda *_, **__: state):
         net = torchvision.models.get_model(name, weights=weights, **options)
-    except (URLError, TimeoutError, ConnectionError) as error:
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise FileNotFoundError(
-            f"{name}: no weights, and {weights.url} did not answer ({error}); "
-            f"put that file into {folder}"
-        ) from None
     if name == "inception_v3" and not heads:
         net.aux_logits, net.AuxLogits = False, None
     return net
+
+
+def read_published(weights: Any) -> dict[str, Tensor]:
+    """The state dict of torchvision's weights; its digest is in the file's name.
+
+    Looked for where torch keeps them (`TORCH_HOME`) and in `<data root>/weights`, else
+    fetched to the former. ValueError on a wrong digest, FileNotFoundError where the
+    file can be neither found nor fetched; one line that names it.
+    """
+    file = weights.url.rpartition("/")[2]
+    folders = [Path(torch.hub.get_dir()) / "checkpoints"]
+    with suppress(ValueError):  # no checkout, so no data root
+        folders.append(paths.data_root() / "weights")
+    (digest,) = re.findall(r"-([0-9a-f]{8,})\.pth$", file)
+    found = [folder / file for folder in folders if (folder / file).is_file()]
+    if not found:
+        download(weights.url, folders[0] / file, digest)
+    return read_checked((found or [folders[0] / file])[0], digest)
 
 
 def build_mobilenet(
