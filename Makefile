@@ -3,14 +3,15 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help venv reproduce publish readme drawings course grade book slides lab test \
-  bench check environment notebooks strip lock clean
+  bench gpu check environment notebooks strip lock clean
 
 PROFILE ?= quick
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 CLUSTER ?=
+MINUTES ?= 25
 ARGS ?=
 # recipes take these from the environment, where quotes and spaces are only characters
-export PROFILE CORES CLUSTER
+export PROFILE CORES CLUSTER MINUTES
 RUNS := "$${PRUNING_RUNS:-data/runs}"
 
 # `python3` of a Jupyter kernel, `papermill` of a rule: those of .venv, always
@@ -71,6 +72,11 @@ bench:  ## speed and comparison scripts in tests/benchmarks
 	@.ci/setup bench
 	@for script in tests/benchmarks/[a-z]*.py; do \
 	  echo "== $$script"; .venv/bin/python "$$script" $(ARGS) || exit 1; done
+
+# also where there is no more than torch, torchvision and Triton: no venv is made for it
+gpu:  ## checks, times and blocks of the comparison that need a GPU (MINUTES=25)
+	@python=.venv/bin/python; [ -x $$python ] || python=python3; \
+	  $$python tests/gpu/run.py --minutes "$$MINUTES" $(ARGS)
 
 check: venv  ## style, form and types of library, tests and notebooks
 	@ruff check lib tests notebooks .ci

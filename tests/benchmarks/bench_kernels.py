@@ -21,7 +21,6 @@ import sys
 import time
 from pathlib import Path
 
-import pandas as pd
 import torch
 from _gpu import find_bandwidth, find_peak, time_on_gpu
 from torch import Tensor, nn
@@ -91,20 +90,30 @@ def make_step(function, leaves: list[Tensor], grad: Tensor | None):
 
 
 def report(title: str, calls: dict, rounds: int, device: str, moved: dict, peak: float):
-    """moved: bytes of a call on paper. peak: bandwidth of the device in GB/s."""
+    """Print and give back a row for each version of a call.
+
+    moved: bytes of a call on paper. peak: bandwidth of the device in GB/s.
+    """
     print(f"\n{title}")
-    found = clock(calls, rounds, device)
+    found, rows = clock(calls, rounds, device), []
     for name, spent in found.items():
+        row = {"call": title, "version": name, "ms": spent}
         line = f"  {name:14} {spent:9.3f} ms   {found['plain'] / spent:5.2f} x plain"
         if name in moved and device == "cuda":
-            rate = moved[name] / spent / 1e6
-            line += f"   {moved[name] / 1e6:8.1f} MB   {rate / peak:4.0%} of bandwidth"
+            row["MB"] = moved[name] / 1e6
+            row["share of bandwidth"] = row["MB"] / spent / peak
+            line += f"   {row['MB']:8.1f} MB"
+            line += f"   {row['share of bandwidth']:4.0%} of bandwidth"
         if device == "cuda":
-            line += f"   peak {find_peak(calls[name]):8.1f} MiB"
+            row["peak MiB"] = find_peak(calls[name])
+            line += f"   peak {row['peak MiB']:8.1f} MiB"
         print(line)
+        rows.append(row)
+    return rows
 
 
-def bench_mix(shapes: dict, rounds: int, device: str, peak: float) -> None:
+def bench_mix(shapes: dict, rounds: int, device: str, peak: float) -> list[dict]:
+    rows = []
     for name, (shape, dtype) in shapes.items():
         x = torch.randn(shape, device=device).to(dtype)
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -125,10 +134,13 @@ def bench_mix(shapes: dict, rounds: int, device: str, peak: float) -> None:
         size = x.numel() * x.element_size()
         # reads: x twice; x and its gradient twice. writes: y, the gradient to x
         moved = {"ours, triton": 8 * size}
-        report(f"mix_norm_relu, {name}, {dtype}", calls, rounds, device, moved, peak)
+        title = f"mix_norm_relu, {name}, {dtype}"
+        rows += report(title, calls, rounds, device, moved, peak)
+    return rows
 
 
-def bench_mmd2(samples: list, rounds: int, device: str, peak: float) -> None:
+def bench_mmd2(samples: list, rounds: int, device: str, peak: float) -> list[dict]:
+    rows = []
     for n, d in samples:
         x, y = (torch.randn(n, d, device=device, requires_grad=True) for _ in "xy")
         widths = [s * (2 * d) ** 0.5 for s in BANDWIDTHS]
@@ -144,10 +156,11 @@ def bench_mmd2(samples: list, rounds: int, device: str, peak: float) -> None:
             calls["torch.compile"] = make_step(torch.compile(plain), [x, y], None)
         calls[f"ours, {backend(x)}"] = make_step(ours, [x, y], None)
         title = f"mmd2, n = m = {n}, d = {d}, {len(widths)} bandwidths, float32"
-        report(title, calls, rounds, device, {}, peak)
+        rows += report(title, calls, rounds, device, {}, peak)
         if backend(x) == "triton":
             work = 5 * (2 * n) ** 2 * d / 1e9  # half a product forward, two backward
             print(f"  Triton does {work:.1f} GFLOP of products without tensor cores")
+    return rows
 
 
 def measure_large(version: str, passes: str) -> None:
@@ -176,6 +189,8 @@ def measure_large(version: str, passes: str) -> None:
 
 def bench_large(threads: int) -> None:
     """Both versions, forward and with gradients, into mmd.csv."""
+    import pandas as pd
+
     rows = []
     for passes in ("forward", "forward + backward"):
         for version in ("plain", "tiled"):
