@@ -63,13 +63,8 @@ def check_file(path):
 
 def count_runs(changes):
     """How many runs one notebook's part of a profile asks for."""
-    rules = settings.PARAMETERS
-    varied = [
-        len(value)
-        for name, value in (changes or {}).items()
-        if isinstance(value, list) and not (name in rules and rules[name].many)
-    ]
-    return math.prod(varied)
+    varied = [v for n, v in (changes or {}).items() if settings.is_varied(n, v)]
+    return math.prod(map(len, varied))
 
 
 def check_folders(profile, runs):

@@ -221,7 +221,8 @@ def read_profile(profile: str, *, threads: int | None = None) -> list[Run]:
     """The runs of `notebooks/params/PROFILE.yaml`, checked.
 
     The file maps notebooks to changed parameters. A list where the notebook declares
-    a single value makes one run per entry. `threads` goes before the profile's own.
+    a single value, or a list of lists where it declares a list (`seeds: [[0], [1]]`),
+    makes one run per entry. `threads` goes before the profile's own.
     Refuses notebooks and parameters that do not exist, naming the nearest, and values
     that `check` would refuse.
     """
@@ -259,20 +260,32 @@ def expand_runs(
     grid = _find_varied(profile, notebook, changes)
     runs = []
     for chosen in itertools.product(*grid.values()):
-        varied = dict(zip(grid, chosen, strict=True))
-        tag = "-".join(f"{name}{value}" for name, value in varied.items())
+        chosen = dict(zip(grid, chosen, strict=True))
+        varied = {n: tuple(v) if isinstance(v, list) else v for n, v in chosen.items()}
+        tag = "-".join(f"{name}{_tell(value)}" for name, value in varied.items())
         run = "/".join(filter(None, [profile, notebook, tag]))
-        values = {**changes, **varied, "run": run}
+        values = {**changes, **chosen, "run": run}
         runs.append(Run(notebook, values, varied, values.get("threads", default)))
     return runs
+
+
+def _tell(value: Any) -> str:
+    """A value in the name of a run; of a list its entries."""
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def is_varied(name: str, value: Any) -> bool:
+    """Whether a profile gives a parameter several values, one for each run."""
+    rule = PARAMETERS.get(name)
+    inner = value[0] if isinstance(value, list) and value else None
+    return isinstance(inner if rule and rule.many else value, list)
 
 
 def _find_varied(profile: str, notebook: str, changes: dict) -> dict[str, list]:
     """The parameters that take several values; every value is checked on the way."""
     grid = {}
     for name, value in changes.items():
-        rule = PARAMETERS.get(name)
-        if not isinstance(value, list) or (rule and rule.many):
+        if not is_varied(name, value):
             check_value(name, value)
             continue
         grid[name] = [check_value(name, item) for item in value]

@@ -530,6 +530,14 @@ def test_runs_wait_for_those_that_vary_with_the_same_values(varied):
         assert len(found) == len(expected) and all(x in expected for x in found)
 
 
+def test_lists_of_lists_wait_for_their_own(books):
+    books(b"01_first: {rates: [[0.1, 0.2], [0.3]]}\n02_second: {rates: [[0.3]]}")
+    runs = plan.read_runs("toy")
+    (first,) = plan.Needs(runs, {"02_second": ["01_first"]}).of(runs[2])
+    assert first.folder.name == "rates0.3"
+    assert plan.count_runs({"rates": [[0.1, 0.2], [0.3]], "seed": [0, 1]}) == 4
+
+
 def make_runs(book, count, name):
     return [settings.Run(book, {}, {name: i}) for i in range(count)]
 

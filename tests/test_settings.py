@@ -169,7 +169,26 @@ def test_two_lists_make_a_grid(books, tmp_path):
     assert len(set(names)) == 6 and "toy/01_first/seed1-lr0.01" in names
 
 
+def test_a_list_of_lists_makes_a_run_of_each(books, tmp_path):
+    write_notebook(tmp_path / "02_second.ipynb", "run = 'x'\nrates = [0.5]\nseed = 0")
+    books(
+        "01_first: {rates: [[0.1, 0.2], [0.3]], seed: [0, 1]}\n"
+        "02_second: {rates: [[0.3], [0.1, 0.2]]}\n"
+    )
+    runs = settings.read_profile("toy")
+    names = [f"rates0.1+0.2-seed{s}" for s in "01"] + [
+        f"rates0.3-seed{s}" for s in "01"
+    ]
+    assert [run.folder.name for run in runs[:4]] == names
+    assert [run.parameters["rates"] for run in runs[:4]] == 2 * [[0.1, 0.2]] + 2 * [
+        [0.3]
+    ]
+
+
 REFUSED = [
+    ("01_first: {rates: [[0.1], [0.1]]}", r"needs different values of 'rates'"),
+    ("01_first: {rates: [[0.1], 0.2]}", r"rates must be a list with an entry, got 0.2"),
+    ("01_first: {rates: [[0.1], [7]]}", r"rates must lie in"),
     ("01_first: {sed: 1}", r"toy: in 01_first parameter 'sed' is unknown.*mean 'seed'"),
     ("01_frist: {}", r"toy: notebook '01_frist' is unknown; .* '01_first'"),
     ("01_first: {seed: -1}", r"seed must lie in"),
