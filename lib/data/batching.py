@@ -1,7 +1,8 @@
 """Batches drawn from an image set: cropped, flipped, normalised, resized as a whole.
 
-No per-image Python and no worker processes. Every random choice of an epoch comes from
-`(seed, epoch)` alone, so a resumed run sees the batches it would have seen.
+For a set in memory no per-image Python and no worker processes. Every random choice of
+an epoch comes from `(seed, epoch)` alone, so a resumed run sees the batches it would have
+seen.
 """
 
 from collections.abc import Iterator
@@ -37,19 +38,23 @@ def batches(
     dtype: torch.dtype = torch.float32,
     drop_last: bool | None = None,
     augment: bool | None = None,
+    start: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Iterate over one epoch: x [B, C, h, w] normalised, channels_last, and y [B].
 
     train: shuffle, zero-padded random crop, random flip, and drop the last partial
     batch (unless it is the only one); otherwise in order, unchanged, to the last image.
-    `augment` and `drop_last` override those defaults. resolution: bilinear,
+    `augment` and `drop_last` override those defaults. start: the batch to begin with;
+    nothing is read or decoded of those before. resolution: bilinear,
     antialiased resize to a square of that many pixels; None or the native size is no
     resize. The order and every crop depend on (seed, epoch) only, not on the batch
-    size or the device; torch's own generators are not touched. Keep the set on
-    `device` (`images.to(device)`) to spare a copy per epoch. ValueError: an empty set,
-    or an argument out of range.
+    size, the device or the number of workers; torch's own generators are not touched.
+    Keep the set on `device` (`images.to(device)`) to spare a copy per epoch. Of a set
+    of ImageNet the random crops are of 8 to 100 % of the picture, by (seed, epoch,
+    picture). ValueError: an empty set, an argument out of range, too many broken files.
     """
     batch_size = check_int("batch_size", batch_size, 1)
+    start = check_int("start", start, 0)
     count = count_batches(images, batch_size, train=train, drop_last=drop_last)
     if resolution is not None:
         resolution = check_int("resolution", resolution, 1)
@@ -64,9 +69,14 @@ def batches(
         # Whole rows rather than 3 channels: a loop long enough to vectorise.
         rows = torch.tensor([images.mean, images.std], device=here.images.device)
         mean, std = rows.repeat(1, here.images.shape[2])
-        for start in range(0, count * batch_size, batch_size):
-            part = slice(start, start + batch_size)
-            x = here.images.index_select(0, order[part])
+        steps = range(start * batch_size, count * batch_size, batch_size)
+        parts = [slice(first, first + batch_size) for first in steps]
+        if here.streamed:
+            key = (seed, epoch) if augment else None
+            pixels = here.images.read([draws.order[part] for part in parts], key)
+        else:
+            pixels = (here.images.index_select(0, order[part]) for part in parts)
+        for part, x in zip(parts, pixels, strict=True):
             if augment:
                 x = crop_flip(x, *(draw[part] for draw in offsets), pad=images.pad)
             x = resize(normalise(x, mean, std), resolution).to(dtype)

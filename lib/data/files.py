@@ -1,5 +1,6 @@
-"""Sets of one's own on disk: npz files or folders of images, read and checked."""
+"""Sets of one's own on disk: npz files, folders of images, tar shards."""
 
+import contextlib
 import functools
 import math
 import os
@@ -7,40 +8,66 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from lib.data.images import ImageSet, check_tensors
+from lib.data.listing import (
+    SYNSET,
+    Files,
+    is_image,
+    list_flat,
+    list_shards,
+    list_tree,
+)
+from lib.data.pictures import BROKEN_IMAGE, Fit, describe_image, explain
+from lib.data.streaming import SHARE, Faults, Stream
+from lib.settings import check_float
 
 SPLITS = ("train", "test")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+TREES = {"train": ("train",), "test": ("test", "val")}  # folders, by split
+IMAGENET = SimpleNamespace(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 BROKEN_NPZ = (
     *(zipfile.BadZipFile, zlib.error, EOFError, OSError),
     *(KeyError, TypeError, ValueError, MemoryError),
 )
-BROKEN_IMAGE = (
-    *(OSError, SyntaxError, EOFError, ValueError),
-    Image.DecompressionBombError,
-)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How folders of images and tar shards are read: see `data.load`."""
+
+    size: int | None = None
+    stream: bool | None = None
+    transforms: Any = None
+    broken: float = SHARE
 
 
 def read_own(
-    folder: Path, split: str, *, size: int | None = None, like: ImageSet | None = None
+    folder: Path, split: str, how: Reading, *, like: ImageSet | None = None
 ) -> ImageSet:
     """Read a set of the user's own; without `like`, test has train read as well."""
-    trees = any((folder / part).is_dir() for part in SPLITS)
-    if trees and any(find_shards(folder, part) for part in SPLITS):
-        raise ValueError(f"{folder}: holds both npz files and image folders, keep one")
-    read: Callable[..., ImageSet] = read_shards
-    if trees:
-        read = functools.partial(read_tree, size=size)
-    if like is None and split == "test":
+    kinds = {
+        "npz files": any(find_shards(folder, part) for part in SPLITS),
+        "image folders": any((folder / d).is_dir() for d in sum(TREES.values(), ())),
+        "tar shards": any(find_shards(folder, part, "tar") for part in SPLITS),
+    }
+    found = [kind for kind, there in kinds.items() if there]
+    if len(found) > 1:
+        raise ValueError(f"{folder}: holds both {' and '.join(found)}, keep one")
+    read: Callable[..., ImageSet] = functools.partial(read_pictures, how=how)
+    if found in ([], ["npz files"]):
+        if how.stream:
+            raise ValueError(f"{folder}: stream=True is for image folders and tars")
+        read = read_shards
+    if like is None and split == "test" and how.transforms is None:
         # Its images are let go of before those of test come.
         like = read(folder, "train").subset([])
     return read(folder, split, like=like)
@@ -74,9 +101,10 @@ def map_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list:
 # -- npz files -------------------------------------------------------------------------
 
 
-def find_shards(folder: Path, split: str) -> list[Path]:
-    """The npz files of one split, in name order."""
-    return sorted(folder.glob(f"{split}*.npz"))
+def find_shards(folder: Path, split: str, kind: str = "npz") -> list[Path]:
+    """The npz files (or tars) of one split, in name order."""
+    names = TREES[split] if kind == "tar" else (split,)
+    return sorted(path for name in names for path in folder.glob(f"{name}*.{kind}"))
 
 
 def read_shards(folder: Path, split: str, *, like: ImageSet | None = None) -> ImageSet:
@@ -87,7 +115,8 @@ def read_shards(folder: Path, split: str, *, like: ImageSet | None = None) -> Im
     files = find_shards(folder, split)
     if not files:
         raise FileNotFoundError(f"{folder}: no {split}*.npz or {split}/ folder in it")
-    check_memory(folder, sum(map(inflated_size, files)))
+    hint = "; image folders and tar shards are streamed"
+    check_memory(folder, sum(map(inflated_size, files)), hint)
     parts = map_threads(read_npz, files)
     shape = (parts[0][0] if like is None else like.images).shape[1:]
     high = 2**31 if like is None else len(like.classes)
@@ -117,14 +146,20 @@ def inflated_size(path: Path) -> int:
 
 def check_memory(where: Path, size: int, hint: str = "") -> None:
     """Refuse a split of `size` bytes that is larger than the machine's memory."""
+    memory = memory_size()
+    if size > memory:
+        raise ValueError(
+            f"{where}: {size / 1e9:,.1f} GB of images do not fit into "
+            f"{memory / 1e9:,.1f} GB of memory{hint}"
+        )
+
+
+def memory_size() -> float:
+    """Bytes of memory that the machine has; infinite where it cannot be asked."""
     names = getattr(os, "sysconf_names", ())  # Windows has none
-    if {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(names):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if size > memory:
-            raise ValueError(
-                f"{where}: {size / 1e9:,.1f} GB of images do not fit into "
-                f"{memory / 1e9:,.1f} GB of memory{hint}"
-            )
+    if not {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(names):
+        return math.inf
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def read_npz(path: Path) -> tuple[Tensor, Tensor]:
@@ -166,110 +201,118 @@ def name_classes(folder: Path, labels: Tensor) -> tuple[str, ...]:
     return tuple(str(label) for label in seen.tolist())
 
 
-# -- folders of images -----------------------------------------------------------------
+# -- folders of images and tar shards --------------------------------------------------
 
 
-def read_tree(
-    folder: Path, split: str, *, size: int | None = None, like: ImageSet | None = None
+def read_pictures(
+    folder: Path, split: str, how: Reading, *, like: ImageSet | None = None
 ) -> ImageSet:
-    """Decode `<folder>/<split>/<class>/*`, all of one size or brought to `size`."""
-    files, classes, labels = list_tree(folder / split)
+    """Pictures of `<split>/<class>/*` or of `<split>*.tar`, in memory or streamed."""
+    where, source, classes = list_pictures(folder, split, like)
+    faults = Faults(source, how.broken)
+    imagenet = all(SYNSET.fullmatch(name) for name in classes)
+    fit = find_fit(where, faults, how, imagenet=imagenet, like=like)
+    labels = torch.from_numpy(source.labels.astype(np.int64))
+    images = Stream(source, np.arange(len(source)), fit, faults)
+    bytes_needed = len(source) * math.prod(fit.shape)
+    stream = how.stream
+    if stream is None:
+        stream = imagenet or bytes_needed > memory_limit()
+    if stream:
+        print(f"{where}: streamed from disk, {bytes_needed / 1e9:,.2f} GB of pixels")
+    pixels: Any = images if stream else images.load()
+    told = how.transforms or (IMAGENET if imagenet else None)
+    if told is not None:
+        pad = 0 if stream and fit.area else fit.height // 8
+        rest = told.mean, told.std, pad, True
+        return ImageSet(pixels, labels, classes, folder.name, *rest)
+    if like is None:
+        some = np.linspace(0, len(labels) - 1, min(2000, len(labels))).astype(int)
+        sample = (images[some].load(), labels[some]) if stream else (pixels, labels)
+        like = measure(folder, *sample, classes)
+    return replace(like, name=folder.name, images=pixels, labels=labels)
+
+
+def list_pictures(
+    folder: Path, split: str, like: ImageSet | None
+) -> tuple[Path, Files, tuple[str, ...]]:
+    """Where the pictures of a split lie, which they are, and their classes."""
+    if shards := find_shards(folder, split, "tar"):
+        source = list_shards(folder, shards)
+        labels = torch.from_numpy(source.labels)
+        if like is None:
+            return folder, source, name_classes(folder, labels)
+        if (top := int(labels.max())) >= len(like.classes):
+            high = len(like.classes) - 1
+            raise ValueError(f"{folder}: {split} has label {top}, expected 0..{high}")
+        return folder, source, like.classes
+    where = next((p for name in TREES[split] if (p := folder / name).is_dir()), None)
+    if where is None:
+        raise FileNotFoundError(f"{folder / split}: no such folder, nor {split}*.tar")
+    flat = not any(p.is_dir() for p in where.glob("[!.]*"))
+    if flat and split == "test" and any(map(is_image, os.listdir(where))):
+        return where, *list_flat(where, None if like is None else like.classes)
+    source, classes = list_tree(where)
     if like is not None and classes != like.classes:
         differ = ", ".join(sorted(set(classes) ^ set(like.classes)))
-        raise ValueError(
-            f"{folder / split}: its classes differ from those of train: {differ}"
-        )
-    shape = find_shape(folder / split, files, size=size, like=like)
-    pixels = np.empty((len(files), *shape), dtype=np.uint8)
-
-    def decode(i: int) -> None:
-        pixels[i] = read_image(files[i], functools.partial(fit_image, shape=shape))
-
-    map_threads(decode, range(len(files)))
-    images = torch.from_numpy(pixels)
-    if like is None:
-        return measure(folder, images, labels, classes)
-    return replace(like, name=folder.name, images=images, labels=labels)
+        raise ValueError(f"{where}: its classes differ from those of train: {differ}")
+    return where, source, classes
 
 
-def list_tree(folder: Path) -> tuple[list[Path], tuple[str, ...], Tensor]:
-    """Image files in order of their names, the names of classes, and labels [N].
-
-    A class is a folder, with all below it. Hidden files and folders are none
-    (torchvision's ImageFolder takes them up); what else is no image is named in print.
-    """
-    found = [path for path in sorted(folder.glob("[!.]*")) if path.is_dir()]
-    classes = tuple(path.name for path in found)
-    files, labels = [], []
-    others = [path for path in sorted(folder.glob("[!.]*")) if path.is_file()]
-    for label, inside in enumerate(map(walk, found)):
-        images = [file for file in inside if file.suffix.lower() in SUFFIXES]
-        others += [file for file in inside if file.suffix.lower() not in SUFFIXES]
-        if not images:
-            raise ValueError(
-                f"{found[label]}: no image ({', '.join(SUFFIXES)}) in it; class "
-                f"{classes[label]!r} needs one"
-            )
-        files += images
-        labels += [label] * len(images)
-    if not files:
-        raise FileNotFoundError(f"{folder}: no class folders, expected <class>/*.png")
-    if others:
-        names = ", ".join(str(file.relative_to(folder)) for file in others[:5])
-        rest = ", ..." if len(others) > 5 else ""
-        print(f"{folder}: left out {len(others)} files, no images: {names}{rest}")
-    return files, classes, torch.tensor(labels)
-
-
-def walk(folder: Path) -> list[Path]:
-    """The files below a folder in order of their paths, nothing hidden."""
-    below = (path for path in folder.rglob("*") if path.is_file())
-    seen = [p for p in below if not any(x[0] == "." for x in p.relative_to(folder).parts)]
-    return sorted(seen)
-
-
-def find_shape(
-    folder: Path, files: list[Path], *, size: int | None, like: ImageSet | None
-) -> tuple[int, int, int]:
-    """(H, W, C) all files are brought to: one channel only where all are grey."""
-    found = map_threads(functools.partial(read_image, use=describe_image), files)
-    height, width, _ = found[0]
-    for file, shape in zip(files, found, strict=True):
+def find_fit(
+    where: Path, faults: Faults, how: Reading, *, imagenet: bool, like: ImageSet | None
+) -> Fit:
+    """What all pictures are brought to: one channel only where all are grey."""
+    if how.transforms is not None:
+        size, shorter = how.transforms.crop_size[0], how.transforms.resize_size[0]
+        mode = how.transforms.interpolation.value
+        return Fit(size, size, 3, shorter, mode, area=imagenet)
+    if imagenet:
+        size = how.size or (224 if like is None else like.images.shape[1])
+        return Fit(size, size, 3, round(size * 256 / 224), area=True)
+    count, size = len(faults.source), how.size
+    shapes = scan(faults, np.linspace(0, count - 1, min(64, count)).astype(int))
+    channels = max((shape[2] for shape in shapes.values()), default=1)
+    if size is None or channels == 1:
+        shapes = scan(faults, np.arange(count))
+        channels = max(shape[2] for shape in shapes.values())
+    first, (height, width, _) = next(iter(shapes.items()))
+    for i, shape in shapes.items():
         if size is None and shape[:2] != (height, width):
             raise ValueError(
-                f"{files[0]} has {height} x {width} pixels, {file} {shape[0]} x "
-                f"{shape[1]}; pass size= to bring all to one size"
+                f"{faults.source.name(first)} has {height} x {width} pixels, "
+                f"{faults.source.name(i)} {shape[0]} x {shape[1]}; pass size= to bring "
+                "all to one size"
             )
-    channels = max(shape[2] for shape in found)
     if like is not None:
         channels = max(channels, like.shape[0])  # grey images of a set in colour
     shape = (size or height, size or width, channels)
     if like is not None:
-        check_shape(folder, shape, like.images.shape[1:])
-    check_memory(folder, len(files) * math.prod(shape), "; pass a smaller size=")
-    return shape
+        check_shape(where, shape, tuple(like.images.shape[1:]))
+    check_memory(where, math.prod(shape), "; pass a smaller size=")
+    return Fit(*shape, shorter=min(shape[:2]))
 
 
-def read_image(path: Path, use: Callable[[Image.Image], Any]) -> Any:
-    """`use(image)` on an opened file; ValueError that names a file that is broken."""
-    try:
-        with Image.open(path) as image:
-            return use(image)
-    except BROKEN_IMAGE as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from None
+def scan(faults: Faults, numbers: np.ndarray) -> dict[int, tuple[int, int, int]]:
+    """(H, W, C) of pictures by number, from their headers."""
+
+    def describe(i: int) -> Any:
+        try:
+            with faults.source.open(i) as file, Image.open(file) as image:
+                return describe_image(image)
+        except BROKEN_IMAGE as error:
+            return explain(error)
+
+    found = dict(zip(numbers.tolist(), map_threads(describe, numbers), strict=True))
+    faults.add((i, reason) for i, reason in found.items() if isinstance(reason, str))
+    return {i: shape for i, shape in found.items() if not isinstance(shape, str)}
 
 
-def describe_image(image: Image.Image) -> tuple[int, int, int]:
-    """(H, W, C) from the header: C = 1 for grey, else 3."""
-    if image.mode.startswith("I") or image.mode == "F":
-        raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
-    return image.height, image.width, 1 if image.mode in ("1", "L") else 3
-
-
-def fit_image(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
-    """Scale the shorter side and crop the centre to [H, W, C] = `shape`."""
-    height, width, channels = shape
-    image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-    return np.asarray(image).reshape(shape)
+def memory_limit() -> float:
+    """Bytes of pixels that a split may take: PRUNING_MEMORY (GB), or half of all."""
+    told: Any = os.environ.get("PRUNING_MEMORY")
+    if told:
+        with contextlib.suppress(ValueError):
+            told = float(told)
+        return 1e9 * check_float("PRUNING_MEMORY", told, 0)
+    return memory_size() / 2

@@ -1,29 +1,34 @@
-"""Labelled images in memory: checked, limited, split off for choices."""
+"""Labelled images, in memory or streamed: checked, limited, split off for choices."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lib.data.pictures import scale_pixels
+from lib.data.streaming import Stream
 from lib.settings import ABOVE_ZERO, check_float, check_int
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageSet:
-    """Labelled images of one size, in memory; treat the tensors as read-only.
+    """Labelled images of one size; treat the tensors as read-only.
 
-    images: uint8 [N, H, W, C], C = 1 or 3; labels: int64 [N], indices into `classes`.
+    images: uint8 [N, H, W, C], C = 1 or 3: a tensor, or a `Stream` that decodes them
+    from disk. All that training, evaluation and selection use of a set are its fields,
+    the methods here, and `batches`; they mean the same for both.
+    labels: int64 [N], indices into `classes`, in memory in any case.
     mean, std: per channel, of pixels scaled to 0..1. pad: zero padding in pixels of
     the random crop; flip: whether a mirror image keeps its label.
     ValueError where dtypes, shapes or counts do not fit.
     """
 
-    images: Tensor
+    images: Any
     labels: Tensor
     classes: tuple[str, ...]
     name: str
@@ -56,6 +61,18 @@ class ImageSet:
         """(C, H, W), as models take it."""
         height, width, channels = self.images.shape[1:]
         return channels, height, width
+
+    def fingerprint(self) -> Tensor:
+        """What tells its pictures from others: the pixels, or names and sizes of files.
+
+        So a streamed set is another one than the same pictures in memory.
+        """
+        return self.images.fingerprint() if self.streamed else self.images
+
+    @property
+    def streamed(self) -> bool:
+        """Whether its images stay on disk."""
+        return isinstance(self.images, Stream)
 
     def to(self, device: torch.device | str) -> "ImageSet":
         """The same set on `device`; no copy where it lies there already."""
@@ -97,11 +114,11 @@ class ImageSet:
         side = check_int(f"{self.name}: the side in pixels", side, 1)
         if self.shape[1:] == (side, side):
             return self
-        pixels = self.images.permute(0, 3, 1, 2).float()
-        pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
-        pixels = pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
+        scale = self.images.scale if self.streamed else partial(scale_pixels, self.images)
         pad = round(self.pad * side / self.shape[1])
-        return replace(self, images=pixels, name=f"{self.name}-{side}px", pad=pad)
+        return replace(
+            self, images=scale(side), name=f"{self.name}-{side}px", pad=pad
+        )
 
 
 def split_validation(
@@ -128,7 +145,7 @@ def split_validation(
     return images.subset(kept), images.subset(held)
 
 
-def check_tensors(where: Any, images: Tensor, labels: Tensor) -> None:
+def check_tensors(where: Any, images: Any, labels: Tensor) -> None:
     """Refuse anything but uint8 [N, H, W, C], C = 1 or 3, with int64 labels [N]."""
     kind, shape = str(images.dtype).removeprefix("torch."), images.shape
     if kind != "uint8" or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape[1:]:

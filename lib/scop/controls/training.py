@@ -201,7 +201,8 @@ def identify(
 ) -> dict:
     """What a checkpoint must agree on to be taken up; labels do not matter."""
     chosen = {k: v for k, v in asdict(options).items() if k not in arm_type.sampling}
-    data = checkpoint.digest_tensors(f"{images.mean} {images.std}", images.images)
+    pixels, scale = images.fingerprint(), f"{images.mean} {images.std}"
+    data = checkpoint.digest_tensors(scale, pixels)
     return {"arm": arm_type.name, **chosen, "epochs": epochs, "seed": seed,
             "data": data}  # fmt: skip
 
