@@ -197,6 +197,8 @@ def test_crops_by_area_follow_seed_epoch_and_picture(tmp_path):
     assert torch.equal(first, again) and not torch.equal(first, other)
     batch = next(images.images.read([[3, 1]], (4, 7)))
     assert torch.equal(batch[0], first)
+    shares = list(images.images.read([[3], [], [1]], (4, 7)))  # of batches, by rank
+    assert torch.equal(torch.cat(shares), batch) and shares[1].shape == (0, 32, 32, 3)
     part = images.subset([5, 3]).images  # a picture keeps its crops in a part
     assert torch.equal(next(part.read([[1]], (4, 7)))[0], first)
 

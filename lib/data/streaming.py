@@ -194,9 +194,12 @@ class _Parts(Dataset):
         self.stream, self.key = stream, key
 
     def __getitem__(self, positions: np.ndarray) -> tuple[Tensor, Broken]:
-        found = [self.stream._show(int(at), self.key) for at in positions]
-        pixels, broken = zip(*found, strict=True)
-        return torch.stack(pixels), sum(broken, [])
+        shape = (len(positions), *self.stream.fit.shape)  # a share may be empty
+        pixels, met = torch.empty(shape, dtype=torch.uint8), Broken()
+        for place, at in enumerate(positions):
+            pixels[place], broken = self.stream._show(int(at), self.key)
+            met += broken
+        return pixels, met
 
 
 def _keep(shown: Any) -> Any:
