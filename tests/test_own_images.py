@@ -1,4 +1,7 @@
-"""Images of one's own: three classes, 108 photographs of two sizes, three notebooks."""
+"""Images of one's own: three classes, 108 photographs of two sizes, three notebooks.
+
+One of them has its images streamed from disk, by a limit of the memory.
+"""
 
 import json
 import os
@@ -32,18 +35,24 @@ def photographs(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("book", ["00_start_here", "01_baseline", "10_scop_knockoffs"])
-def test_a_notebook_runs_on_a_small_set(photographs, tmp_path, book):
+@pytest.mark.parametrize(
+    ("book", "gb"),
+    [("00_start_here", ""), ("01_baseline", "1e-6"), ("10_scop_knockoffs", "")],
+)
+def test_a_notebook_runs_on_a_small_set(photographs, tmp_path, book, gb):
     declared = settings.declared_parameters(book)
     values = {name: value for name, value in SHORT.items() if name in declared}
     values |= {"run": f"tiny/{book}", "dataset": "tiny", "size": 24}
     command = [Path(sys.executable).with_name("papermill"), f"notebooks/{book}.ipynb"]
     command += [tmp_path / "out.ipynb", "-k", "python3", "--no-progress-bar"]
     roots = {"PRUNING_DATA": str(photographs), "PRUNING_RUNS": str(tmp_path / "runs")}
+    roots["PRUNING_MEMORY"] = gb
     done = subprocess.run(
         [*map(str, command), "-y", json.dumps(values)],
         cwd=paths.ROOT, env=os.environ | roots, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+    text = (tmp_path / "out.ipynb").read_text(encoding="utf-8")
+    assert ("streamed from disk" in text) == bool(gb)
     metrics = paths.read_json(tmp_path / "runs" / "tiny" / book / "metrics.json")
     assert metrics["settings"]["dataset"] == "tiny"
