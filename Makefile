@@ -2,7 +2,7 @@
 # lock if it is not there yet (.ci/setup).
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help venv reproduce publish readme drawings course grade book slides lab test \
+.PHONY: help venv reproduce miniature publish readme drawings course grade book slides lab test \
   bench gpu check environment notebooks strip lock clean
 
 PROFILE ?= quick
@@ -32,6 +32,9 @@ venv:
 reproduce: venv  ## run a profile (PROFILE=quick) and print its table; resumes
 	@.venv/bin/python .ci/reproduce.py "$$PROFILE" \
 	  $(if $(CLUSTER),--cluster "$$CLUSTER",--cores "$$CORES") $(ARGS)
+
+miniature: venv  ## PROFILE=imagenet or cifar10 in small, on generated pictures
+	@.venv/bin/python .ci/miniature.py "$$PROFILE" --cores "$$CORES" $(ARGS)
 
 publish: venv  ## copy a finished profile's figures and rows to where they are committed
 	@.venv/bin/python -m lib.report --profile "$$PROFILE" --publish

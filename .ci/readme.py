@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib import paths
+sys.path.append(str(Path(__file__).parent))
+import hours
+
+from lib import paths, verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -25,6 +28,9 @@ NAMES = {
     "l1": "L1 norm", "random": "random", "gamma": "\\|γ\\| alone",
     "scop-shuffle": "SCOP, shuffled images", "scop-generator": "SCOP, generator",
     "scop-noise": "SCOP, noise", "scop-none": "SCOP without a control",
+    "scop-constant": "SCOP, a constant image", "scop-swap_gan": "SCOP, swap_gan",
+    "bn_scale": "\\|γ\\| of the BatchNorm", "fpgm": "FPGM", "taylor": "Taylor",
+    "unpruned": "not pruned, fine-tuned as long", "l1-distilled": "L1 norm, distilled",
     "nisp": "NISP", "nisp-sharp": "NISP, sharper bound", "nisp-norm":
     "NISP, judged behind BatchNorm", "nisp-mag": "NISP from the classifier's weights",
     "layerwise": "Inf-FS layer by layer", "scratch": "same architecture from scratch",
@@ -82,6 +88,53 @@ def describe(rows):
     )
 
 
+def comparison(profile):
+    """By base: each method at each length, and its gap to L1 on the same base."""
+    rows = read(profile)
+    half = rows[rows["share"].isin([0.5, 1.0])]
+    lengths = sorted(half["length"].unique())
+    last = half[half["length"] == lengths[-1]]
+    order = last.groupby("method")["after"].mean().sort_values(ascending=False).index
+    lines = []
+    for method in order:
+        cells = [NAMES.get(method, method)]
+        for length in lengths:
+            part = half[half["length"] == length]
+            cells.append(show(part.loc[part["method"] == method, "after"]))
+            cells.append(gap_to_l1(part, method))
+        lines.append(cells)
+    counts = [half.loc[half["length"] == n, "base_id"].nunique() for n in lengths]
+    told = ", ".join(
+        f"{number(n, 'epoch')} on {number(count, 'base')}"
+        for n, count in zip(lengths, counts, strict=True)
+    )
+    net, images = rows[["net", "dataset"]].iloc[0]
+    head = ["method"]
+    for n in lengths:
+        head += [number(n, "epoch"), "above L1 [95 %]"]
+    return (
+        f"{net}, {images}, half of the MACs, fine-tuned for {told}; bases "
+        f"{show(rows.drop_duplicates('base_id')['base'])} %; top-1 on the test images "
+        f"in percent, mean ± s.d. over bases (`{profile}`).\n\n{markdown(head, lines)}"
+    )
+
+
+def number(count, what):
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def gap_to_l1(rows, method):
+    """Mean gap to L1, paired by base, with its t interval from two bases on."""
+    table = rows.pivot_table("after", "base_id", "method")
+    gaps = (table[method] - table["l1"]).dropna().to_numpy()
+    if method == "l1" or len(gaps) == 0:
+        return ""
+    if len(gaps) == 1:
+        return f"{gaps[0]:+.2f}"
+    low, high = verdicts.interval_of(gaps)
+    return f"{gaps.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
 def strategies(profile):
     rows = read(profile)
     lines = [
@@ -137,9 +190,28 @@ def nets():
     )
 
 
+def planned():
+    """What the long profiles would cost here: why a GPU is asked for."""
+    lines = []
+    for profile in ("cifar10", "imagenet"):
+        found = hours.plan_hours(profile)
+        macs, days = f"{found['macs']:.1e} MACs", f"{found['days']:,.0f} core-days"
+        lines.append(
+            f"- `{profile}`: {found['runs']} runs, {macs} of training, {days}."
+        )
+    rate, device = hours.read_rate()
+    lines.append(
+        f"\nAt {rate / 1e9:.1f} GMAC/s, forward with backward counted once, as "
+        f"measured on {device.split(',')[0]}, one thread (`{hours.RATE}`)."
+    )
+    return "\n".join(lines)
+
+
 PARTS = {
+    "planned": planned,
     "nets": nets,
     "findings": findings,
+    "compare_16_cpu": partial(comparison, "compare_16_cpu"),
     "cifar10_cpu": partial(accuracies, "cifar10_cpu", split=("rate",)),
     "scop_cifar10_cpu": partial(
         accuracies, "scop_cifar10_cpu", split=("rate", "residual")
