@@ -54,7 +54,9 @@ n_train epochs baseline_epochs finetune_epochs control_epochs select_epochs
 select_images resolution depth_epochs depth_images point_images part base others
 truth_images levels lots size
 """.split()
-ONES = "turns threads batch_size repetitions rounds multiple parts degree".split()
+ONES = """
+turns threads processes batch_size repetitions rounds multiple parts degree
+""".split()
 POSITIVE = "lr baseline_lr finetune_lr select_lr depth_lr".split()
 RUNTIMES = ("eager", "channels_last", "compile", "onnxruntime", "openvino")
 PARAMETERS = {
@@ -199,7 +201,10 @@ def check_shape(shape: Any) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Run:
-    """One execution of a notebook: its parameters and its folder under the runs."""
+    """One execution of a notebook: its parameters and its folder under the runs.
+
+    `threads`: the cores that it keeps busy, those of all its `processes` together.
+    """
 
     notebook: str
     parameters: dict[str, Any]
@@ -256,7 +261,6 @@ def expand_runs(
     if threads is not None and "threads" in declared:
         changes = {**changes, "threads": threads}
     check_known(f"{profile}: in {notebook} parameter", changes, declared)
-    default = declared.get("threads", 1)
     grid = _find_varied(profile, notebook, changes)
     runs = []
     for chosen in itertools.product(*grid.values()):
@@ -265,7 +269,9 @@ def expand_runs(
         tag = "-".join(f"{name}{_tell(value)}" for name, value in varied.items())
         run = "/".join(filter(None, [profile, notebook, tag]))
         values = {**changes, **chosen, "run": run}
-        runs.append(Run(notebook, values, varied, values.get("threads", default)))
+        busy = declared | values
+        cores = busy.get("threads", 1) * busy.get("processes", 1)
+        runs.append(Run(notebook, values, varied, cores))
     return runs
 
 

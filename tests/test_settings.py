@@ -162,6 +162,17 @@ def test_a_run_takes_its_threads_from_notebook_profile_or_caller(books, tmp_path
     assert settings.read_profile("toy", threads=1)[0].threads == 1
 
 
+def test_a_run_takes_the_threads_of_all_its_processes(books, tmp_path):
+    text = "run = 'x'\nthreads: int = 3\nprocesses: int = 1"
+    write_notebook(tmp_path / "01_first.ipynb", text)
+    books("01_first: {processes: [1, 2]}\n")
+    assert [run.threads for run in settings.read_profile("toy")] == [3, 6]
+    assert [r.threads for r in settings.read_profile("toy", threads=1)] == [1, 2]
+    books("01_first: {processes: 0}\n")
+    with pytest.raises(ValueError, match=r"processes must lie in \[1"):
+        settings.read_profile("toy")
+
+
 def test_two_lists_make_a_grid(books, tmp_path):
     write_notebook(tmp_path / "01_first.ipynb", "run = 'x'\nseed = 0\nlr = 0.1")
     books("01_first: {seed: [0, 1], lr: [0.1, 0.01, 1.0]}")

@@ -39,6 +39,8 @@ def batches(
     drop_last: bool | None = None,
     augment: bool | None = None,
     start: int = 0,
+    share: tuple[int, int] = (0, 1),
+    whole: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Iterate over one epoch: x [B, C, h, w] normalised, channels_last, and y [B].
 
@@ -51,7 +53,9 @@ def batches(
     size, the device or the number of workers; torch's own generators are not touched.
     Keep the set on `device` (`images.to(device)`) to spare a copy per epoch. Of a set
     of ImageNet the random crops are of 8 to 100 % of the picture, by (seed, epoch,
-    picture). ValueError: an empty set, an argument out of range, too many broken files.
+    picture). share: (i, n) gives part i of n of every batch, cut as evenly as it can
+    be, or with `whole` every n-th batch from the i-th on. ValueError: an empty set, an
+    argument out of range, too many broken files.
     """
     batch_size = check_int("batch_size", batch_size, 1)
     start = check_int("start", start, 0)
@@ -70,7 +74,7 @@ def batches(
         rows = torch.tensor([images.mean, images.std], device=here.images.device)
         mean, std = rows.repeat(1, here.images.shape[2])
         steps = range(start * batch_size, count * batch_size, batch_size)
-        parts = [slice(first, first + batch_size) for first in steps]
+        parts = list(cut_batches(steps, len(images), share, whole))
         if here.streamed:
             key = (seed, epoch) if augment else None
             pixels = here.images.read([draws.order[part] for part in parts], key)
@@ -84,6 +88,20 @@ def batches(
             yield x, here.labels.index_select(0, order[part])
 
     return generate()
+
+
+def cut_batches(
+    steps: range, n: int, share: tuple[int, int], whole: bool
+) -> Iterator[slice]:
+    """The positions of each batch, or of one's share of it, see `batches`.
+
+    steps: where batches of `n` images begin, one batch apart.
+    """
+    index, parts = share
+    for start in steps[index::parts] if whole else steps:
+        stop = min(start + steps.step, n)
+        edges = (start + (stop - start) * i // parts for i in (index, index + 1))
+        yield slice(start, stop) if whole else slice(*edges)
 
 
 def count_batches(

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -193,7 +193,7 @@ class _Collection:
     def name_point(self, here: _Network, shape: Shape) -> str:
         """A folder's name: the shape, the seed, and a digest of all that decides."""
         identity = {
-            "recipe": asdict(self.recipe),
+            "recipe": self.recipe.identity,
             "space": [self.space.width, self.space.multiple],
             "images": [self.sets.train.name, digest_images(self.sets.train)],
             "judged by": digest_images(self.sets.val),

@@ -76,7 +76,8 @@ def select(
     method's all the same. `model` is left bit-identical: weights, running statistics,
     modes; the work is done on a copy whose BatchNorms use those of the joint batch.
     `graph`: of `model` at the images' size, if known. `checkpoint`, `device`: as in
-    `train.fit`.
+    `train.fit`. Several processes of a recipe mix, normalise and shuffle each within
+    its part of the batch, so their betas are not quite those of one process.
 
     Raises `ValueError` for a layer without a BatchNorm, a control of another shape, or
     a beta that is not finite, naming the layer.
@@ -121,8 +122,9 @@ def learn_betas(
     """
     folder = stages.profile_folder(run)
     arm = build_control(
-        control, sets.train, epochs=control_epochs or None, folder=folder / "controls"
-    )
+        control, sets.train, epochs=control_epochs or None,
+        folder=folder / "controls", processes=recipe.processes,
+    )  # fmt: skip
     images = sets.train
     if num_images:
         images = images.take(min(num_images, len(images)), recipe.seed)

@@ -1,14 +1,7 @@
 """Training, evaluation and recalibration: one `fit` for every stage."""
 
-from lib.train.loop import (
-    History,
-    evaluate,
-    find_hits,
-    fit,
-    forward,
-    load_checkpoint,
-    recalibrate,
-)
+from lib.train.loop import History, fit, load_checkpoint
+from lib.train.measure import evaluate, find_hits, forward, recalibrate
 from lib.train.recipe import Recipe
 
 __all__ = [

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lib import paths
 from lib.data import ImageSet
+from lib.train import processes
 
 
 def digest_tensors(text: str, *tensors: Tensor) -> str:
@@ -47,12 +48,17 @@ def digest_identity(identity: dict) -> str:
 def save(path: str | Path | None, identity: dict, **parts) -> None:
     """Write identity and parts (tensors, plain values), whole or not at all.
 
-    Without a path nothing is written. OSError names the file and the cause.
+    Without a path nothing is written. Of several processes the first writes, and none
+    goes on before the file is there. OSError names the file and the cause.
     """
     if path is None:
         return
-    state = {"identity": identity, **parts}
+    with processes.first_ahead():
+        if processes.rank() == 0:
+            _write(path, {"identity": identity, **parts})
 
+
+def _write(path: str | Path, state: dict) -> None:
     def write(tmp: Path) -> None:
         with open(tmp, "wb") as file:  # torch's own files lose the cause of an error
             torch.save(state, file)
@@ -106,9 +112,17 @@ def take_up(
     """The state that `save` wrote for this identity; None where there is none yet.
 
     Another's file is renamed to `NAME.old1` (`.old2`, ...), which is said together with
-    what differs. Raises as `load` for a damaged one, which stays where it is.
+    what differs. Raises as `load` for a damaged one, which stays where it is. Several
+    processes come to the same end, and the first says so.
     """
-    if path is None or not Path(path).is_file():
+    if path is None:
+        return None
+    with processes.first_ahead():  # the others find what it has left there
+        return _take_up(path, identity, parts)
+
+
+def _take_up(path: str | Path, identity: dict, parts: Iterable[str]) -> dict | None:
+    if not Path(path).is_file():
         return None
     state = load(path, parts)
     # Only what is asked for: a file may know more facts, of a later version of lib.

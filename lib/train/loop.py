@@ -2,29 +2,30 @@
 
 A checkpoint is written after every epoch; a run that was killed takes up there and, on
 a CPU, ends with bit-identical weights. On a GPU the whole step is one CUDA graph and
-nothing is synchronised before the epoch's end.
+nothing is synchronised before the epoch's end. Several processes train on the batches
+that one would see, each on its part (`lib.train.processes`); on GPUs they do so with
+NCCL and without a graph, which has not been run yet.
 """
 
 import copy
-import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
 from lib.data import ImageSet, batches, count_batches
 from lib.graph.watch import dtype_of, modes_kept
-from lib.messages import check_finite
-from lib.settings import check_int, made_with
+from lib.settings import made_with
 from lib.train import checkpoint as checkpoints
+from lib.train import processes, workers
+from lib.train.measure import evaluate
 from lib.train.progress import Report
 from lib.train.recipe import (
     Recipe,
@@ -34,7 +35,7 @@ from lib.train.recipe import (
     pick_precision,
     rate_at,
 )
-from lib.train.update import Update, at_least_float32, make_update
+from lib.train.update import Update, make_update
 
 PARTS = ("model", "optimizer", "rows")  # of a checkpoint, beside its identity
 
@@ -91,17 +92,65 @@ def fit(
     in plain Python, of which a graph would repeat one branch. Parameters that do not
     require a gradient stay. `teacher`: a network of the same classes, for a recipe with
     `distill`. `ValueError`: bad settings, a loss that is not finite.
+
+    Several `processes` of a recipe are started here, as children with as many threads
+    each as torch has now (gloo on the CPU, NCCL on GPUs); in a process group that is
+    there already, such as torchrun's, its own number counts. They step together down
+    the gradient of the whole batch, as one process does, to rounding; but BatchNorms
+    take the statistics of their process's part, and `dropout` is drawn for each. What
+    they are handed must be importable, not defined in a notebook.
     """
     recipe = _pick_recipe(recipe, epochs, settings)
+    _check_processes(recipe, train_set, pick_device(device))
+    how: dict[str, Any] = {
+        "recipe": recipe, "checkpoint": checkpoint, "device": device,
+        "cuda_graph": cuda_graph, "label": label, "teacher": teacher, "watch": watch,
+    }  # fmt: skip
+    if recipe.processes == 1 or processes.joined():
+        return _fit_here(model, train_set, val_set, **how)
+    state, history = workers.run(
+        recipe.processes, _fit_there, model, train_set, val_set, **how
+    )
+    _place(model, pick_device(device))
+    model.load_state_dict(state)
+    return history
+
+
+def _place(model: nn.Module, device: torch.device) -> None:
+    model.to(device, memory_format=pick_layout(model, device))
+
+
+def _fit_there(model: nn.Module, *sets, **how) -> tuple[dict, History]:
+    """What a child hands back."""
+    history = _fit_here(model, *sets, **how)
+    return model.state_dict(), history
+
+
+def _fit_here(
+    model: nn.Module,
+    train_set: ImageSet,
+    val_set: ImageSet | None,
+    *,
+    recipe: Recipe,
+    checkpoint: str | Path | None,
+    device: str | torch.device | None,
+    cuda_graph: bool | str,
+    label: str,
+    teacher: nn.Module | None,
+    watch: Callable[[nn.Module], dict] | None,
+) -> History:
+    """`fit`, as one of the processes of the group or the only one."""
     device = pick_device(device)
     teacher, told = _seat_teacher(teacher, recipe, device)
     precision = pick_precision(recipe.precision, device, model)
-    model.to(device, memory_format=pick_layout(model, device))
+    _place(model, device)
     optimizer = make_optimizer(model, recipe, device)
     identity = _identify(model, recipe, train_set, precision) | told
+    processes.check_agreed(identity)
     rows, before = _resume(checkpoint, identity, model, optimizer)
+    processes.check_agreed({"number of finished epochs": len(rows)})
     history = History(rows, str(device), precision, resumed=len(rows))
-    history.made_with = made_with() if len(rows) < recipe.epochs else before
+    history.made_with = _made_here() if len(rows) < recipe.epochs else before
     update = make_update(
         model, optimizer, recipe, precision, cuda_graph=cuda_graph, teacher=teacher,
         images=max(train_set, val_set or train_set, key=lambda s: len(s.classes)),
@@ -110,7 +159,8 @@ def fit(
     report = Report(recipe, steps, label, done=history.resumed)
     train_set = train_set.to(device)
     everything = checkpoint, identity, model, optimizer, history
-    with report, _tuned_convolutions(), modes_kept(model):
+    norms = processes.norms_synchronised(model, recipe.sync_norms)
+    with report, _tuned_convolutions(), norms, modes_kept(model):
         for epoch in range(history.resumed, recipe.epochs):
             row = _run_epoch(train_set, update, epoch, report)
             if val_set is not None:
@@ -123,132 +173,6 @@ def fit(
     if not history.rows:
         _keep(*everything)
     return history
-
-
-def evaluate(
-    model: nn.Module,
-    images: ImageSet,
-    *,
-    resolution: int | None = None,
-    batch_size: int = 500,
-) -> dict[str, float]:
-    """`top1`, `top5` in percent and mean cross-entropy `loss`, in its own precision.
-
-    Every image counts once, whatever the size of the last batch. The model's device
-    and train/eval mode stay; with fewer than 6 classes top5 is 100 by definition.
-    ValueError: outputs that are not numbers, with the tensor that is to blame.
-    """
-    totals = torch.zeros(3, dtype=torch.float64)
-    for output, y in forward(
-        model, images, resolution=resolution, batch_size=batch_size
-    ):
-        totals = totals.to(y.device) + _count_batch(output, y)
-    loss, top1, top5 = (totals / len(images)).tolist()
-    if math.isnan(loss):  # every guess is then the first class
-        check_finite("the tensor", _list_floats(model))
-        raise ValueError(f"{images.name}: the outputs of the network are not numbers")
-    return {"top1": 100 * top1, "top5": 100 * top5, "loss": loss}
-
-
-def find_hits(
-    model: nn.Module,
-    images: ImageSet,
-    *,
-    resolution: int | None = None,
-    batch_size: int = 500,
-) -> Tensor:
-    """Which images are classified rightly, bool [N] on the CPU; else as `evaluate`."""
-    outputs = forward(model, images, resolution=resolution, batch_size=batch_size)
-    return torch.cat([(output.argmax(1) == y).cpu() for output, y in outputs])
-
-
-def forward(
-    model: nn.Module,
-    images: ImageSet,
-    *,
-    resolution: int | None = None,
-    batch_size: int = 500,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Run every image through `model` once, in order: (output, labels) batch by batch.
-
-    In evaluation mode, without gradients, on the model's device and in its precision;
-    each module's own mode is put back when the iteration ends or is left.
-    """
-    device = next(model.parameters()).device
-    layout = pick_layout(model, device)
-    stream = batches(
-        images, batch_size, resolution=resolution, device=device, dtype=dtype_of(model)
-    )
-    with modes_kept(model), torch.inference_mode():
-        model.eval()
-        for x, y in stream:
-            yield model(x.contiguous(memory_format=layout)), y
-
-
-def recalibrate(
-    model: nn.Module,
-    images: ImageSet,
-    *,
-    resolution: int | None = None,
-    batch_size: int = 128,
-    num_batches: int | None = None,
-    augment: bool = True,
-    seed: int = 0,
-) -> None:
-    """Measure the running statistics of every BatchNorm anew, over one pass.
-
-    The exact average over the batches of one epoch (or of `num_batches`), under the
-    training augmentation: plain images give statistics that training never saw. Only
-    BatchNorms are put in training mode, weights stay bit-identical. A BatchNorm that
-    does not run keeps what it has; so do all of them if this is interrupted, or comes
-    to a statistic that is not finite (ValueError, by name).
-    """
-    if num_batches is not None:
-        num_batches = check_int("num_batches", num_batches, 1)
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    momenta = {norm: norm.momentum for norm in norms if norm.track_running_stats}
-    if not momenta:
-        return
-    device = next(model.parameters()).device
-    layout = pick_layout(model, device)
-    stream = batches(
-        images, batch_size, train=True, augment=augment, seed=seed,
-        resolution=resolution, device=device, dtype=dtype_of(model),
-    )  # fmt: skip
-    with modes_kept(model), torch.no_grad(), _statistics_measured(momenta):
-        model.eval()
-        for norm in momenta:
-            norm.train()
-        for x, _ in itertools.islice(stream, num_batches):
-            model(x.contiguous(memory_format=layout))
-        check_finite("the tensor", _list_floats(model))
-
-
-def _list_floats(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers that can be NaN, by name."""
-    state = model.state_dict()
-    return {name: value for name, value in state.items() if value.is_floating_point()}
-
-
-@contextmanager
-def _statistics_measured(momenta: dict) -> Iterator[None]:
-    """BatchNorms average anew while inside; what was not measured is put back."""
-    before = {
-        norm: [(b, b.clone()) for b in norm._buffers.values() if b is not None]
-        for norm in momenta
-    }
-    measured: set[nn.Module] = set()
-    try:
-        for norm in momenta:
-            norm.reset_running_stats()
-            norm.momentum = None  # a cumulative average
-        yield
-        measured = {norm for norm in momenta if int(norm.num_batches_tracked)}
-    finally:
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
-            for buffer, kept in before[norm] if norm not in measured else ():
-                buffer.copy_(kept)
 
 
 # -- checkpoints --------------------------------------------------------------------
@@ -268,7 +192,7 @@ def _identify(
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     state = model.state_dict()
     return {
-        **asdict(recipe),
+        **recipe.identity,
         "precision": precision,
         "data": checkpoints.digest_images(train_set),
         "trained": checkpoints.digest_tensors(" ".join(trained)),
@@ -309,20 +233,22 @@ def _run_epoch(train_set: ImageSet, update: Update, epoch: int, report: Report) 
     stream = batches(
         train_set, recipe.batch_size, train=True, augment=recipe.augment,
         seed=recipe.seed, epoch=epoch, resolution=recipe.resolution, device=device,
-        dtype=dtype_of(update.model),
+        dtype=dtype_of(update.model), share=processes.share(),
     )  # fmt: skip
     steps = count_batches(train_set, recipe.batch_size, train=True)
     update.model.train()
     update.start_epoch()
     start = time.perf_counter()
     # The same dropout, whether or not the run was taken up before this epoch.
-    with seeded(recipe.seed, epoch, device):
+    with seeded(recipe.seed, epoch + processes.stream(), device):
         for i, (x, y) in enumerate(stream):
             rate = rate_at(recipe, epoch + i / steps)
             update.set_rate(rate)
             update(x, y)
             report.step_done(update)
-    loss, top1, seen = update.totals()  # the epoch's only synchronisation on a GPU
+    # the epoch's only synchronisation on a GPU
+    loss, top1, seen = update.totals(everywhere=True)
+    processes.average_buffers(update.model)
     seconds = time.perf_counter() - start
     if not math.isfinite(loss):
         raise ValueError(
@@ -339,19 +265,14 @@ def _run_epoch(train_set: ImageSet, update: Update, epoch: int, report: Report) 
 def seeded(seed: int, stream: int, device: torch.device) -> Iterator[None]:
     """torch's generators, set from (seed, stream) while inside and put back after."""
     on_gpu = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device.index or 0] if on_gpu else []):
+    card = device.index
+    if on_gpu and card is None:
+        card = torch.cuda.current_device()
+    with torch.random.fork_rng([card] if on_gpu else []):
         torch.default_generator.manual_seed(seed * 1_000_003 + stream)
         if on_gpu:
             torch.cuda.manual_seed(seed * 1_000_003 + stream)
         yield
-
-
-def _count_batch(output: Tensor, y: Tensor) -> Tensor:
-    """[sum of losses, hits at rank 1, hits up to rank 5] of one batch."""
-    output = at_least_float32(output)  # the network's own numbers, summed exactly
-    loss = F.cross_entropy(output, y, reduction="sum")
-    ranks = output.topk(min(5, output.shape[1]), dim=1).indices == y[:, None]
-    return torch.stack([loss.double(), ranks[:, 0].sum(), ranks.any(1).sum()])
 
 
 # -- checks and settings that are put back ------------------------------------------
@@ -368,6 +289,33 @@ def _pick_recipe(recipe: Recipe | None, epochs: int | None, settings: dict) -> R
     if not isinstance(recipe, Recipe):
         raise ValueError(f"recipe must be a train.Recipe, got {recipe!r}")
     return recipe
+
+
+def _check_processes(recipe: Recipe, train_set: ImageSet, device: torch.device) -> None:
+    number = processes.count() if processes.joined() else recipe.processes
+    batch = min(recipe.batch_size, len(train_set))
+    if number > max(batch, 1):
+        raise ValueError(
+            f"processes must be at most {batch}, the images of a batch, got {number}"
+        )
+    on_gpu = device.type == "cuda"
+    if on_gpu and number > torch.cuda.device_count():
+        raise ValueError(
+            f"processes must be at most {torch.cuda.device_count()}, the GPUs that "
+            f"torch sees, got {number}"
+        )
+    if recipe.sync_norms and not on_gpu:
+        raise ValueError(
+            "sync_norms=True: torch synchronises BatchNorms on GPUs only; leave it "
+            "out, each process then normalises by the images of its own part"
+        )
+
+
+def _made_here() -> dict:
+    """What trains, with the number of processes where there are several."""
+    made, number = made_with(), processes.count()
+    several = f", {number} processes" if number > 1 else ""
+    return made | {"device": made["device"] + several}
 
 
 def _seat_teacher(

@@ -6,6 +6,7 @@ import time
 
 from tqdm.auto import tqdm
 
+from lib.train import processes
 from lib.train.recipe import Recipe
 
 
@@ -13,18 +14,20 @@ class Report:
     """A progress bar where somebody watches, one line an epoch in a batch run.
 
     Lines with speed and time left go to the file named by `PRUNING_PROGRESS`, because
-    outputs of committed notebooks should not change from run to run.
+    outputs of committed notebooks should not change from run to run. Of several
+    processes the first one speaks.
     """
 
     def __init__(self, recipe: Recipe, steps: int, label: str, done: int):
         self.recipe, self.label, self.start = recipe, label, time.perf_counter()
         self.done, self.skipped, self.last = done, done, ""
-        batch = os.environ.get("TQDM_DISABLE") or not _is_watched()
+        self.silent = processes.rank() > 0
+        batch = self.silent or os.environ.get("TQDM_DISABLE") or not _is_watched()
         self.bar = tqdm(
             total=steps * recipe.epochs, initial=steps * done, desc=label,
             unit="batch", disable=bool(batch), leave=False, mininterval=0.5,
         )  # fmt: skip
-        if done:
+        if done and not self.silent:
             print(f"{label}: taking up after epoch {done} of {recipe.epochs}")
 
     def __enter__(self) -> "Report":
@@ -58,6 +61,8 @@ class Report:
         self.done += 1
         line = f"{self.label}: epoch {self.done}/{self.recipe.epochs}  {what}"
         self.last = line
+        if self.silent:
+            return
         if self.bar.disable:
             print(line, flush=True)
         spent = time.perf_counter() - self.start

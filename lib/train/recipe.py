@@ -1,7 +1,7 @@
 """How a network is trained: the settings, checked, and what follows from them."""
 
 import math
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 
 import torch
 from torch import nn
@@ -34,6 +34,10 @@ class Recipe:
     precision: "auto" (bfloat16 where the hardware has it), "float32" or "bfloat16".
     seed: order, crops, dropout.
 
+    processes: how many train together, each on its part of every batch; see
+    `train.fit`. sync_norms: on GPUs, BatchNorms take the statistics of the whole batch
+    rather than of each process's part.
+
     Raises `ValueError` for unknown settings (with the nearest name), for values of
     another type, out of range, NaN or infinite.
     """
@@ -59,6 +63,8 @@ class Recipe:
     resolution: int | None = setting(None, int, low=1)
     precision: str = setting("auto", choices=("auto", "float32", "bfloat16"))
     seed: int = setting(0, low=0, high=2**31)
+    processes: int = setting(1, low=1)
+    sync_norms: bool = setting(False)
 
     def __new__(cls, *values, **settings):
         """Refuse unknown names before the generated `__init__` sees them."""
@@ -77,9 +83,22 @@ class Recipe:
             )
 
     @property
+    def identity(self) -> dict:
+        """What decides the result, as a dict for checkpoints.
+
+        Without `processes`, for a run may go on with another number; and without what
+        older checkpoints do not know and was not asked for.
+        """
+        facts = asdict(self)
+        del facts["processes"]
+        if not self.sync_norms:
+            del facts["sync_norms"]
+        return facts
+
+    @property
     def tag(self) -> str:
         """A name for files: epochs, rate, whatever is not the default, seed."""
-        usual = {"epochs", "lr", "seed"}
+        usual = {"epochs", "lr", "seed", "processes"}
         changed = [
             f"{entry.name}{_show(getattr(self, entry.name))}"
             for entry in fields(self)

@@ -1,4 +1,8 @@
-"""One update of the weights, eager or as a CUDA graph, with running totals."""
+"""One update of the weights, eager or as a CUDA graph, with running totals.
+
+Several processes give each its part of a batch; their gradients are summed before the
+step, which makes it that of the whole batch.
+"""
 
 import copy
 import warnings
@@ -10,6 +14,7 @@ from torch import Tensor, nn
 from lib.data import ImageSet
 from lib.graph.watch import dtype_of
 from lib.messages import check_choice
+from lib.train import processes
 from lib.train.recipe import Recipe, pick_layout
 
 
@@ -33,6 +38,7 @@ class Update:
         self.layout = pick_layout(model, self.device)
         whole = dtype_of(model) == torch.float32  # nothing to cast otherwise
         self.autocast = whole and precision == "bfloat16"
+        self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.seen = 0
 
@@ -55,10 +61,16 @@ class Update:
         self._train(x, y)
         self.seen += len(y)
 
-    def totals(self) -> tuple[float, float, int]:
-        """Mean loss and top-1 in percent since the epoch began, and images seen."""
-        loss, hits = (self.sums / max(self.seen, 1)).tolist()
-        return loss, 100 * hits, self.seen
+    def totals(self, *, everywhere: bool = False) -> tuple[float, float, int]:
+        """Mean loss and top-1 in percent since the epoch began, and images seen.
+
+        Of this process, or `everywhere`, for which all of them must ask.
+        """
+        sums = torch.cat([self.sums, self.sums.new_tensor([self.seen])])
+        if everywhere:
+            processes.add(sums)
+        loss, hits, seen = sums.tolist()
+        return loss / max(seen, 1), 100 * (hits / max(seen, 1)), int(seen)
 
     def _train(self, x: Tensor, y: Tensor) -> None:
         with torch.autocast(
@@ -71,6 +83,7 @@ class Update:
             share = self.recipe.distill
             loss = (1 - share) * loss + share * self._imitate(logits, told)
         loss.backward()
+        processes.merge_gradients(self.trained, len(y))
         self.optimizer.step()
         with torch.no_grad():
             hits = (logits.argmax(1) == y).sum()
@@ -212,13 +225,20 @@ def make_update(
 ) -> Update:
     """The update for the model's device: captured on a GPU, unless not wanted.
 
-    The outputs must have room for the classes of `images`.
+    The outputs must have room for the classes of `images`. Several processes step
+    eagerly: where one of them could not capture its step, the others would wait in
+    theirs.
     """
     check_choice("cuda_graph", cuda_graph, ("auto", True, False))
     on_gpu = next(model.parameters()).device.type == "cuda"
     if cuda_graph is True and not on_gpu:
         raise ValueError("cuda_graph=True needs a GPU")
-    if not on_gpu or not cuda_graph:
+    several = processes.count() > 1
+    if cuda_graph is True and several:
+        raise ValueError(
+            f"cuda_graph=True: {processes.count()} processes step eagerly; leave it out"
+        )
+    if not on_gpu or not cuda_graph or several:
         made = Update(model, optimizer, recipe, precision, teacher)
     else:
         must = cuda_graph is True

@@ -12,6 +12,7 @@ from lib.scop.controls.gan import Generator
 from lib.scop.controls.reduced import Deep, Gaussian
 from lib.scop.controls.swap_gan import SwapGAN
 from lib.scop.controls.training import Options, Trained, train_control
+from lib.settings import check_int
 from lib.train.recipe import pick_device
 
 ARMS: dict[str, type[Control]] = {
@@ -29,6 +30,7 @@ def build_control(
     folder: str | Path | None = None,
     device: torch.device | str | None = None,
     label: str | None = None,
+    processes: int = 1,
     **options,
 ) -> Control:
     """The control `name`, ready to sample: in evaluation, frozen, on `device`.
@@ -37,8 +39,9 @@ def build_control(
     that are trained, None for their default; the others have none. folder: where a
     trained arm keeps `<name>-<hash>.pt` after every epoch and finds it again, if arm,
     options, epochs, seed and images are the same. device: default a GPU where there is
-    one. label: what progress lines begin with. options: fields of the arm's `Options`.
-    Torch's global generators are left as they were.
+    one. label: what progress lines begin with. processes: that train the arm together,
+    on a CPU. options: fields of the arm's `Options`. Torch's global generators are left
+    as they were.
 
     ValueError: unknown names, values out of range, a damaged checkpoint, a loss that
     stops being finite.
@@ -53,6 +56,7 @@ def build_control(
         control = train_control(
             arm_type, images, chosen, epochs=epochs, seed=seed, folder=folder,
             device=device, label=label or f"{name} control",
+            several=check_int("processes", processes, 1),
         )  # fmt: skip
     else:
         control = arm_type(images.shape)

@@ -1,7 +1,9 @@
 """How a control learns: options, one training loop, a checkpoint after every epoch.
 
 A training that was killed takes up after its last whole epoch and, on a CPU, ends with
-bit-identical weights: randomness comes from (seed, epoch).
+bit-identical weights: randomness comes from (seed, epoch). Several processes step
+together, each on its part of every batch; a loss that compares the images of a batch
+with one another then compares those of a part.
 """
 
 import math
@@ -19,7 +21,7 @@ from lib import paths
 from lib.data import ImageSet, batches, count_batches
 from lib.scop.controls.base import Control
 from lib.settings import Rule, check_rule
-from lib.train import checkpoint
+from lib.train import checkpoint, processes, workers
 from lib.train.progress import Report
 from lib.train.recipe import Recipe
 
@@ -54,6 +56,7 @@ class Game(nn.Module):
         super().__init__()
         self.arm = arm
         self.optimizer: torch.optim.Optimizer | None = None
+        self.count = 1  # images of the step, of this process
 
     def make_optimizer(self) -> torch.optim.Optimizer | None:
         """For all players together, once the parameters lie on their device."""
@@ -69,7 +72,9 @@ class Game(nn.Module):
     def descend(self, loss: Tensor, player: nn.Module) -> None:
         """One step of `player` down `loss`; the optimizer skips who has no gradient."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=list(player.parameters()))
+        taught = list(player.parameters())
+        loss.backward(inputs=taught)
+        processes.merge_gradients(taught, self.count)
         self.optimizer.step()
 
 
@@ -109,6 +114,7 @@ def train_control(
     folder: str | Path | None,
     device: torch.device,
     label: str,
+    several: int = 1,
 ) -> Trained:
     """An arm of `arm_type`, trained or read from `folder`; see `build_control`."""
     epochs = arm_type.epochs if epochs is None or not arm_type.epochs else epochs
@@ -128,23 +134,34 @@ def train_control(
         if not take_up(path, identity, game):
             arm.prepare(images)
             save(path, identity, game)
-    with torch.enable_grad():
-        if len(arm.rows) < epochs:
-            play(game, images, recipe, identity, path, label)
+    rest = game, images, recipe, identity, path, label
+    if len(arm.rows) < epochs:
+        if several > 1 and device.type == "cpu" and not processes.joined():
+            return workers.run(several, play, *rest)
+        with torch.enable_grad():
+            play(*rest)
     return arm
 
 
 def play(
     game: Game, images: ImageSet, recipe: Recipe, identity: dict, path, label: str
-) -> None:
+) -> Trained:
     """Run the epochs that are missing; each ends in a row and a checkpoint."""
+    count, least = processes.count(), game.arm.least
+    batch = min(recipe.batch_size, len(images))
+    if count > 1 and batch < count * least:
+        raise ValueError(
+            f"control '{game.arm.name}' needs {least} images of every batch in each "
+            f"process, {count} processes share {batch}"
+        )
     steps = count_batches(images, recipe.batch_size, train=True)
     rows = game.arm.rows
     game.train()
     with Report(recipe, steps, label, done=len(rows)) as report:
         for epoch in range(len(rows), recipe.epochs):
             start = time.perf_counter()
-            with seeded(recipe.seed, epoch + 1, images.images.device):
+            own = epoch + 1 + processes.stream()
+            with seeded(recipe.seed, own, images.images.device):
                 losses = run_epoch(game, images, recipe, epoch, report)
             seconds = time.perf_counter() - start
             speed = min(steps * recipe.batch_size, len(images)) / seconds
@@ -153,6 +170,7 @@ def play(
             save(path, identity, game)
             line = "  ".join(f"{k} {v:.3f}" for k, v in sorted(losses.items()))
             report.tell(line, speed)
+    return game.arm
 
 
 def run_epoch(
@@ -163,13 +181,17 @@ def run_epoch(
     seen: dict[str, list[Tensor]] = defaultdict(list)
     stream = batches(
         images, recipe.batch_size, train=True, augment=False, seed=recipe.seed,
-        epoch=epoch, device=images.images.device,
+        epoch=epoch, device=images.images.device, share=processes.share(),
     )  # fmt: skip
     for i, (x, _) in enumerate(stream):
+        game.count = len(x)
         for name, value in game.step(x, epoch * steps + i).items():
             seen[name].append(value.detach())  # read at the end: a GPU need not wait
         report.bar.update()
-    losses = {name: torch.stack(values).mean().item() for name, values in seen.items()}
+    means = {name: torch.stack(values).mean() for name, values in seen.items()}
+    processes.average(list(means.values()))
+    processes.average_buffers(game)
+    losses = {name: value.item() for name, value in means.items()}
     for name, value in losses.items():
         if not math.isfinite(value):
             raise ValueError(
@@ -214,7 +236,8 @@ def locate(folder: str | Path | None, identity: dict) -> Path | None:
     name = f"{identity['arm']}-{checkpoint.digest_identity(identity)}.pt"
     path = Path(folder) / name
     what = "reading" if path.is_file() else "training, into"
-    print(f"control: {what} {paths.shown(path)}")
+    if processes.rank() == 0:
+        print(f"control: {what} {paths.shown(path)}")
     return path
 
 

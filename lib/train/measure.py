@@ -1,0 +1,180 @@
+"""What a network is worth: evaluation, and the statistics of its BatchNorms.
+
+Several processes deal out the batches one by one and put together what they found, so
+that every batch is what it would be in one process.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lib.data import ImageSet, batches
+from lib.graph.watch import dtype_of, modes_kept
+from lib.messages import check_finite
+from lib.settings import check_int
+from lib.train import processes
+from lib.train.recipe import pick_layout
+from lib.train.update import at_least_float32
+
+
+def evaluate(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    resolution: int | None = None,
+    batch_size: int = 500,
+) -> dict[str, float]:
+    """`top1`, `top5` in percent and mean cross-entropy `loss`, in its own precision.
+
+    Every image counts once, whatever the size of the last batch. The model's device
+    and train/eval mode stay; with fewer than 6 classes top5 is 100 by definition.
+    ValueError: outputs that are not numbers, with the tensor that is to blame.
+    """
+    outputs = _forward(model, images, resolution, batch_size, processes.share())
+    found = [_count_batch(output, y) for output, y in outputs]
+    totals = torch.zeros(3, dtype=torch.float64)
+    found = list(torch.stack(found).cpu()) if found else []
+    for counted in processes.gather(found):
+        totals += counted
+    loss, top1, top5 = (totals / len(images)).tolist()
+    if math.isnan(loss):  # every guess is then the first class
+        check_finite("the tensor", _list_floats(model))
+        raise ValueError(f"{images.name}: the outputs of the network are not numbers")
+    return {"top1": 100 * top1, "top5": 100 * top5, "loss": loss}
+
+
+def find_hits(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    resolution: int | None = None,
+    batch_size: int = 500,
+) -> Tensor:
+    """Which images are classified rightly, bool [N] on the CPU; else as `evaluate`."""
+    outputs = _forward(model, images, resolution, batch_size, processes.share())
+    hits = [(output.argmax(1) == y).cpu() for output, y in outputs]
+    return torch.cat(processes.gather(hits))
+
+
+def forward(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    resolution: int | None = None,
+    batch_size: int = 500,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run every image through `model` once, in order: (output, labels) batch by batch.
+
+    In evaluation mode, without gradients, on the model's device and in its precision;
+    each module's own mode is put back when the iteration ends or is left. Every process
+    goes through all images.
+    """
+    return _forward(model, images, resolution, batch_size, (0, 1))
+
+
+def _forward(
+    model: nn.Module,
+    images: ImageSet,
+    resolution: int | None,
+    batch_size: int,
+    share: tuple[int, int],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`forward` over this share of the batches."""
+    device = next(model.parameters()).device
+    layout = pick_layout(model, device)
+    stream = batches(
+        images, batch_size, resolution=resolution, device=device, dtype=dtype_of(model),
+        share=share, whole=True,
+    )  # fmt: skip
+    with modes_kept(model), torch.inference_mode():
+        model.eval()
+        for x, y in stream:
+            yield model(x.contiguous(memory_format=layout)), y
+
+
+def recalibrate(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    resolution: int | None = None,
+    batch_size: int = 128,
+    num_batches: int | None = None,
+    augment: bool = True,
+    seed: int = 0,
+) -> None:
+    """Measure the running statistics of every BatchNorm anew, over one pass.
+
+    The exact average over the batches of one epoch (or of `num_batches`), under the
+    training augmentation: plain images give statistics that training never saw. Only
+    BatchNorms are put in training mode, weights stay bit-identical. A BatchNorm that
+    does not run keeps what it has; so do all of them if this is interrupted, or comes
+    to a statistic that is not finite (ValueError, by name).
+    """
+    if num_batches is not None:
+        num_batches = check_int("num_batches", num_batches, 1)
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    momenta = {norm: norm.momentum for norm in norms if norm.track_running_stats}
+    if not momenta:
+        return
+    device = next(model.parameters()).device
+    layout = pick_layout(model, device)
+    stream = batches(
+        images, batch_size, train=True, augment=augment, seed=seed,
+        resolution=resolution, device=device, dtype=dtype_of(model),
+        share=processes.share(), whole=True,
+    )  # fmt: skip
+    rank, count = processes.share()
+    own = num_batches and len(range(rank, num_batches, count))
+    with modes_kept(model), torch.no_grad(), _statistics_measured(momenta):
+        model.eval()
+        for norm in momenta:
+            norm.train()
+        for x, _ in itertools.islice(stream, own):
+            model(x.contiguous(memory_format=layout))
+        for norm in momenta:
+            seen = norm.get_buffer("num_batches_tracked")
+            measured = [norm.get_buffer(f"running_{what}") for what in ("mean", "var")]
+            processes.average(measured, int(seen))
+            processes.add(seen)
+        check_finite("the tensor", _list_floats(model))
+
+
+def _list_floats(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers that can be NaN, by name."""
+    state = model.state_dict()
+    return {name: value for name, value in state.items() if value.is_floating_point()}
+
+
+@contextmanager
+def _statistics_measured(momenta: dict) -> Iterator[None]:
+    """BatchNorms average anew while inside; what was not measured is put back."""
+    before = {
+        norm: [(b, b.clone()) for b in norm._buffers.values() if b is not None]
+        for norm in momenta
+    }
+    measured: set[nn.Module] = set()
+    try:
+        for norm in momenta:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average
+        yield
+        measured = {norm for norm in momenta if int(norm.num_batches_tracked)}
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+            for buffer, kept in before[norm] if norm not in measured else ():
+                buffer.copy_(kept)
+
+
+def _count_batch(output: Tensor, y: Tensor) -> Tensor:
+    """[sum of losses, hits at rank 1, hits up to rank 5] of one batch."""
+    output = at_least_float32(output)  # the network's own numbers, summed exactly
+    loss = F.cross_entropy(output, y, reduction="sum")
+    ranks = output.topk(min(5, output.shape[1]), dim=1).indices == y[:, None]
+    return torch.stack([loss.double(), ranks[:, 0].sum(), ranks.any(1).sum()])
