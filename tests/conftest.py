@@ -22,6 +22,7 @@ SLOW = [
     "40_comparison",
     "test_own_images",
     "50_latency",
+    "51_scale",
     "test_streaming",
     "03_criteria",
     "11_scop_selection",
