@@ -325,3 +325,16 @@ def test_times_are_judged_by_runtime(monkeypatch, tmp_path):
         ask("c", 0.1)
     with pytest.raises(ValueError, match=r"'time\.csv'"):
         ledger.compare_times("time.csv", "net=a", 0.1)
+
+
+def test_claims_say_how_long_the_rows_that_decide_them_were_tuned():
+    claims = ledger.read("claims")
+    judged = claims[claims["rows"].str.startswith("compare_16_cpu")]
+    judged = judged[judged["n"].replace("", "0").astype(int) > 0]
+    assert len(judged) > 5
+    for claim in judged.itertuples():
+        rows = ledger.read_rows(claim.rows)
+        bases = rows[rows["share"] == 0.5].groupby("length")["base_id"].nunique()
+        length = bases[bases >= min(ledger.ENOUGH, bases.max())].index.max()
+        told = f"{length} epoch{'s' if length > 1 else ''} of fine-tuning"
+        assert told in claim.distance, claim.id
