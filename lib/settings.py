@@ -263,8 +263,8 @@ def expand_runs(
     check_known(f"{profile}: in {notebook} parameter", changes, declared)
     grid = _find_varied(profile, notebook, changes)
     runs = []
-    for chosen in itertools.product(*grid.values()):
-        chosen = dict(zip(grid, chosen, strict=True))
+    for picked in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, picked, strict=True))
         varied = {n: tuple(v) if isinstance(v, list) else v for n, v in chosen.items()}
         tag = "-".join(f"{name}{_tell(value)}" for name, value in varied.items())
         run = "/".join(filter(None, [profile, notebook, tag]))
