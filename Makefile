@@ -2,8 +2,8 @@
 # lock if it is not there yet (.ci/setup).
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help venv reproduce miniature publish readme drawings course grade book slides lab test \
-  bench gpu check environment notebooks strip lock clean
+.PHONY: help venv reproduce miniature publish readme drawings course grade book slides \
+  lab test bench gpu check environment notebooks strip lock clean
 
 PROFILE ?= quick
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)

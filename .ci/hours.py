@@ -8,6 +8,7 @@ networks of their own, what a notebook does beside. The rate is the median of th
 unpruned networks of `RATE`, in MACs a second and forward with backward.
 """
 
+import functools
 import statistics
 import sys
 
@@ -18,7 +19,7 @@ import torch
 from lib import cost, models, paths, settings
 
 IMAGES = {"cifar10": 45_000, "imagenet": 1_153_050}  # a tenth is held out
-RATE = "rate_16_cpu.csv"
+RATE = "compare_16_cpu.csv"
 
 
 def count_passes(run: settings.Run) -> float:
@@ -71,7 +72,11 @@ def count_passes(run: settings.Run) -> float:
 def count_macs(run: settings.Run) -> int:
     """Of its network, at the side of its images, on one image."""
     told = settings.declared_parameters(run.notebook) | run.parameters
-    name, side = told["net"], told.get("resolution") or told.get("size") or None
+    return count_net(told["net"], told.get("resolution") or told.get("size") or None)
+
+
+@functools.cache
+def count_net(name: str, side: int | None) -> int:
     shape = models.input_shape(name, image_size=side)
     with torch.device("meta"):
         return cost.count(models.build(name, image_size=shape[1]), shape).macs
@@ -87,7 +92,7 @@ def read_rate() -> tuple[float, str]:
 
 
 def plan_hours(profile: str) -> dict[str, float]:
-    """Runs, MACs (one image of an epoch counts its forward pass once), core-days."""
+    """Runs that train, MACs (one image of an epoch counts once), core-days."""
     runs = [run for run in plan.read_runs(profile) if "net" in run.parameters]
     macs = sum(count_passes(run) * count_macs(run) for run in runs)
     return {"runs": len(runs), "macs": macs, "days": macs / read_rate()[0] / 86_400}

@@ -196,9 +196,7 @@ def planned():
     for profile in ("cifar10", "imagenet"):
         found = hours.plan_hours(profile)
         macs, days = f"{found['macs']:.1e} MACs", f"{found['days']:,.0f} core-days"
-        lines.append(
-            f"- `{profile}`: {found['runs']} runs, {macs} of training, {days}."
-        )
+        lines.append(f"- `{profile}`: {found['runs']} runs that train, {macs}, {days}.")
     rate, device = hours.read_rate()
     lines.append(
         f"\nAt {rate / 1e9:.1f} GMAC/s, forward with backward counted once, as "

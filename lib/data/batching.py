@@ -66,28 +66,37 @@ def batches(
         raise ValueError(f"dtype must be a floating type, got {dtype}")
     augment = train if augment is None else augment
     draws = draw_epoch(images, shuffle=train, augment=augment, seed=seed, epoch=epoch)
+    steps = range(start * batch_size, count * batch_size, batch_size)
+    parts = list(cut_batches(steps, len(images), share, whole))
+    key = (seed, epoch) if augment else None
+    cut = _generate(images, device, parts, draws, key)
+    return (
+        (resize(x, resolution).to(dtype).contiguous(memory_format=torch.channels_last), y)
+        for x, y in cut
+    )
 
-    def generate() -> Iterator[tuple[Tensor, Tensor]]:
-        here = images.to(device)
-        order, *offsets = (draw.to(device) for draw in draws)
-        # Whole rows rather than 3 channels: a loop long enough to vectorise.
-        rows = torch.tensor([images.mean, images.std], device=here.images.device)
-        mean, std = rows.repeat(1, here.images.shape[2])
-        steps = range(start * batch_size, count * batch_size, batch_size)
-        parts = list(cut_batches(steps, len(images), share, whole))
-        if here.streamed:
-            key = (seed, epoch) if augment else None
-            pixels = here.images.read([draws.order[part] for part in parts], key)
-        else:
-            pixels = (here.images.index_select(0, order[part]) for part in parts)
-        for part, x in zip(parts, pixels, strict=True):
-            if augment:
-                x = crop_flip(x, *(draw[part] for draw in offsets), pad=images.pad)
-            x = resize(normalise(x, mean, std), resolution).to(dtype)
-            x = x.contiguous(memory_format=torch.channels_last)
-            yield x, here.labels.index_select(0, order[part])
 
-    return generate()
+def _generate(
+    images: ImageSet,
+    device: torch.device | str,
+    parts: list[slice],
+    draws: Draws,
+    key: tuple[int, int] | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised pixels and labels of each part; `key` is that of an augmented epoch."""
+    images = images.to(device)
+    order, *offsets = (draw.to(images.labels.device) for draw in draws)
+    # Whole rows rather than 3 channels: a loop long enough to vectorise.
+    rows = torch.tensor([images.mean, images.std], device=order.device)
+    mean, std = rows.repeat(1, images.images.shape[2])
+    if images.streamed:
+        pixels = images.images.read([draws.order[part] for part in parts], key)
+    else:
+        pixels = (images.images.index_select(0, order[part]) for part in parts)
+    for part, x in zip(parts, pixels, strict=True):
+        if key is not None:
+            x = crop_flip(x, *(draw[part] for draw in offsets), pad=images.pad)
+        yield normalise(x, mean, std), images.labels.index_select(0, order[part])
 
 
 def cut_batches(

@@ -27,10 +27,10 @@ def enter_blocks(bench: Bench) -> None:
         if seed < 100:  # 100 and above chose the learning rate
             for method in METHODS:
                 name = f"base{seed}_{found[3]}_{found[1] or 32}px_{method}"
-                STEPS[name] = "block", make_block(bench, found, method)
+                STEPS[name] = "block", make_block(found, method)
 
 
-def make_block(bench: Bench, found: re.Match, method: str):
+def make_block(found: re.Match, method: str):
     def block(bench: Bench):
         """A base, pruned by one method and fine-tuned."""
         return run_block(bench, found, method)

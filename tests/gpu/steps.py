@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-KINDS = ("check", "time", "block")
 STEPS: dict[str, tuple[str, Callable]] = {}  # name -> kind and function, in order
 
 
