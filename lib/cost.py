@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from lib.graph.on_meta import meta_tensors, move_all, tensors_in
 from lib.graph.tags import CONSTANTS, ELEMENTWISE, MOVES, REDUCTIONS
 from lib.graph.watch import dtype_of
-from lib.settings import check_shape
+from lib.settings import CHW, check_shape
 
 # What may be done to a weight without multiplying by it as a layer does.
 WORKLESS = ELEMENTWISE | MOVES | REDUCTIONS | CONSTANTS | {"embedding", "copy_", "cat"}
@@ -36,7 +36,7 @@ class Cost:
         }
 
 
-def count(model: nn.Module, input_shape: tuple[int, int, int]) -> Cost:
+def count(model: nn.Module, input_shape: CHW) -> Cost:
     """MACs of one evaluation pass over one image, and all parameters.
 
     `input_shape` is (C, H, W). Runs on the meta device: nothing is computed, and the

@@ -47,6 +47,7 @@ class Rule:
     repeat: bool = False
 
 
+CHW = tuple[int, int, int]  # channels, height and width of an image
 ABOVE_ZERO = 1e-12  # as a lower bound it keeps 0 out
 ABOVE_ONE = math.nextafter(1.0, 2.0)  # as an upper bound it lets 1 in
 COUNTS = """

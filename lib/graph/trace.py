@@ -17,12 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from lib.graph.dry_run import BATCH, Call, DryRun, Node, run_dry
 from lib.graph.functional import read_known_module
 from lib.graph.leaves import filters_of, is_leaf
-from lib.graph.mixing import (
-    find_mixers,
-    freeze_attention,
-    is_product,
-    is_shuffle_unit,
-)
+from lib.graph.mixing import find_mixers, freeze_attention, is_product, is_shuffle_unit
 from lib.graph.sharing import settle_tensors
 from lib.graph.tags import (
     CONSTANT,
@@ -145,11 +140,7 @@ class Trace:
                 self.normed[node.inputs[0]] = node.module
 
     def read_layer_call(
-        self,
-        node: Node,
-        module: _ConvNd | nn.Linear,
-        value: Value,
-        evaluating: bool,
+        self, node: Node, module: _ConvNd | nn.Linear, value: Value, evaluating: bool
     ) -> None:
         layer = self._read_layer(node.module, module, value)
         made = self.values[node.outputs[0]]

@@ -9,27 +9,5 @@ what other programs read.
 
 from lib.latency.export import export_onnx
 from lib.latency.measure import Timing, compare, interleave, measure
-from lib.latency.runtimes import (
-    RUNTIMES,
-    find_missing,
-    load_onnx,
-    prepare,
-    version_of,
-)
+from lib.latency.runtimes import RUNTIMES, find_missing, load_onnx, prepare, version_of
 from lib.latency.table import Table, meet, write_layer
-
-__all__ = [
-    "RUNTIMES",
-    "Table",
-    "Timing",
-    "compare",
-    "export_onnx",
-    "find_missing",
-    "interleave",
-    "load_onnx",
-    "measure",
-    "meet",
-    "prepare",
-    "version_of",
-    "write_layer",
-]

@@ -12,12 +12,11 @@ from torch.export import Dim
 
 from lib import paths
 from lib.graph.watch import dtype_of
+from lib.settings import CHW
 from lib.surgery.copying import copy_model
 
 
-def export_onnx(
-    model: nn.Module, path: str | Path, input_shape: tuple[int, int, int]
-) -> Path:
+def export_onnx(model: nn.Module, path: str | Path, input_shape: CHW) -> Path:
     """Write `model` in evaluation as an ONNX file for images [N, C, H, W], any N.
 
     `input_shape` is (C, H, W). The model is left as found, wherever its tensors lie.

@@ -23,6 +23,7 @@ from lib.latency.runtimes import (
     read_onnx,
     version_of,
 )
+from lib.settings import CHW
 
 WARMUP = 2  # calls before the clock runs
 ORIGINAL = "original"
@@ -91,7 +92,7 @@ def _time(call: Call, count: int) -> tuple[float, float]:
 def measure(
     model: nn.Module,
     pruned: nn.Module | Mapping[str, nn.Module],
-    input_shape: tuple[int, int, int],
+    input_shape: CHW,
     *,
     batches: Sequence[int] = (1, 8, 64),
     runtimes: Sequence[str] = ("eager",),
@@ -136,7 +137,7 @@ def measure(
 def compare(
     model: nn.Module,
     pruned: nn.Module,
-    input_shape: tuple[int, int, int],
+    input_shape: CHW,
     *,
     side: int | None = None,
     batch: int = 8,
@@ -173,7 +174,7 @@ def compare(
 def _measure_cell(
     nets: Mapping[str, nn.Module],
     files: Mapping[str, bytes],
-    input_shape: tuple[int, int, int],
+    input_shape: CHW,
     runtime: str,
     batch: int,
     turns: int,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lib.latency.export import export_onnx, require
 from lib.messages import check_choice
-from lib.settings import RUNTIMES
+from lib.settings import CHW, RUNTIMES
 from lib.surgery.copying import copy_model
 
 NEEDS = {
@@ -102,7 +102,7 @@ def _compile(model: nn.Module, x: Tensor) -> Callable:
     return compiled
 
 
-def read_onnx(model: nn.Module, input_shape: tuple[int, int, int]) -> bytes:
+def read_onnx(model: nn.Module, input_shape: CHW) -> bytes:
     """The content of the ONNX file of a model."""
     with tempfile.TemporaryDirectory() as folder:
         return export_onnx(model, Path(folder) / "net.onnx", input_shape).read_bytes()

@@ -21,6 +21,7 @@ from lib.latency.export import require
 from lib.latency.measure import interleave, one_thread
 from lib.latency.runtimes import Call, check_runtime, load_onnx, prepare
 from lib.plan import Kept, Plan, from_scores, resolve
+from lib.settings import CHW
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TURNS, LEAST = 5, 0.004  # of timing one layer, and CPU seconds in each turn
@@ -42,7 +43,7 @@ class Table:
     def __init__(
         self,
         model: nn.Module,
-        input_shape: tuple[int, int, int],
+        input_shape: CHW,
         *,
         batch: int = 8,
         runtime: str = "eager",
@@ -124,7 +125,7 @@ class Table:
 def meet(
     model: nn.Module,
     scores: Mapping[str, Tensor],
-    input_shape: tuple[int, int, int],
+    input_shape: CHW,
     share: float,
     *,
     table: Table,

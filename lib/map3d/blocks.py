@@ -19,6 +19,7 @@ from lib import surgery, train
 from lib.data import ImageSet
 from lib.graph import Graph
 from lib.graph.watch import recorded
+from lib.settings import CHW
 
 FOLDS = 2  # of the images that probes are judged on, each on the folds it did not see
 
@@ -33,10 +34,7 @@ class Block:
 
 
 def find_blocks(
-    model: nn.Module,
-    input_shape: tuple[int, int, int],
-    *,
-    graph: Graph | None = None,
+    model: nn.Module, input_shape: CHW, *, graph: Graph | None = None
 ) -> list[Block]:
     """The blocks of a residual or dense network, in forward order.
 

@@ -23,6 +23,7 @@ from lib.graph.trace import trace
 from lib.map3d.blocks import find_blocks
 from lib.messages import check_choice, check_finite
 from lib.plan import Plan, resolve
+from lib.settings import CHW
 
 # what a plan does with the residual stream
 RESIDUAL = {"uniform": "tie", "inner": "keep", "scatter": "scatter"}
@@ -40,10 +41,7 @@ class Shape(NamedTuple):
 
 
 def score_channels(
-    model: nn.Module,
-    input_shape: tuple[int, int, int],
-    *,
-    graph: Graph | None = None,
+    model: nn.Module, input_shape: CHW, *, graph: Graph | None = None
 ) -> dict[str, Tensor]:
     """Mean |gamma| of the BatchNorms that read each output channel of a layer.
 
@@ -90,7 +88,7 @@ class Space:
     def __init__(
         self,
         model: nn.Module,
-        input_shape: tuple[int, int, int],
+        input_shape: CHW,
         *,
         width: str = "uniform",
         multiple: int = 4,

@@ -13,6 +13,7 @@ from lib.models import vision, weights
 from lib.models.caffe import BvlcGoogLeNet, CaffeNet, CifarNet, LeNet
 from lib.models.densenet import CifarDenseNet
 from lib.models.resnet import DEPTHS, CifarResNet
+from lib.settings import CHW
 
 LARGEST_TRIED = 512
 
@@ -45,9 +46,7 @@ def names() -> list[str]:
     return list(BUILDERS)
 
 
-def input_shape(
-    name: str, in_channels: int = 3, image_size: int | None = None
-) -> tuple[int, int, int]:
+def input_shape(name: str, in_channels: int = 3, image_size: int | None = None) -> CHW:
     """`(C, H, W)` in channels and pixels; H = W = the published size if not given.
 
     torchvision's nets: the size that their DEFAULT weights were evaluated at. Raises

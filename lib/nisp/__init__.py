@@ -12,16 +12,3 @@ from lib.nisp.errors import find_retained, measure_errors
 from lib.nisp.frl import collect_responses, score_frl
 from lib.nisp.infinite import inf_fs
 from lib.nisp.propagation import propagate
-
-__all__ = [
-    "METHODS",
-    "collect_responses",
-    "find_retained",
-    "inf_fs",
-    "measure_activity",
-    "measure_errors",
-    "propagate",
-    "rank_layerwise",
-    "score_frl",
-    "score_layers",
-]

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lib.graph.dry_run import tensors_in
+from lib.settings import CHW
 
 ADVICE = (
     "rules exist for linear, convolution, pooling, BatchNorm, response normalisation, "
@@ -317,7 +318,7 @@ RULES: dict[str, Callable] = {
 
 def run_absolute(
     model: nn.Module,
-    input_shape: tuple[int, int, int],
+    input_shape: CHW,
     *,
     layers: Collection[str],
     places: Mapping[str, str],

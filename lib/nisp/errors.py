@@ -8,6 +8,7 @@ from lib.graph import Graph, build_graph
 from lib.nisp.frl import collect_responses, find_classifier
 from lib.plan import Plan
 from lib.plan.resolve import resolve
+from lib.settings import CHW
 
 SMALLEST = 0.01  # of the mean |response|: what is nearer to zero has no relative error
 
@@ -76,11 +77,7 @@ def describe(y: Tensor, there: Tensor, s: Tensor) -> dict[str, float]:
 
 
 def find_retained(
-    model: nn.Module,
-    plan: Plan,
-    input_shape: tuple[int, int, int],
-    *,
-    graph: Graph | None = None,
+    model: nn.Module, plan: Plan, input_shape: CHW, *, graph: Graph | None = None
 ) -> Tensor:
     """Which of the D responses that the classifier reads a plan keeps, bool [D]."""
     graph = graph or build_graph(model, input_shape)

@@ -18,6 +18,7 @@ from lib.messages import suggest
 from lib.nisp.absolute import run_absolute
 from lib.nisp.frl import find_frl
 from lib.plan import count_share
+from lib.settings import CHW
 
 ROOM = 1000  # powers of two that scores may grow or shrink by in float64
 
@@ -27,7 +28,7 @@ ROOM = 1000  # powers of two that scores may grow or shrink by in float64
 def propagate(
     model: nn.Module,
     frl_scores: Tensor,
-    input_shape: tuple[int, int, int],
+    input_shape: CHW,
     *,
     joint: float | Mapping[str, float] | None = None,
     frl: str | None = None,

@@ -25,12 +25,13 @@ from lib.plan.requests import (
 from lib.plan.resolve import resolve
 from lib.plan.sparing import find_partial, spare
 from lib.plan.targets import meet
+from lib.settings import CHW
 
 
 def from_scores(
     model: nn.Module,
     scores: Scores,
-    input_shape: tuple[int, int, int],
+    input_shape: CHW,
     *,
     rate: Rate | None = None,
     macs: float | None = None,
@@ -103,10 +104,7 @@ def _make_cost(
 
 
 def _add_other_work(
-    cost_of: Callable[[list[int]], float],
-    size: int,
-    model: nn.Module,
-    input_shape: tuple[int, int, int],
+    cost_of: Callable[[list[int]], float], size: int, model: nn.Module, input_shape: CHW
 ) -> Callable[[list[int]], float]:
     """The same with the MACs that no layer owns (functional convolutions)."""
     other = cost.count(model, input_shape).macs - int(cost_of([0] * size))

@@ -10,14 +10,3 @@ from lib.scop.controls.base import Control
 from lib.scop.controls.build import build_control
 from lib.scop.layers import block_layers
 from lib.scop.selection import Betas, importance, learn_betas, read_scales, select
-
-__all__ = [
-    "Betas",
-    "Control",
-    "block_layers",
-    "build_control",
-    "importance",
-    "learn_betas",
-    "read_scales",
-    "select",
-]

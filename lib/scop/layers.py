@@ -8,16 +8,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.graph import Graph, build_graph
 from lib.graph.trace import Node
+from lib.settings import CHW
 
 ADDITIONS = {"add", "add_"}
 
 
 def block_layers(
-    model: nn.Module,
-    input_shape: tuple[int, int, int],
-    *,
-    ends: bool = True,
-    graph: Graph | None = None,
+    model: nn.Module, input_shape: CHW, *, ends: bool = True, graph: Graph | None = None
 ) -> list[str]:
     """Names of the convolutions with a BatchNorm inside residual blocks.
 

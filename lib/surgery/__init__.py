@@ -9,6 +9,7 @@ across channels), small modules with integer index maps take that step's place.
 from torch import nn
 
 from lib.graph import Graph, Group, build_graph, droppable_blocks, list_prunable
+from lib.settings import CHW
 from lib.surgery.cut import shrink, shrunk_from
 from lib.surgery.silence import mask
 
@@ -16,7 +17,7 @@ __all__ = ["channel_groups", "droppable", "mask", "prunable", "shrink", "shrunk_
 
 
 def channel_groups(
-    model: nn.Module, input_shape: tuple[int, int, int], *, graph: Graph | None = None
+    model: nn.Module, input_shape: CHW, *, graph: Graph | None = None
 ) -> list[Group]:
     """The groups of layers whose output channels must be kept together.
 
@@ -27,14 +28,14 @@ def channel_groups(
 
 
 def droppable(
-    model: nn.Module, input_shape: tuple[int, int, int], *, graph: Graph | None = None
+    model: nn.Module, input_shape: CHW, *, graph: Graph | None = None
 ) -> list[str]:
     """Names of the blocks that `Plan.drop` may replace by the identity."""
     return droppable_blocks(graph or build_graph(model, input_shape), model)
 
 
 def prunable(
-    model: nn.Module, input_shape: tuple[int, int, int], *, graph: Graph | None = None
+    model: nn.Module, input_shape: CHW, *, graph: Graph | None = None
 ) -> dict[str, str | None]:
     """Every convolution and linear layer with None, or the reason to leave it whole.
 

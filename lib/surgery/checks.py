@@ -16,6 +16,7 @@ from lib.graph import Graph, Node
 from lib.graph.dry_run import Call, DryRun, run_dry
 from lib.graph.tags import Operand, Value
 from lib.plan import Kept
+from lib.settings import CHW
 from lib.surgery.movers import Bridge, PinnedShuffleUnit, Remap, Whole
 
 # Operations that hand on what they read, and names for one and the same.
@@ -37,11 +38,7 @@ PLACES = {"device", "layout", "pin_memory", "memory_format"}  # change no number
 
 
 def check_result(
-    graph: Graph,
-    kept: Kept,
-    small: nn.Module,
-    input_shape: tuple[int, int, int],
-    resolution: int | None,
+    graph: Graph, kept: Kept, small: nn.Module, input_shape: CHW, resolution: int | None
 ) -> None:
     """Raises `ValueError` if `small` does not run, or would compute something else."""
     after = _run_result(small, input_shape, "the shrunk network does not run")
@@ -57,9 +54,7 @@ def check_result(
         _run_result(small, shape, f"resolution {resolution} does not fit this network")
 
 
-def _run_result(
-    small: nn.Module, input_shape: tuple[int, int, int], problem: str
-) -> DryRun:
+def _run_result(small: nn.Module, input_shape: CHW, problem: str) -> DryRun:
     try:
         return run_dry(small, input_shape)
     except ValueError as error:

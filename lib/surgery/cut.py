@@ -11,6 +11,7 @@ from lib.graph import Graph, Layer, build_graph
 from lib.graph.leaves import filters_of
 from lib.graph.trace import Move
 from lib.plan import Kept, Plan, resolve
+from lib.settings import CHW
 from lib.surgery.checks import check_result
 from lib.surgery.copying import copy_model
 from lib.surgery.identity import mark
@@ -32,11 +33,7 @@ Modules = dict[str, Any]  # modules by name; their attributes differ by type
 
 
 def shrink(
-    model: nn.Module,
-    plan: Plan,
-    input_shape: tuple[int, int, int],
-    *,
-    graph: Graph | None = None,
+    model: nn.Module, plan: Plan, input_shape: CHW, *, graph: Graph | None = None
 ) -> nn.Module:
     """A physically smaller copy of the same class.
 
@@ -78,7 +75,7 @@ def cut_out(model: nn.Module, graph: Graph, kept: Kept) -> nn.Module:
 def shrunk_from(
     model: nn.Module,
     plan: Plan,
-    input_shape: tuple[int, int, int],
+    input_shape: CHW,
     state: dict[str, Tensor],
     *,
     graph: Graph | None = None,

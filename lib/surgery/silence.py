@@ -9,6 +9,7 @@ from lib.graph import Graph, build_graph, dropped_units
 from lib.graph.leaves import filters_of
 from lib.graph.structure import block_units
 from lib.plan import Kept, Plan, resolve
+from lib.settings import CHW
 from lib.surgery.checks import check_result
 from lib.surgery.copying import copy_model
 from lib.surgery.cut import cut_out
@@ -16,11 +17,7 @@ from lib.surgery.movers import Gate, replace
 
 
 def mask(
-    model: nn.Module,
-    plan: Plan,
-    input_shape: tuple[int, int, int],
-    *,
-    graph: Graph | None = None,
+    model: nn.Module, plan: Plan, input_shape: CHW, *, graph: Graph | None = None
 ) -> nn.Module:
     """A full-size copy in which every removed channel is zero and read by nobody.
 

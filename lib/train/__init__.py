@@ -3,14 +3,3 @@
 from lib.train.loop import History, fit, load_checkpoint
 from lib.train.measure import evaluate, find_hits, forward, recalibrate
 from lib.train.recipe import Recipe
-
-__all__ = [
-    "History",
-    "Recipe",
-    "evaluate",
-    "find_hits",
-    "fit",
-    "forward",
-    "load_checkpoint",
-    "recalibrate",
-]

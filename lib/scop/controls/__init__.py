@@ -2,13 +2,3 @@
 
 from lib.scop.controls.base import Constant, Control, NoControl, Noise, Shuffle
 from lib.scop.controls.build import ARMS, build_control
-
-__all__ = [
-    "ARMS",
-    "Constant",
-    "Control",
-    "NoControl",
-    "Noise",
-    "Shuffle",
-    "build_control",
-]

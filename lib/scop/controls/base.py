@@ -14,6 +14,7 @@ each says so in its docstring, in these words:
 import torch
 from torch import Tensor, nn
 
+from lib.settings import CHW
 from lib.train.checkpoint import digest_tensors
 
 
@@ -44,7 +45,7 @@ class Control(nn.Module):
     name = ""
     paired = True
 
-    def __init__(self, shape: tuple[int, int, int]):
+    def __init__(self, shape: CHW):
         super().__init__()
         self.shape = tuple(shape)
 

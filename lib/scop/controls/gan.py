@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lib.data import ImageSet
 from lib.scop.controls.training import ABOVE_0, UP_TO_1, Game, Options, Trained, option
+from lib.settings import CHW
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,7 @@ class Generator(Trained):
         return ((made + 1) / 2 - self.mean) / self.std if self.options.rescale else made
 
 
-def make_generator(
-    shape: tuple[int, int, int], latent: int, width: int
-) -> nn.Sequential:
+def make_generator(shape: CHW, latent: int, width: int) -> nn.Sequential:
     """z [B, latent] -> [B, C, 8s, 8t] in [-1, 1], the least that covers (H, W)."""
     channels, rows, columns = shape[0], -(-shape[1] // 8), -(-shape[2] // 8)
     start = 4 * width * rows * columns
@@ -151,7 +150,7 @@ def make_generator(
     return nn.Sequential(*layers, last, nn.Tanh())
 
 
-def make_critic(shape: tuple[int, int, int], width: int) -> nn.Sequential:
+def make_critic(shape: CHW, width: int) -> nn.Sequential:
     """[B, C, H, W] -> [B, 1]; no norm, the penalty is on each image's own gradient."""
     wides = shape[0], width, 2 * width, 4 * width
     layers = []

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lib.data import ImageSet
 from lib.scop.controls.base import correlate, exchange
 from lib.scop.controls.training import ABOVE_0, UP_TO_1, Game, Options, Trained, option
+from lib.settings import CHW
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Distort(nn.Module):
 class Judge(nn.Module):
     """Two images and a hint -> logits that a block was swapped, [B, 1, H/b, W/b]."""
 
-    def __init__(self, shape: tuple[int, int, int], block: int, width: int):
+    def __init__(self, shape: CHW, block: int, width: int):
         super().__init__()
         self.grid = shape[1] // block, shape[2] // block
         self.look = nn.Sequential(
@@ -156,7 +157,7 @@ def halve(x: Tensor) -> Tensor:
     return F.pixel_unshuffle(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)), 2)
 
 
-def pick_block(shape: tuple[int, int, int]) -> int:
+def pick_block(shape: CHW) -> int:
     """The usual side of a block, for images (C, H, W): the largest of 4, 2, 1 that
     divides both sides."""
     return next(b for b in (4, 2, 1) if not (shape[1] % b or shape[2] % b))
