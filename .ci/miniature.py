@@ -36,7 +36,13 @@ FORCED = ("baseline_epochs", "warmup", "select_images")  # their defaults are fo
 def shrink(profile: str) -> dict:
     """The content of a profile with small values in place of the long ones."""
     content = yaml.safe_load((paths.NOTEBOOKS / f"params/{profile}.yaml").read_text())
-    return {book: shrink_run(profile, book, run) for book, run in content.items()}
+    return {book: shrink_notebook(profile, book, run) for book, run in content.items()}
+
+
+def shrink_notebook(profile: str, notebook: str, changes: dict | list) -> dict | list:
+    if isinstance(changes, list):
+        return [shrink_run(profile, notebook, part) for part in changes]
+    return shrink_run(profile, notebook, changes)
 
 
 def shrink_run(profile: str, notebook: str, changes: dict) -> dict:

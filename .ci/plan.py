@@ -63,8 +63,9 @@ def check_file(path):
 
 def count_runs(changes):
     """How many runs one notebook's part of a profile asks for."""
-    varied = [v for n, v in (changes or {}).items() if settings.is_varied(n, v)]
-    return math.prod(map(len, varied))
+    grids = [(part or {}).items() for part in settings.list_parts(changes)]
+    sizes = [[len(v) for n, v in grid if settings.is_varied(n, v)] for grid in grids]
+    return sum(map(math.prod, sizes))
 
 
 def check_folders(profile, runs):
@@ -90,34 +91,34 @@ class Needs:
     """Which runs a run waits for: those of `needs` that vary with the same values."""
 
     def __init__(self, runs, needs):
-        self.needs = needs
-        self.names = {}  # notebook -> what it varies
-        self.groups = {}  # (notebook, names) -> {values of them: runs}
-        self.runs = defaultdict(list)
+        self.runs, self.needs = runs, needs
+        self.grids = defaultdict(dict)  # notebook -> {names that vary: runs}
+        self.groups = {}  # (notebook, names, some of them) -> {values of these: runs}
         for run in runs:
-            self.names[run.notebook] = tuple(run.varied)
-            self.runs[run.notebook].append(run)
+            grid = self.grids[run.notebook].setdefault(tuple(run.varied), [])
+            grid.append(run)
 
     def of(self, run):
         """The runs before `run`, in the order of the profile."""
         found = []
         for notebook in self.needs.get(run.notebook, []):
-            if notebook in self.runs:
-                shared = [n for n in self.names[notebook] if n in run.varied]
+            for names in self.grids.get(notebook, ()):
+                shared = tuple(name for name in names if name in run.varied)
                 key = tuple(run.varied[name] for name in shared)
-                found += self.group(notebook, tuple(shared)).get(key, [])
+                found += self.group(notebook, names, shared).get(key, [])
         return found
 
-    def group(self, notebook, names):
-        if (notebook, names) not in self.groups:
-            groups = self.groups[notebook, names] = defaultdict(list)
-            for run in self.runs[notebook]:
-                groups[tuple(run.varied[name] for name in names)].append(run)
-        return self.groups[notebook, names]
+    def group(self, *which):
+        if which not in self.groups:
+            notebook, names, shared = which
+            groups = self.groups[which] = defaultdict(list)
+            for run in self.grids[notebook][names]:
+                groups[tuple(run.varied[name] for name in shared)].append(run)
+        return self.groups[which]
 
     def check(self):
         """ValueError where runs wait for more files than can be planned."""
-        total = sum(len(self.of(run)) for runs in self.runs.values() for run in runs)
+        total = sum(len(self.of(run)) for run in self.runs)
         if total > MOST_NEEDS:
             raise ValueError(
                 f"its runs wait for {total:,} files, at most {MOST_NEEDS:,} are "

@@ -228,7 +228,8 @@ def read_profile(profile: str, *, threads: int | None = None) -> list[Run]:
 
     The file maps notebooks to changed parameters. A list where the notebook declares
     a single value, or a list of lists where it declares a list (`seeds: [[0], [1]]`),
-    makes one run per entry. `threads` goes before the profile's own.
+    makes one run per entry; a list of such mappings is as many grids of one notebook.
+    `threads` goes before the profile's own.
     Refuses notebooks and parameters that do not exist, naming the nearest, and values
     that `check` would refuse.
     """
@@ -246,8 +247,14 @@ def read_profile(profile: str, *, threads: int | None = None) -> list[Run]:
         raise ValueError(f"{path.name}: expected notebooks with their parameters")
     runs = []
     for notebook, changes in content.items():
-        runs += expand_runs(profile, str(notebook), changes or {}, threads)
+        for part in list_parts(changes):
+            runs += expand_runs(profile, str(notebook), part or {}, threads)
     return runs
+
+
+def list_parts(changes: Any) -> list:
+    """The grids that a profile asks of one notebook: one, or a list of them."""
+    return changes if isinstance(changes, list) and changes else [changes]
 
 
 def expand_runs(

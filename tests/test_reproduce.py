@@ -474,6 +474,8 @@ REFUSED = [
     ("01_first: {seed: 1}\n01_first: {seed: 2}", r"'01_first' stands in lines 1 and 2"),
     ("01_first:\n  seed: 1\n  seed: 2", r"'seed' stands in lines 2 and 3; keep one"),
     (f"01_first: {{seed: {GRID}, lr: {GRID}}}", r"40,000 runs, at most 20,000"),
+    (f"01_first: [{{}}, {{seed: {GRID}, lr: {GRID}}}]", r"40,001 runs, at most 20,000"),
+    ("01_first: [{seed: 1}, {seed: 2}]", r"both write the folder toy/01_first;"),
 ]
 
 
@@ -511,12 +513,12 @@ def test_a_key_twice_in_a_mapping_of_any_kind_is_found_and_merges_pass(books):
 NAMES = ("seed", "base", "lr")
 
 
-@given(st.lists(st.lists(st.sampled_from(NAMES), unique=True), min_size=3, max_size=3))
+@given(st.lists(st.lists(st.sampled_from(NAMES), unique=True), min_size=4, max_size=4))
 def test_runs_wait_for_those_that_vary_with_the_same_values(varied):
     needs = {"b": ["a"], "c": ["a", "b"]}
     runs = [
         settings.Run(book, {"run": book}, dict(zip(names, values, strict=True)))
-        for book, names in zip("abc", varied, strict=True)
+        for book, names in zip("aabc", varied, strict=True)  # of `a` two grids
         for values in product(range(2), repeat=len(names))
     ]
     before = plan.Needs(runs, needs)
@@ -535,7 +537,8 @@ def test_lists_of_lists_wait_for_their_own(books):
     runs = plan.read_runs("toy")
     (first,) = plan.Needs(runs, {"02_second": ["01_first"]}).of(runs[2])
     assert first.folder.name == "rates0.3"
-    assert plan.count_runs({"rates": [[0.1, 0.2], [0.3]], "seed": [0, 1]}) == 4
+    grid = {"rates": [[0.1, 0.2], [0.3]], "seed": [0, 1]}
+    assert plan.count_runs(grid) == 4 and plan.count_runs([grid, {}, None]) == 6
 
 
 def make_runs(book, count, name):

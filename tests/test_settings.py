@@ -196,6 +196,13 @@ def test_a_list_of_lists_makes_a_run_of_each(books, tmp_path):
     ]
 
 
+def test_a_notebook_may_have_several_grids(books):
+    books("01_first:\n- {seed: [0, 1], rates: [0.1]}\n- {seed: [2], rates: [0.2]}\n")
+    runs = settings.read_profile("toy")
+    assert [(run.varied["seed"], run.parameters["rates"]) for run in runs] == [
+        (0, [0.1]), (1, [0.1]), (2, [0.2])]  # fmt: skip
+
+
 REFUSED = [
     ("01_first: {rates: [[0.1], [0.1]]}", r"needs different values of 'rates'"),
     ("01_first: {rates: [[0.1], 0.2]}", r"rates must be a list with an entry, got 0.2"),
@@ -214,6 +221,7 @@ REFUSED = [
     ("just text", r"toy"),
     ("01_first: 5", r"01_first"),
     ("01_first: [seed, 1]", r"01_first"),
+    ("01_first: [{seed: 1}, {sed: 1}]", r"in 01_first parameter 'sed' is unknown"),
     ("01_first: {1: 2}", r"1"),
     ("1: {seed: 2}", r"1"),
 ]
@@ -242,7 +250,8 @@ def test_an_empty_profile_has_no_runs(books):
 def test_committed_profiles_are_yaml_with_known_parameters():
     for path in (ROOT / "notebooks" / "params").glob("*.yaml"):
         for changes in yaml.safe_load(path.read_text()).values():
-            assert set(changes or {}) <= set(settings.PARAMETERS)
+            for part in settings.list_parts(changes):
+                assert set(part or {}) <= set(settings.PARAMETERS)
 
 
 # -- staleness -------------------------------------------------------------------------
