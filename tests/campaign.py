@@ -5,10 +5,10 @@
 Not collected by pytest: it takes from minutes to an hour. Prints a table and the cases
 that failed; the exit status is 1 if there are any.
 
-* kills: training, SCOP's selection, its control, MAP's collection, `papermill`, and
-  what `make reproduce` calls, each ended by SIGKILL at random moments, up to three
-  times, and then left to finish: the same bits as a run that nobody stopped, and the
-  same files, no more.
+* kills: training, SCOP's selection, its control, MAP's collection, `papermill`,
+  `snakemake` without what watches over it, and `make reproduce`, each ended by SIGKILL
+  at random moments, up to three times, and then left to finish: the same bits as a run
+  that nobody stopped, and the same files, no more.
 * inputs: every case of `test_refusals` and of `test_settings`, damaged files, runs of
   papermill with parameters that do not fit: one clear line each, no file.
 * full: writes that fail at random sizes (RLIMIT_FSIZE) and a disk of random size
@@ -190,22 +190,36 @@ def call_papermill(folder: Path, **changes) -> tuple[list[str], Path]:
     return [*map(str, command), "-y", json.dumps(values)], ROOT
 
 
-def call_reproduce(folder: Path) -> tuple[list[str], Path]:
-    """What `make reproduce PROFILE=toy CORES=1` calls, in a copy of the repository."""
+def copy_repository(folder: Path) -> Path:
+    """What a profile needs of it, and one that takes seconds."""
     copy = folder / "copy"
     if not copy.exists():
-        listed = ["git", "ls-files", "lib", ".ci", "notebooks", "pyproject.toml"]
+        listed = ["git", "ls-files", "Makefile", "lib", ".ci", "notebooks"]
+        listed += ["pyproject.toml", "data/results/bases"]
         files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True).stdout
         for name in files.split():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, copy / name)
         (copy / ".venv").symlink_to(ROOT / ".venv")
         (copy / "notebooks" / "params" / "toy.yaml").write_text(PROFILE)
-    python = copy / ".venv" / "bin" / "python"
-    return [str(python), ".ci/reproduce.py", "toy", "--cores", "1"], copy
+    return copy
 
 
-COMMANDS = {"papermill": call_papermill, "make": call_reproduce}
+def call_snakemake(folder: Path) -> tuple[list[str], Path]:
+    """As the Snakefile says, with what makes it go on after a kill."""
+    command = "snakemake -s notebooks/Snakefile --cores 1 --nolock --rerun-incomplete"
+    return [*command.split(), "--config", "profile=toy"], copy_repository(folder)
+
+
+def call_make(folder: Path) -> tuple[list[str], Path]:
+    """`make reproduce` with a .venv that is there."""
+    command = "make -o venv reproduce PROFILE=toy CORES=1"
+    return command.split(), copy_repository(folder)
+
+
+COMMANDS = {
+    "papermill": call_papermill, "snakemake": call_snakemake, "make": call_make,
+}  # fmt: skip
 
 
 def start(name: str, folder: Path) -> Forked | Spawned:
@@ -477,7 +491,7 @@ def main() -> int:
         "--kills", type=int, default=100, help="over the four fast kinds"
     )
     parser.add_argument(
-        "--slow", type=int, default=6, help="papermill, and as many make"
+        "--slow", type=int, default=6, help="of papermill, snakemake and make each"
     )
     parser.add_argument("--full", type=int, default=20)
     parser.add_argument("--twice", type=int, default=5, help="per fast kind")
@@ -498,9 +512,10 @@ def main() -> int:
     if asked.inputs:
         campaign_inputs(tally)
         campaign_papermill_inputs(tally, asked.inputs)
-    for name in COMMANDS if asked.slow else ():
-        if name != "wrong":
-            campaign_kills(tally, name, asked.slow)
+    for name in ("papermill", "snakemake", "make") if asked.slow else ():
+        campaign_kills(tally, name, asked.slow)
+        counts = dict(tally.table[f"kill {name}"])
+        print(f"{name}: after {time.monotonic() - begin:.0f} s {counts}", flush=True)
     print(
         f"\n{'kind':18} {'cases':>6} {'killed or failed on the way':>28} {'wrong':>6}"
     )
