@@ -10,14 +10,15 @@ from collections.abc import Mapping
 import torch
 import torch.fx
 import torch.nn.functional as F
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from lib.data import ImageSet, batches
+from lib.data import ImageSet, batches_for
 from lib.graph import Graph
 from lib.graph.leaves import filters_of
-from lib.graph.watch import dtype_of, modes_kept
+from lib.graph.watch import modes_kept
 from lib.messages import check_finite
 
 OF_WEIGHTS = ("l1", "bn_scale", "fpgm", "random", "uniform")  # no images needed
@@ -122,15 +123,9 @@ def taylor(
     watched = {p: parameters[p].detach() for found in gates.values() for p in found}
     watched = {p: value.requires_grad_() for p, value in watched.items()}
     sample = images.take(min(num_images, len(images)), seed)
-    stream = batches(
-        sample,
-        batch_size,
-        device=next(model.parameters()).device,
-        dtype=dtype_of(model),
-    )
     with modes_kept(model), torch.enable_grad():
         model.eval()
-        for x, y in stream:
+        for x, y in batches_for(model, sample, batch_size):
             output = torch.func.functional_call(model, watched, x)
             output = output[0] if isinstance(output, tuple) else output
             F.cross_entropy(output, y).backward()
@@ -174,6 +169,21 @@ def uniform(model: nn.Module) -> dict[str, Tensor]:
         name: torch.ones(len(filters_of(module)))
         for name, module in prunable_layers(model).items()
     }
+
+
+def rank_agreement(
+    scores: Mapping[str, Tensor], truth: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Spearman's rank correlation of two sets of scores, layer by layer.
+
+    0 where either is constant: it says nothing about order.
+    """
+    found = {}
+    for name, worth in truth.items():
+        constant = min(len(scores[name].unique()), len(worth.unique())) < 2
+        pair = scores[name].double().cpu(), worth.cpu()
+        found[name] = 0.0 if constant else float(spearmanr(*pair).statistic)
+    return found
 
 
 def prunable_layers(model: nn.Module) -> dict[str, _ConvNd | nn.Linear]:

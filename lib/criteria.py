@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
 from torch import Tensor, fx, nn
 
 from lib import baselines, nisp, scop, train
-from lib.data import ImageSet, batches
+from lib.baselines import rank_agreement  # noqa: F401
+from lib.data import ImageSet, batches_for
 from lib.graph import Graph
-from lib.graph.watch import dtype_of, modes_kept
+from lib.graph.watch import modes_kept
 from lib.messages import check_choice
 from lib.scop.controls import ARMS
 from lib.stages import Sets
@@ -136,15 +136,9 @@ def measure_truth(
             raise ValueError(f"'{name}' has no BatchNorm of its own behind it")
     sites = {name: nodes[graph.pairs[name]] for name in layers}
     truth: dict[str, Tensor] = {}
-    stream = batches(
-        images,
-        batch_size,
-        device=next(model.parameters()).device,
-        dtype=dtype_of(model),
-    )
     with modes_kept(model), torch.inference_mode():
         traced.eval()
-        for x, y in stream:
+        for x, y in batches_for(model, images, batch_size):
             for name, risen in _silence_each(traced, sites, x, y).items():
                 truth[name] = truth.get(name, 0) + risen * len(y) / len(images)
     return truth
@@ -181,18 +175,3 @@ def _silence_each(
         if not torch.equal(rerun(site, value), loss):
             raise ValueError(f"the forward works in place behind '{name}'")
     return risen
-
-
-def rank_agreement(
-    scores: Mapping[str, Tensor], truth: Mapping[str, Tensor]
-) -> dict[str, float]:
-    """Spearman's rank correlation of two sets of scores, layer by layer.
-
-    0 where either is constant: it says nothing about order.
-    """
-    found = {}
-    for name, worth in truth.items():
-        constant = min(len(scores[name].unique()), len(worth.unique())) < 2
-        pair = scores[name].double().cpu(), worth.cpu()
-        found[name] = 0.0 if constant else float(spearmanr(*pair).statistic)
-    return found

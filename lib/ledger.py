@@ -29,7 +29,7 @@ import contextlib
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pandas as pd
@@ -173,10 +173,7 @@ def judge(
     longest fine-tuning with at least `ENOUGH` bases, else at the longest with two.
     """
     rows, registered = read_rows(files), read_contrasts(files)
-    for item in where if len(rows) else ():
-        column, value = item.split("=")
-        check_known("column", [column], rows.columns)
-        rows = rows[rows[column].astype(str) == value]
+    rows = choose_rows(rows, where) if len(rows) else rows
     if rows.empty or (kind == "ranks" and rows["base_id"].nunique() < 2):
         return {question: {"n": 0} for question in asked}
     if len(registered):
@@ -199,12 +196,16 @@ def judge(
         else:
             mean = rows.groupby("method")[value.strip()].mean()
             found[question] = {"n": 1, "mean": mean[left] - mean[right]}
-    for c in verdicts.compare(differences, **limits):
-        corrected = dict(
-            zip(("corrected_low", "corrected_high"), c.corrected, strict=True)
-        )
-        found[c.name] = vars(c) | corrected | {"n": c.n}
-    return found
+    return found | {c.name: c.row for c in verdicts.compare(differences, **limits)}
+
+
+def choose_rows(rows: pd.DataFrame, where: Iterable[str]) -> pd.DataFrame:
+    """Those whose columns have the values of each `column=value`."""
+    for item in where:
+        column, value = item.split("=")
+        check_known("column", [column], rows.columns)
+        rows = rows[rows[column].astype(str) == value]
+    return rows
 
 
 def compare_losses(files: str, question: str, margin: float) -> dict[str, Any]:
@@ -218,8 +219,7 @@ def compare_losses(files: str, question: str, margin: float) -> dict[str, Any]:
     for length, part in rows.groupby("length") if len(rows) else ():
         left, right, _ = ARMS.findall(question)[0]
         left, paired = verdicts.pick_best(part, left), ("net", "dataset", "length")
-        bases = part.groupby("method")["base_id"].agg(set)
-        n = len(bases.get(left, set()) & bases.get(right, set()))
+        n = verdicts.count_common(part, left, right)
         if n > 1:
             gaps = verdicts.pair_arms(part, left, right, same=paired, within=math.inf)
             low, high = verdicts.interval_of(gaps.to_numpy())
@@ -298,11 +298,9 @@ def compare_times(file: str, networks: str, margin: float) -> dict[str, Any]:
     there = [path.name for path in paths.RESULTS.glob("*.csv")]
     check_known("file of rows", [file], there)
     rows = pd.read_csv(paths.RESULTS / file)
-    for item in networks.split("; "):
-        column, value = item.split("=")
-        check_known("column", [column], rows.columns)
-        check_known(column, [value], set(rows[column].astype(str)))
-        rows = rows[rows[column].astype(str) == value]
+    rows = choose_rows(rows, networks.split("; "))
+    if rows.empty:
+        raise ValueError(f"no rows with {networks}")
     over = 1 / rows["speedup"] - rows["macs_share"]
     within = over.abs() <= margin
     verdict = "reproduced" if within.all() else "undecided"

@@ -30,8 +30,8 @@ def check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
             raise ValueError(f"{what} '{name}' is unknown{suggest(name, known)}")
 
 
-def check_finite(what: str, values: Mapping[str, Any]) -> None:
+def check_finite(what: str, values: Mapping[str, Any], advice: str = "") -> None:
     """Raise `ValueError` for the first of the tensors by name that holds NaN or inf."""
     for name, tensor in values.items():
         if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{what} of '{name}' is not finite")
+            raise ValueError(f"{what} of '{name}' is not finite{advice}")

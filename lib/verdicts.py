@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -58,6 +59,16 @@ class Contrast:
     def n(self) -> int:
         """Number of bases."""
         return len(self.differences)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """All but the single differences, as columns of a table."""
+        return {
+            "n": self.n, "mean": self.mean, "sd": self.sd, "low": self.low,
+            "high": self.high, "corrected_low": self.corrected[0],
+            "corrected_high": self.corrected[1], "p": self.p, "p_flips": self.p_flips,
+            "bases_needed": self.bases_needed,
+        }  # fmt: skip
 
 
 def pair_arms(
@@ -122,28 +133,27 @@ def judge(rows: pd.DataFrame, registered: pd.DataFrame) -> pd.DataFrame:
         ]
         for row in registered.itertuples()
     }
-    bases = rows.groupby("method")["base_id"].agg(set).to_dict()
     tested = {
         name: pair_arms(rows, left, right, within=within).tolist()
         for within, (name, (left, right)) in zip(
             registered["within"], arms.items(), strict=True
         )
-        if len(bases.get(left, set()) & bases.get(right, set())) > 1
+        if count_common(rows, left, right) > 1
     }
     found = {contrast.name: contrast for contrast in compare(tested)}
     table = []
     for name, (left, right) in arms.items():
-        entry = {"contrast": name, "left": left, "right": right, "n": 0}
-        if name in found:
-            c = found[name]
-            entry |= {
-                "n": c.n, "mean": c.mean, "sd": c.sd, "low": c.low, "high": c.high,
-                "corrected_low": c.corrected[0], "corrected_high": c.corrected[1],
-                "p": c.p, "p_flips": c.p_flips, "bases_needed": c.bases_needed,
-            }  # fmt: skip
+        told = found[name].row if name in found else {"n": 0}
         verdict = found[name].verdict if name in found else "not tested"
-        table.append(entry | {"verdict": verdict})
+        asked = {"contrast": name, "left": left, "right": right}
+        table.append(asked | told | {"verdict": verdict})
     return pd.DataFrame(table)
+
+
+def count_common(rows: pd.DataFrame, left: str, right: str) -> int:
+    """Bases with rows of both arms."""
+    bases = rows.groupby("method")["base_id"].agg(set)
+    return len(bases.get(left, set()) & bases.get(right, set()))
 
 
 def pick_best(rows: pd.DataFrame, methods: str) -> str:
@@ -184,10 +194,21 @@ def compare(
     values = {name: _read(name, d) for name, d in differences.items()}
     p = {name: find_p(d) for name, d in values.items()}
     levels = holm_levels(p, alpha)
-    return [
-        _judge(name, d, p[name], levels[name], alpha, effect, margin)
-        for name, d in values.items()
-    ]
+    found = []
+    for name, d in values.items():
+        mean, sd, level = float(d.mean()), float(d.std(ddof=1)), levels[name]
+        interval, corrected = interval_of(d, alpha), interval_of(d, level)
+        verdict = decide(mean, interval, corrected, effect=effect, margin=margin)
+        needed = None
+        if verdict in ("direction only", "undecided"):
+            # what would be seen as a difference, at the level of this step
+            needed = count_bases_needed(max(abs(mean), effect), sd, alpha=level)
+        p_flips = flip_signs(d) if len(d) <= MOST_FLIPS else float("nan")
+        found.append(Contrast(
+            name, tuple(d.tolist()), mean, sd, *interval, p[name], p_flips, corrected,
+            verdict, needed,
+        ))  # fmt: skip
+    return found
 
 
 def holm_levels(p: dict[str, float], alpha: float = ALPHA) -> dict[str, float]:
@@ -286,30 +307,6 @@ def bootstrap_images(
     return float(low), float(high)
 
 
-def split_variance(rows: pd.DataFrame, *, value: str = "after") -> dict[str, float]:
-    """Variance of `value` from base, selection in base, fine-tuning in selection.
-
-    `rows`: balanced, columns base_id, select_seed, seed and `value`, of one arm. By
-    mean squares (nested analysis of variance); a negative estimate counts as 0. Raises
-    `ValueError` where the design is not balanced or a level has one member only.
-    """
-    counts = rows.groupby(["base_id", "select_seed"]).size().unstack()
-    if counts.isna().any(axis=None) or counts.nunique().max() > 1 or len(counts) < 2:
-        raise ValueError("needs two bases, each with as many runs nested in it")
-    selections, runs = counts.shape[1], int(counts.to_numpy()[0, 0])
-    cells = rows.groupby(["base_id", "select_seed"])[value].mean().unstack()
-    within = rows.groupby(["base_id", "select_seed"])[value].var(ddof=1)
-    fine = float(within.mean()) if runs > 1 else float("nan")
-    select = float(cells.var(axis=1, ddof=1).mean()) if selections > 1 else float("nan")
-    base = float(cells.mean(axis=1).var(ddof=1))
-    parts = {
-        "base": base - (0 if math.isnan(select) else select / selections),
-        "selection": select - (0 if math.isnan(fine) else fine / runs),
-        "finetuning": fine,
-    }
-    return {k: v if math.isnan(v) else max(v, 0.0) for k, v in parts.items()}
-
-
 def count_bases_needed(
     mean: float, sd: float, *, alpha: float = ALPHA, power: float = 0.8
 ) -> int | None:
@@ -342,38 +339,3 @@ def _read(name: str, differences: Sequence[float] | np.ndarray) -> np.ndarray:
     if not np.isfinite(values).all():
         raise ValueError(f"{name}: a difference is not finite")
     return values
-
-
-def _judge(
-    name: str,
-    d: np.ndarray,
-    p: float,
-    level: float,
-    alpha: float,
-    effect: float,
-    margin: float,
-) -> Contrast:
-    low, high = interval_of(d, alpha)
-    corrected = interval_of(d, level)
-    verdict = decide(
-        float(d.mean()), (low, high), corrected, effect=effect, margin=margin
-    )
-    open_case = verdict in ("direction only", "undecided")
-    sd = float(d.std(ddof=1))
-    needed = None
-    if open_case:  # what would be seen as a difference, at the level of this step
-        goal = max(abs(float(d.mean())), effect)
-        needed = count_bases_needed(goal, sd, alpha=level)
-    return Contrast(
-        name=name,
-        differences=tuple(d.tolist()),
-        mean=float(d.mean()),
-        sd=sd,
-        low=low,
-        high=high,
-        p=p,
-        p_flips=flip_signs(d) if len(d) <= MOST_FLIPS else float("nan"),
-        corrected=corrected,
-        verdict=verdict,
-        bases_needed=needed,
-    )

@@ -14,7 +14,7 @@ from torch import nn
 from lib import baselines, cost, latency, models, surgery
 from lib import plan as plans
 from lib.graph import build_graph
-from lib.latency import export, table
+from lib.latency import runtimes, table
 from lib.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,8 +113,8 @@ def test_a_net_of_twice_the_work_takes_longer():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batches": [0]}, "batches must be positive"),
-        ({"batches": [1.5]}, "batches must be positive"),
+        ({"batches": [0]}, "batches must"),
+        ({"batches": [1.5]}, "batches must"),
         ({"turns": 0}, "turns >= 1"),
         ({"runtimes": ["onxruntime"]}, "runtime must be one of"),
     ],
@@ -343,4 +343,4 @@ def test_exports_say_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"onnx is not installed.*\[deploy\]"):
         latency.export_onnx(chain(3, 2), tmp_path / "net.onnx", SHAPE)
-    assert export.require() is None
+    assert runtimes.require() is None

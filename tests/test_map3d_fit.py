@@ -608,7 +608,7 @@ def framed(*names):
             "sd: expected .* got nan",
         ),
         (lambda: bootstrap_maps(measure(AXIS), sd=-1), "sd: expected 0 or more"),
-        (lambda: bootstrap_maps(measure(AXIS), repeats=0), "repeats: expected"),
+        (lambda: bootstrap_maps(measure(AXIS), repeats=0), "repeats must lie"),
         (lambda: draw_map().predict([1, 1], [1, 1, 1], 1), "broadcast"),
     ],
 )

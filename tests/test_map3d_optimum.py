@@ -582,7 +582,7 @@ def shy(d, w, r):
         (lambda: regret(smooth, pd.DataFrame({"d": [1]}), 0.5), r"\['w', 'r'\] are"),
         (lambda: rank_lattice(tabulate(AXES, FORMULA), smooth, 1.5), "got 1.5"),
         (lambda: rank_lattice(tabulate(AXES, FORMULA), smooth, 0.5, tolerance=-1),
-         "tolerance: expected"),
+         "tolerance must lie"),
         (lambda: rank_lattice(tabulate(AXES, FORMULA), smooth, 0.6, tolerance=0.01),
          "no network costs 0.59 to 0.6; the nearest share below is 0.5, above 0.8:"),
         (lambda: rank_lattice(tabulate(AXES, FORMULA), smooth, 0.1), "below is none"),

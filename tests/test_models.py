@@ -461,10 +461,10 @@ def test_weights_of_another_net_are_refused(net, which, expected):
         ("zzz", {}, "net 'zzz' is unknown; known: alexnet, caffenet, cifarnet, .*"),
         ("fcn_resnet50", {}, "net 'fcn_resnet50' is unknown"),
         ("r3d_18", {}, "net 'r3d_18' is unknown"),
-        ("resnet20", {"num_classes": 0}, "num_classes=0, expected a whole number"),
-        ("resnet18", {"in_channels": -1}, "in_channels=-1, expected a whole"),
-        ("resnet20", {"num_classes": 2.0}, r"num_classes=2\.0, expected a whole"),
-        ("resnet20", {"image_size": 0}, "image_size=0, expected"),
+        ("resnet20", {"num_classes": 0}, "num_classes must lie in"),
+        ("resnet18", {"in_channels": -1}, "in_channels must lie in"),
+        ("resnet20", {"num_classes": 2.0}, "num_classes must be a int"),
+        ("resnet20", {"image_size": 0}, "image_size must lie in"),
         ("lenet", {"image_size": 8}, "image_size=8 does not work.* does is 13$"),
         ("cifarnet", {"image_size": 7}, "the smallest that does is 8$"),
         ("caffenet", {"image_size": 32}, "the smallest that does is 39$"),
@@ -495,7 +495,7 @@ def test_smallest_size_named_really_works(name, side):
 def test_input_shape_and_depth_refuse():
     with pytest.raises(ValueError, match="did you mean 'resnet56'"):
         models.input_shape("resnet57")
-    with pytest.raises(ValueError, match="image_size=0"):
+    with pytest.raises(ValueError, match="image_size must lie"):
         models.input_shape("resnet20", image_size=0)
     with pytest.raises(ValueError, match="6n \\+ 2 layers"):
         models.CifarResNet(21)

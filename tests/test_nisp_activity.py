@@ -45,7 +45,7 @@ def test_activity_is_the_mean_of_what_a_mask_takes_away(images, net):
     """Behind a ReLU that alone reads the layer, in front of a BatchNorm."""
     torch.manual_seed(0)
     model = models.build(net, in_channels=1, image_size=28)
-    found = nisp.measure_activity(model, images, num_images=70, seed=3, batch_size=32)
+    found = nisp.measure_activity(model, images, num_images=70, seed=3)
     assert model.training
     model.eval()
     x = next(iter(data.batches(images.take(70, 3), 70)))[0]

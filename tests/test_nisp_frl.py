@@ -42,15 +42,9 @@ def test_responses_are_what_the_classifier_reads(images):
     with torch.no_grad():
         maps = net.pool2(net.conv2(net.pool1(net.conv1(x))))
         expected = F.relu(net.ip1(maps.flatten(1)))
-    found = nisp.collect_responses(net, images, num_images=60, seed=3, batch_size=25)
+    found = nisp.collect_responses(net, images, num_images=60, seed=3)
     torch.testing.assert_close(found, expected)
     assert found.is_contiguous() and not found.requires_grad
-
-
-def test_responses_of_a_named_module_are_its_own_output(images):
-    net, x = build("lenet").eval(), pixels(images, 40, 0)
-    found = nisp.collect_responses(net, images, frl="conv1", num_images=40)
-    torch.testing.assert_close(found, net.conv1(x).flatten(1).detach())
 
 
 def test_pooled_responses_of_a_resnet(images):
@@ -113,11 +107,9 @@ class NoLinear(nn.Module):
         return self.head(self.conv(x).relu()).flatten(1)
 
 
-def test_a_net_without_linear_layer_needs_a_name(images):
-    with pytest.raises(ValueError, match="must be named: frl="):
+def test_a_net_without_linear_layer_is_refused(images):
+    with pytest.raises(ValueError, match="no linear layer"):
         nisp.collect_responses(NoLinear(), images)
-    found = nisp.collect_responses(NoLinear(), images, frl="conv", num_images=4)
-    assert found.shape == (4, 4 * 26 * 26)
 
 
 class FoldedBatch(nn.Module):
@@ -134,20 +126,13 @@ class FoldedBatch(nn.Module):
 
 
 def test_rows_that_are_no_images_are_refused(images):
-    with pytest.raises(ValueError, match="one row per image; name another with `frl`"):
+    with pytest.raises(ValueError, match="one row per image"):
         nisp.collect_responses(FoldedBatch(), images, num_images=4)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"frl": "convv1"}, "no module 'convv1'.*'conv1'"),
-        ({"num_images": 1}, "num_images must be at least 2"),
-    ],
-)
-def test_refusals_of_collecting(images, options, message):
-    with pytest.raises(ValueError, match=message):
-        nisp.collect_responses(build("lenet"), images, **options)
+def test_one_image_is_too_few_to_rank_by(images):
+    with pytest.raises(ValueError, match=r"num_images must lie in \[2, inf\), got 1"):
+        nisp.collect_responses(build("lenet"), images, num_images=1)
 
 
 # -- final scores -------------------------------------------------------------------
@@ -186,7 +171,7 @@ def test_channel_responses_of_a_resnet_block(images):
         net(x)
     for handle in handles:
         handle.remove()
-    found = collect_channels(net, images, num_images=24, batch_size=10)
+    found = collect_channels(net, images, num_images=24)
     inner = F.relu(seen["one"]).mean((2, 3))  # its ReLU alone reads it
     torch.testing.assert_close(found["layer1.0.conv1"], inner)
     outer = seen["two"].mean((2, 3))  # an addition reads it: no ReLU

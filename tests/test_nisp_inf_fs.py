@@ -13,7 +13,6 @@ from lib.nisp import inf_fs
 from lib.nisp.infinite import (
     VARIANTS,
     build_graph_matrix,
-    centre_ranks,
     measure_deviation,
     score_graph,
     spearman,
@@ -82,13 +81,6 @@ def textbook(x: np.ndarray, alpha: float, variant: str, mask: bool) -> np.ndarra
 
 
 # -- ranks and correlation -------------------------------------------------------------
-
-
-@few
-@given(st.one_of(tied, wild))
-def test_ranks_are_scipys(x):
-    expected = 2 * scipy.stats.rankdata(x, axis=0) - len(x) - 1
-    np.testing.assert_array_equal(centre_ranks(x.T), expected.T)
 
 
 @few
@@ -331,9 +323,9 @@ def broken(value):
         (lambda: inf_fs(torch.ones(2, 3, 4, 4)), r"\[N, D\].*\[2, 3, 4, 4\]"),
         (lambda: inf_fs(torch.ones(4)), r"\[N, D\]"),
         (lambda: inf_fs(torch.ones(4, 2, dtype=torch.cfloat)), "a real"),
-        (lambda: inf_fs(draw_features(), alpha=1.1), "alpha: expected"),
-        (lambda: inf_fs(draw_features(), alpha=-0.1), "alpha: expected"),
-        (lambda: inf_fs(draw_features(), alpha=float("nan")), "alpha: expected"),
+        (lambda: inf_fs(draw_features(), alpha=1.1), "alpha must lie"),
+        (lambda: inf_fs(draw_features(), alpha=-0.1), "alpha must lie"),
+        (lambda: inf_fs(draw_features(), alpha=float("nan")), "alpha must lie"),
         (
             lambda: inf_fs(draw_features(), variant="2015"),
             "variant must be one of .*'2015'",

@@ -354,8 +354,8 @@ BAD = {
     "macs nan": ({}, {"macs": NAN}, "share of MACs"),
     "scope": ({}, {"rate": 0.5, "scope": "Layer"}, "scope must be"),
     "residual": ({}, {"rate": 0.5, "residual": "add"}, "residual must be"),
-    "multiple 0": ({}, {"rate": 0.5, "multiple": 0}, "multiple must be a positive"),
-    "multiple .5": ({}, {"rate": 0.5, "multiple": 0.5}, "multiple must be a positive"),
+    "multiple 0": ({}, {"rate": 0.5, "multiple": 0}, "multiple must lie in"),
+    "multiple .5": ({}, {"rate": 0.5, "multiple": 0.5}, "multiple must be a int"),
     "no multiple": (
         {"conv1": torch.rand(20)},
         {"rate": 0.5, "multiple": 32},

@@ -107,7 +107,7 @@ CASES = {
     "floors for a word": (lambda: map3d.find_floors("0.5"), "keep.*'0.5'"),
     "exponents in words": (
         lambda: map3d.find_floors(0.5, ("a", 1, 2)),
-        "exponents must be three positive numbers",
+        "exponents must be a float, got 'a'",
     ),
     "half a round": (
         lambda: map3d.make_design("axis", (0.5, 0.5, 0.5), rounds=1.5),

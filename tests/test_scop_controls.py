@@ -18,8 +18,8 @@ from lib.kernels import mmd2
 from lib.scop.controls import reduced, swap_gan, training
 from lib.scop.controls.base import Shuffle, correlate
 from lib.scop.controls.build import ARMS, build_control
-from lib.scop.controls.gan import OFFICIAL, GanOptions, Generator
-from lib.train.recipe import pick_device
+from lib.scop.controls.gan import GanOptions, Generator
+from lib.train.recipe import pick_device, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {
@@ -324,21 +324,21 @@ def test_an_arm_follows_its_batch_to_another_device(arms, images, name, monkeypa
     assert made.device.type == "meta" and made.shape == (4, *images.shape)
 
 
-def test_seeds_reach_every_gpu_whichever_is_the_current_one(monkeypatch):
+def test_seeds_reach_the_gpu_in_use_whichever_is_the_current_one(monkeypatch):
     seen, state = [], torch.get_rng_state()
 
     def fork(devices):
         seen.append(list(devices))
         return nullcontext()
 
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cards = [torch.Generator().manual_seed(7), torch.Generator()]
+    monkeypatch.setattr(torch.cuda, "default_generators", cards)
     monkeypatch.setattr(torch.random, "fork_rng", fork)
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", seen.append)
-    with training.seeded(1, 2, torch.device("cuda", 1)):
-        torch.set_rng_state(state)
-    with training.seeded(1, 2, torch.device("cpu")):
-        torch.set_rng_state(state)
-    assert seen == [[0, 1], 1_000_005, []]
+    for device in (torch.device("cuda", 1), torch.device("cpu")):
+        with seeded(1, 2, device):
+            torch.set_rng_state(state)
+    assert seen == [[1], []]
+    assert [card.initial_seed() for card in cards] == [7, 1_000_005]
 
 
 # -- shuffle --------------------------------------------------------------------------
@@ -396,7 +396,7 @@ def test_the_generator_covers_any_size_and_crops_the_middle(side):
 
 
 def test_the_official_generator_has_its_layers(images):
-    arm = build("generator", images, epochs=0, **OFFICIAL)
+    arm = build("generator", images, epochs=0, width=64)
     assert [tuple(p.shape) for p in arm.net.parameters() if p.dim() > 1] == [
         (4096, 128), (256, 128, 2, 2), (128, 64, 2, 2), (64, 1, 2, 2)
     ]  # fmt: skip

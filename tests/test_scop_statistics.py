@@ -347,7 +347,7 @@ def test_the_halves_are_a_partition_of_the_rows():
         ({"swap": "partial", "groups": torch.zeros(2)}, "labels"),
         ({"bandwidths": (1.0, 0.0)}, "positive"),
         ({"bandwidths": ()}, "positive"),
-        ({"permutations": 0}, "at least 1"),
+        ({"permutations": 0}, "permutations must lie"),
         ({"x": torch.zeros(4, 3), "knock": torch.zeros(4, 3)}, "8 rows"),
         ({"x": torch.zeros(9, 3), "knock": torch.zeros(9, 3)}, "not all equal"),
         ({"knock": torch.zeros(9, 2)}, "one shape"),

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib.data.images import ImageSet
+from lib.graph.watch import dtype_of
 from lib.settings import check_int
 
 
@@ -74,6 +75,14 @@ def batches(
         (resize(x, resolution).to(dtype).contiguous(memory_format=torch.channels_last), y)
         for x, y in cut
     )
+
+
+def batches_for(
+    model: nn.Module, images: ImageSet, batch_size: int, **how
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`batches` where the model lies and in its precision; `how` goes on."""
+    device = next(model.parameters()).device
+    return batches(images, batch_size, device=device, dtype=dtype_of(model), **how)
 
 
 def _generate(

@@ -14,11 +14,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 
+from lib.graph.cases import (
+    find_mixers,
+    freeze_attention,
+    is_product,
+    is_shuffle_unit,
+    read_known_module,
+    settle_tensors,
+)
 from lib.graph.dry_run import BATCH, Call, DryRun, Node, run_dry
-from lib.graph.functional import read_known_module
 from lib.graph.leaves import filters_of, is_leaf
-from lib.graph.mixing import find_mixers, freeze_attention, is_product, is_shuffle_unit
-from lib.graph.sharing import settle_tensors
 from lib.graph.tags import (
     CONSTANT,
     CONSTANTS,

@@ -7,7 +7,12 @@ them layer by layer, `meet` makes a plan for a share of the time, `export_onnx` 
 what other programs read.
 """
 
-from lib.latency.export import export_onnx
 from lib.latency.measure import Timing, compare, interleave, measure
-from lib.latency.runtimes import RUNTIMES, find_missing, load_onnx, prepare, version_of
+from lib.latency.runtimes import (
+    export_onnx,
+    find_missing,
+    load_onnx,
+    prepare,
+    version_of,
+)
 from lib.latency.table import Table, meet, write_layer

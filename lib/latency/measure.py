@@ -3,14 +3,13 @@
 import gc
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lib import cost, settings
 from lib.graph.watch import dtype_of
@@ -19,6 +18,7 @@ from lib.latency.runtimes import (
     Call,
     check_runtime,
     load_onnx,
+    one_thread,
     prepare,
     read_onnx,
     version_of,
@@ -40,17 +40,6 @@ class Timing:
         """Lower quartile, median, upper quartile."""
         low, middle, high = np.percentile(getattr(self, clock), [25, 50, 75])
         return float(low), float(middle), float(high)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch on one thread while inside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def interleave(
@@ -112,8 +101,7 @@ def measure(
     """
     nets = {"pruned": pruned} if isinstance(pruned, nn.Module) else dict(pruned)
     for batch in batches:
-        if type(batch) is not int or batch < 1:
-            raise ValueError(f"batches must be positive ints, got {batch!r}")
+        settings.check_int("batches", batch, 1)
     if not nets or ORIGINAL in nets:
         raise ValueError(f"pruned: name one network or more, none '{ORIGINAL}'")
     for runtime in runtimes:
@@ -150,25 +138,27 @@ def compare(
     on (runtime, batch, model name of the CPU or GPU). Eager, one thread; the clock is
     that of `measure`.
     """
-    first = next(model.parameters())
     small_shape = (input_shape[0], side, side) if side else input_shape
-    calls = {}
-    for name, net, shape in (
-        (ORIGINAL, model, input_shape),
-        ("pruned", pruned, small_shape),
-    ):
-        g = torch.Generator().manual_seed(0)
-        x = torch.randn(batch, *shape, generator=g).to(first.device, dtype_of(model))
-        calls[name] = prepare(net, x, "eager")
+    calls = {
+        ORIGINAL: prepare(model, _draw_batch(model, input_shape, batch), "eager"),
+        "pruned": prepare(pruned, _draw_batch(model, small_shape, batch), "eager"),
+    }
     times = interleave(calls, turns=turns)
-    clock = "wall" if first.is_cuda else "cpu"
+    on_gpu = next(model.parameters()).is_cuda
+    clock = "wall" if on_gpu else "cpu"
     ratio = getattr(times["pruned"], clock) / getattr(times[ORIGINAL], clock)
-    machine = settings.device_name() if first.is_cuda else settings.cpu_model()
+    machine = settings.device_name() if on_gpu else settings.cpu_model()
     return {
         "ms": times["pruned"].quartiles(clock)[1],
         "time_share": float(np.median(ratio)),
         "timed": f"eager, batch {batch}, {machine}",
     }
+
+
+def _draw_batch(model: nn.Module, shape: CHW, batch: int) -> Tensor:
+    """The same random images each time, where the model lies."""
+    g, device = torch.Generator().manual_seed(0), next(model.parameters()).device
+    return torch.randn(batch, *shape, generator=g).to(device, dtype_of(model))
 
 
 def _measure_cell(
@@ -180,19 +170,14 @@ def _measure_cell(
     turns: int,
 ) -> dict[str, dict]:
     """The rows of one runtime and batch, by net, without their MACs."""
-    first = next(nets[ORIGINAL].parameters())
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, *input_shape, generator=g).to(
-        first.device, dtype_of(nets[ORIGINAL])
-    )
+    x = _draw_batch(nets[ORIGINAL], input_shape, batch)
     clock = "wall" if x.is_cuda else "cpu"
-    with one_thread():
-        calls = {
-            name: load_onnx(files[name], x, runtime)
-            if runtime in NEEDS
-            else prepare(net, x, runtime)
-            for name, net in nets.items()
-        }
+    calls = {
+        name: load_onnx(files[name], x, runtime)
+        if runtime in NEEDS
+        else prepare(net, x, runtime)
+        for name, net in nets.items()
+    }
     gc.collect()  # nobody sweeps up after another
     times = interleave(calls, turns=turns)
     base = getattr(times[ORIGINAL], clock)

@@ -9,16 +9,23 @@
 All take float32 on the CPU; the first three also run where a GPU holds the model.
 """
 
+import importlib.util
+import io
+import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
-from lib.latency.export import export_onnx, require
+from lib import paths
+from lib.graph.watch import dtype_of
 from lib.messages import check_choice
 from lib.settings import CHW, RUNTIMES
 from lib.surgery.copying import copy_model
@@ -28,6 +35,17 @@ NEEDS = {
     "openvino": ("onnx", "onnxscript", "openvino"),
 }
 Call = Callable[[], object]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread while inside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def find_missing(runtime: str) -> str | None:
@@ -53,6 +71,7 @@ def version_of(runtime: str) -> str:
     return version(runtime if runtime in NEEDS else "torch")
 
 
+@one_thread()
 def prepare(model: nn.Module, x: Tensor, runtime: str) -> Call:
     """A call without arguments that runs `model` in evaluation on the batch `x`.
 
@@ -102,12 +121,58 @@ def _compile(model: nn.Module, x: Tensor) -> Callable:
     return compiled
 
 
+# -- ONNX: one file that other programs run --------------------------------------------
+
+
+def export_onnx(model: nn.Module, path: str | Path, input_shape: CHW) -> Path:
+    """Write `model` in evaluation as an ONNX file for images [N, C, H, W], any N.
+
+    `input_shape` is (C, H, W). The model is left as found, wherever its tensors lie.
+    Raises `ValueError` where onnx and onnxscript are not installed, and where torch
+    cannot trace the network.
+    """
+    require("onnx", "onnxscript")
+    twin = copy_model(model).cpu().eval()
+    x = torch.zeros(2, *input_shape, dtype=dtype_of(twin))
+
+    def write(tmp: Path) -> None:
+        said = io.StringIO()  # the exporter tells every step
+        with warnings.catch_warnings(), redirect_stdout(said), redirect_stderr(said):
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                twin, (x,), tmp, dynamo=True, external_data=False, verbose=False,
+                dynamic_shapes=({0: Dim("n")},),
+            )  # fmt: skip
+
+    try:
+        return paths.write_atomic(path, write)
+    except OSError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        line = str(cause).strip().partition("\n")[0]
+        raise ValueError(
+            f"{os.path.basename(path)}: {type(model).__name__} at input shape "
+            f"{tuple(input_shape)} cannot be exported: {type(cause).__name__}: {line}"
+        ) from error
+
+
+def require(*packages: str) -> None:
+    """ValueError with the line to type unless all of the packages can be imported."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"{name} is not installed: `.venv/bin/pip install -e .[deploy]`"
+            )
+
+
 def read_onnx(model: nn.Module, input_shape: CHW) -> bytes:
     """The content of the ONNX file of a model."""
     with tempfile.TemporaryDirectory() as folder:
         return export_onnx(model, Path(folder) / "net.onnx", input_shape).read_bytes()
 
 
+@one_thread()
 def load_onnx(content: bytes, x: Tensor, runtime: str) -> Call:
     """An ONNX file's content in one of the programs that read it, on one thread."""
     batch = x.detach().cpu().numpy()

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from lib import surgery
 from lib.graph import Graph, build_graph
 from lib.graph.watch import dtype_of
-from lib.latency.export import require
-from lib.latency.measure import interleave, one_thread
-from lib.latency.runtimes import Call, check_runtime, load_onnx, prepare
+from lib.latency.measure import interleave
+from lib.latency.runtimes import Call, check_runtime, load_onnx, prepare, require
 from lib.plan import Kept, Plan, from_scores, resolve
-from lib.settings import CHW
+from lib.settings import ABOVE_ONE, ABOVE_ZERO, CHW, check_float, check_int
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TURNS, LEAST = 5, 0.004  # of timing one layer, and CPU seconds in each turn
@@ -50,15 +49,13 @@ class Table:
         graph: Graph | None = None,
     ):
         check_runtime(runtime)
-        if type(batch) is not int or batch < 1:
-            raise ValueError(f"batch must be a positive int, got {batch!r}")
+        check_int("batch", batch, 1)
         self.batch, self.runtime, self.dtype = batch, runtime, dtype_of(model)
         self.graph = graph or build_graph(model, input_shape)
         self.modules = dict(model.named_modules())
         self.known: dict[tuple, float] = {}
         x = torch.randn(batch, *input_shape, dtype=self.dtype)
-        with one_thread():
-            call = prepare(model.cpu() if _on_gpu(model) else model, x, runtime)
+        call = prepare(model.cpu() if _on_gpu(model) else model, x, runtime)
         self.full = interleave({"net": call}, turns=TURNS)["net"].quartiles()[1]
         whole = resolve(self.graph, Plan())
         self._elements = self._count_elements(self.graph, whole)
@@ -110,8 +107,7 @@ class Table:
             return 0.0  # of a kind that is not timed by itself: part of the rest
         made = made.to(self.dtype)
         x = torch.randn(self.batch, inputs, *spatial, dtype=self.dtype)
-        with one_thread():
-            call = self._prepare_layer(made, x)
+        call = self._prepare_layer(made, x)
         timing = interleave({"layer": call}, turns=TURNS, least=LEAST)["layer"]
         return timing.quartiles()[1]
 
@@ -138,14 +134,10 @@ def meet(
     model; `options` go on to `plan.from_scores`. Raises `ValueError` where 5 % is not
     met, with the nearest that was.
     """
-    if not 0 < share <= 1:
-        raise ValueError(
-            f"latency is the share of time to keep, in (0, 1], got {share}"
-        )
+    check_float("latency, the share of time to keep", share, ABOVE_ZERO, ABOVE_ONE)
     tried = [(1.0, 1.0)]  # shares of the table's time, of the clock's
     x = torch.randn(table.batch, *input_shape, dtype=table.dtype)
-    with one_thread():
-        original = prepare(model, x, table.runtime)
+    original = prepare(model, x, table.runtime)
     goal, best = share, (math.inf, 1.0, Plan())
     for _ in range(ROUNDS):
         try:
@@ -153,16 +145,14 @@ def meet(
                 warnings.simplefilter("ignore", UserWarning)  # nothing may be removed
                 plan = from_scores(
                     model, scores, input_shape, latency=goal, table=table,
-                    graph=table.graph,
-                    **options,
+                    graph=table.graph, **options,
                 )  # fmt: skip
                 small = surgery.shrink(model, plan, input_shape, graph=table.graph)
         except ValueError:
             if len(tried) == 1:
                 raise
             break  # the table knows no plan for what the clock would need
-        with one_thread():
-            calls = {"original": original, "pruned": prepare(small, x, table.runtime)}
+        calls = {"original": original, "pruned": prepare(small, x, table.runtime)}
         times = interleave(calls, turns=2 * TURNS + 1)
         ratio = times["pruned"].cpu / times["original"].cpu
         reached = float(np.median(ratio))

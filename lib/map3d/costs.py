@@ -156,9 +156,4 @@ def read_numbers(table, columns=NAMES) -> np.ndarray:
 
 def check_keep(keep: float) -> float:
     """The share of the cost as a float; ValueError unless 0 < keep <= 1."""
-    try:
-        return check_float("keep", keep, ABOVE_ZERO, ABOVE_ONE)
-    except ValueError:
-        raise ValueError(
-            f"keep: expected the share of the cost in (0, 1], got {keep!r}"
-        ) from None
+    return check_float("keep, the share of the cost,", keep, ABOVE_ZERO, ABOVE_ONE)

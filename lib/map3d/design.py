@@ -25,15 +25,11 @@ def find_floors(keep: float, exponents: Sequence[float] = (1.0, 2.0, 2.0)) -> Po
     .707). ValueError for other values.
     """
     keep = check_keep(keep)
-    try:
-        d, w, r = (
-            keep ** (1 / check_float("exponents", e, ABOVE_ZERO)) for e in exponents
-        )
-    except ValueError:
-        raise ValueError(
-            f"exponents must be three positive numbers, got {exponents}"
-        ) from None
-    return d, w, r
+    if len(exponents) != 3:
+        raise ValueError(f"exponents must be three positive numbers, got {exponents}")
+    return tuple(
+        keep ** (1 / check_float("exponents", e, ABOVE_ZERO)) for e in exponents
+    )
 
 
 def make_design(

@@ -21,6 +21,7 @@ from lib.map3d.costs import (
     read_numbers,
 )
 from lib.map3d.predictor import Map
+from lib.settings import check_float
 
 SINGLE = {"depth": "d", "width": "w", "resolution": "r"}
 RIVALS = (*SINGLE, "equal", "compound")
@@ -79,9 +80,7 @@ def pick_rivals(
 
 def _take_affordable(table, keep: float, tolerance: float) -> pd.DataFrame:
     """Rows of a share in [keep - tolerance, keep]; ValueError where there is none."""
-    keep = check_keep(keep)
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance: expected a share >= 0, got {tolerance}")
+    keep, tolerance = check_keep(keep), check_float("tolerance", tolerance, 0)
     shares = read_numbers(table, ["share"])[:, 0]
     within = shares <= keep * (1 + ROUNDING)
     fitting = within & (shares >= keep - tolerance - ROUNDING)

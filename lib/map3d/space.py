@@ -23,7 +23,7 @@ from lib.graph.trace import trace
 from lib.map3d.blocks import find_blocks
 from lib.messages import check_choice, check_finite
 from lib.plan import Plan, resolve
-from lib.settings import CHW
+from lib.settings import ABOVE_ONE, ABOVE_ZERO, CHW, check_float, check_int
 
 # what a plan does with the residual stream
 RESIDUAL = {"uniform": "tie", "inner": "keep", "scatter": "scatter"}
@@ -97,11 +97,7 @@ class Space:
         check_choice("width", width, RESIDUAL)
         if input_shape[1] != input_shape[2]:
             raise ValueError(f"images must be square, got (C, H, W) = {input_shape}")
-        if multiple < 1 or input_shape[1] < multiple:
-            raise ValueError(
-                f"multiple must lie between 1 and the side {input_shape[1]}, got "
-                f"{multiple}"
-            )
+        check_int("multiple", multiple, 1, input_shape[1] + 1)
         self.input_shape, self.width, self.multiple = input_shape, width, multiple
         self.native = input_shape[1]
         self.graph = graph or build_graph(model, input_shape)
@@ -146,8 +142,7 @@ class Space:
     def snap(self, d: float, w: float, r: float) -> Shape:
         """The nearest network to the shares `d`, `w`, `r`, each in (0, 1]."""
         for name, share in (("d", d), ("w", w), ("r", r)):
-            if not 0 < share <= 1:
-                raise ValueError(f"{name} must lie in (0, 1], got {share}")
+            check_float(name, share, ABOVE_ZERO, ABOVE_ONE)
         blocks = max(_round(d * len(self.blocks)), self.fewest)
         sides = [*range(self.multiple, self.native, self.multiple), self.native]
         side = min(sides, key=lambda s: (round(abs(s - r * self.native), 9), -s))
@@ -220,11 +215,7 @@ class Space:
         for name, value, least, most in zip(
             Shape._fields, shape, low, high, strict=True
         ):
-            if not least <= value <= most:
-                raise ValueError(
-                    f"{name} must lie between {least} and {most}, got {value}; "
-                    "`snap` turns shares into a network of the space"
-                )
+            check_int(name, value, least, most + 1)
 
     def _narrow(
         self, model: nn.Module, width: int, scores, drop: list[str], graph: Graph | None

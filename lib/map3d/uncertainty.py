@@ -16,6 +16,7 @@ from lib.map3d.costs import FORMULA, NAMES, read_numbers
 from lib.map3d.fitting import UnidentifiedWarning, check_points, fit, fit_table
 from lib.map3d.predictor import Map
 from lib.map3d.search import ACTIVE, optimum
+from lib.settings import check_int
 
 
 def leave_one_out(
@@ -61,8 +62,7 @@ def bootstrap_maps(
     noise. ValueError: as in `fit`; repeats below 1, a negative sd, none where the fit
     has no degrees of freedom.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats: expected 1 or more, got {repeats}")
+    check_int("repeats", repeats, 1)
     table = check_points(points)
     base = fit(table, degree=degree, monotone=monotone)
     sd = base.residual_sd if sd is None else float(sd)

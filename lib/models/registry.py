@@ -13,7 +13,7 @@ from lib.models import vision, weights
 from lib.models.caffe import BvlcGoogLeNet, CaffeNet, CifarNet, LeNet
 from lib.models.densenet import CifarDenseNet
 from lib.models.resnet import DEPTHS, CifarResNet
-from lib.settings import CHW
+from lib.settings import CHW, check_int
 
 LARGEST_TRIED = 512
 
@@ -123,10 +123,8 @@ def call(
 def check_at_least_one(name: str, **numbers: int | None) -> None:
     """Raise ValueError unless each of `numbers` is a whole number >= 1 (or None)."""
     for what, number in numbers.items():
-        if number is not None and (type(number) is not int or number < 1):
-            raise ValueError(
-                f"{name}: {what}={number!r}, expected a whole number, at least 1"
-            )
+        if number is not None:
+            check_int(f"{name}: {what}", number, 1)
 
 
 def check_pretrained(name: str, num_classes: int, in_channels: int) -> None:

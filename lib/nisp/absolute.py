@@ -21,6 +21,7 @@ Whatever else reads a feature is refused by name. Source: Yu et al. 2018, sec. 3
 the linear maps; the rule for gates is ours.
 """
 
+import contextlib
 import copy
 import itertools
 import math
@@ -37,7 +38,7 @@ from lib.settings import CHW
 ADVICE = (
     "rules exist for linear, convolution, pooling, BatchNorm, response normalisation, "
     "element-wise activations, additions, gates, concatenations and moves; replace it "
-    "by one of these, or name an `frl` in front of it"
+    "by one of these"
 )
 PLAIN = set(  # linear with weights that are not negative: they stand for themselves
     "view view_as reshape flatten unflatten permute transpose swapaxes movedim T mT "
@@ -322,17 +323,17 @@ def run_absolute(
     *,
     layers: Collection[str],
     places: Mapping[str, str],
-    end: tuple[str, str],
+    end: str,
     visit: Callable[[str, Tensor], Tensor | None],
 ) -> tuple[Tensor, list[Tensor]]:
     """Run the absolute network of `model` on one image, up to the final responses.
 
-    `end` is ("input" or "output", module): whose side they are. Features begin at the
-    `layers`; on the way back `visit(name, gradient)` is called for each call of a
-    module in `places` with the name it stands for, and may hand on another gradient.
-    Returns the responses [1, ...] and the tensors that `torch.autograd.grad` has to go
-    back to. The model itself is not touched; a copy runs in float64, on an image of
-    NaN: what depends on it shows.
+    They are what the module `end` reads. Features begin at the `layers`; on the way
+    back `visit(name, gradient)` is called for each call of a module in `places` with
+    the name it stands for, and may hand on another gradient. Returns the responses
+    [1, ...] and the tensors that `torch.autograd.grad` has to go back to. The model
+    itself is not touched; a copy runs in float64, on an image of NaN: what depends on
+    it shows.
     """
     tensors = [*model.parameters(), *model.buffers()]
     net = copy.deepcopy(model, {id(x): x.detach() for x in tensors}).eval()
@@ -340,14 +341,11 @@ def run_absolute(
     names = {id(module): name for name, module in modules.items()}
     mode, starts, found = AbsoluteNet(modules), [], []
 
-    def reach(side: str, name: str, x) -> None:
-        if (side, name) == end:
-            found.append(x)
-            raise _Reached
-
     def enter(module: nn.Module, args: tuple) -> None:
         mode.stack.append(names[id(module)])
-        reach("input", names[id(module)], args[0] if args else None)
+        if names[id(module)] == end:
+            found.append(args[0])
+            raise _Reached
 
     def leave(module: nn.Module, args: tuple, output):
         name = mode.stack.pop()
@@ -356,7 +354,6 @@ def run_absolute(
             starts.append(output)
         if name in places and is_feature(output):
             output.register_hook(lambda grad: visit(places[name], grad))
-        reach("output", name, output)
         return output.clone() if is_feature(output) and output.is_leaf else output
 
     for module in modules.values():
@@ -366,9 +363,6 @@ def run_absolute(
         module.register_forward_hook(leave)
     weight = next(x for x in tensors if x.is_floating_point())
     image = weight.new_full((1, *input_shape), math.nan).detach()
-    try:
-        with mode:
-            net(image)
-    except _Reached:
-        pass
-    return (found[0] if found else None), starts
+    with contextlib.suppress(_Reached), mode:
+        net(image)
+    return found[0], starts

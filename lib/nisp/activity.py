@@ -13,11 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lib import baselines
 from lib.data import ImageSet
 from lib.graph import Graph, Node, build_graph
-from lib.graph.watch import recorded
 from lib.messages import check_finite
 from lib.nisp.absolute import ACTIVATIONS
 from lib.nisp.frl import take_sample
-from lib.train import forward
+from lib.train import watch
 
 Chain = Callable[[Tensor], Tensor]
 
@@ -28,7 +27,6 @@ def measure_activity(
     *,
     num_images: int = 2000,
     seed: int = 0,
-    batch_size: int = 500,
     graph: Graph | None = None,
 ) -> dict[str, Tensor]:
     """Mean |output| of every neuron of every prunable layer, for `propagate`.
@@ -48,16 +46,14 @@ def measure_activity(
         there, gone = (chains[name](x) for x in (output, torch.zeros_like(output[:1])))
         return (there - gone).abs().sum(0, dtype=torch.float64)
 
-    with recorded(model, chains, keep=measure) as calls:
-        for _ in forward(model, sample, batch_size=batch_size):
-            for name, rows in calls.items():
-                if len({row.shape for row in rows}) > 1:
-                    raise ValueError(
-                        f"'{name}' runs on inputs of different sizes, so its neurons "
-                        "have no mean; rank without `activity`"
-                    )
-                totals[name] = totals[name] + torch.stack(rows).mean(0)
-                rows.clear()
+    for calls, _ in watch(model, sample, chains, keep=measure):
+        for name, rows in calls.items():
+            if len({row.shape for row in rows}) > 1:
+                raise ValueError(
+                    f"'{name}' runs on inputs of different sizes, so its neurons "
+                    "have no mean; rank without `activity`"
+                )
+            totals[name] = totals[name] + torch.stack(rows).mean(0)
     means = {name: total / len(sample) for name, total in totals.items()}
     check_finite("the mean output", means)
     return means
@@ -69,7 +65,6 @@ def collect_channels(
     *,
     num_images: int = 2000,
     seed: int = 0,
-    batch_size: int = 500,
     graph: Graph | None = None,
 ) -> dict[str, Tensor]:
     """Mean response of every channel of every prunable layer, [N, C] each, in one pass.
@@ -87,11 +82,9 @@ def collect_channels(
         rows = chains[name](output).movedim(dim, 1)
         return rows.reshape(*rows.shape[:2], -1).mean(2)
 
-    with recorded(model, chains, keep=average) as calls:
-        for _ in forward(model, sample, batch_size=batch_size):
-            for name, rows in calls.items():
-                found[name].append(torch.stack(rows).mean(0))
-                rows.clear()
+    for calls, _ in watch(model, sample, chains, keep=average):
+        for name, rows in calls.items():
+            found[name].append(torch.stack(rows).mean(0))
     return {name: torch.cat(rows) for name, rows in found.items()}
 
 
@@ -101,25 +94,19 @@ def collect_channels(
 def find_chains(model: nn.Module, graph: Graph, *, norms: bool) -> dict[str, Chain]:
     """For each prunable layer, the activations (and norms) that alone read it."""
     modules = dict(model.named_modules())
-    readers: dict[int, list[Node]] = {}
-    for node in graph.nodes:
-        for value in node.inputs:
-            readers.setdefault(value, []).append(node)
     return {
-        name: find_chain(name, graph, modules, readers, norms=norms)
+        name: find_chain(name, graph, modules, norms=norms)
         for name in baselines.prunable_layers(model)
         if name in graph.layers and graph.layers[name].positions
     }
 
 
-def find_chain(
-    name: str, graph: Graph, modules: dict, readers: dict, *, norms: bool
-) -> Chain:
+def find_chain(name: str, graph: Graph, modules: dict, *, norms: bool) -> Chain:
     """The function of the chain behind a layer's first call."""
     value = graph.made[name][0]
     steps: list[Chain] = []
-    while len(readers.get(value, [])) == 1:
-        node = readers[value][0]
+    while len(graph.readers.get(value, [])) == 1:
+        (node,) = graph.readers[value]
         plain = node.function is None
         if norms and plain and isinstance(modules[node.module], _BatchNorm):
             steps.append(modules[node.module])

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from lib.data import ImageSet
 from lib.graph import Graph, build_graph
-from lib.graph.watch import recorded
-from lib.messages import check_choice, suggest
+from lib.messages import check_choice
 from lib.nisp.infinite import inf_fs
-from lib.train import forward
+from lib.settings import check_int
+from lib.train import watch
 
 RANKINGS = ("inf_fs", "magnitude", "uniform")
 
@@ -48,43 +48,35 @@ def collect_responses(
     model: nn.Module,
     images: ImageSet,
     *,
-    frl: str | None = None,
     num_images: int = 2000,
     seed: int = 0,
-    batch_size: int = 500,
     graph: Graph | None = None,
 ) -> Tensor:
     """Responses of the FRL to images: [N, D] on the model's device, in one pass.
 
-    The FRL is what the last linear layer reads (behind its activation), or with `frl`
-    what the module of that name makes, flattened. N = `num_images` images, stratified
-    and fixed by `seed`, or all where there are fewer; unaugmented, in evaluation mode.
-    The model is left as found. Raises `ValueError` for an FRL that cannot be found or
-    that does not hold one row per image, and for fewer than 2 images.
+    The FRL is what the last linear layer reads, flattened. N = `num_images` images,
+    stratified and fixed by `seed`, or all where there are fewer; unaugmented, in
+    evaluation mode. The model is left as found. Raises `ValueError` for an FRL that
+    cannot be found or does not hold one row per image, and for fewer than 2 images.
     """
-    side, name = find_frl(graph or build_graph(model, images.shape), model, frl)
+    name = find_classifier(graph or build_graph(model, images.shape), model)
     sample, found = take_sample(images, num_images, seed), []
-    with recorded(model, [name], inputs=side == "input", keep=copy_rows) as calls:
-        for _, labels in forward(model, sample, batch_size=batch_size):
-            if not calls[name] or len(calls[name][-1]) != len(labels):
-                raise ValueError(
-                    "the final response layer does not hold one row per image; name "
-                    "another with `frl`"
-                )
-            found.append(calls[name][-1].flatten(1))
-            calls[name].clear()
+
+    def copy(name: str, response: Tensor) -> Tensor:
+        return response.clone()  # what comes next may work in place
+
+    for calls, labels in watch(model, sample, [name], inputs=True, keep=copy):
+        if not calls[name] or len(calls[name][-1]) != len(labels):
+            raise ValueError(
+                f"'{name}', the last linear layer, does not read one row per image"
+            )
+        found.append(calls[name][-1].flatten(1))
     return torch.cat(found)
-
-
-def copy_rows(name: str, response: Tensor) -> Tensor:
-    """What comes next may work in place."""
-    return response.clone()
 
 
 def take_sample(images: ImageSet, num_images: int, seed: int) -> ImageSet:
     """`num_images` images, stratified and fixed by `seed`, or all there are."""
-    if num_images < 2:
-        raise ValueError(f"num_images must be at least 2 to rank by, got {num_images}")
+    num_images = check_int("num_images", num_images, 2)
     return images.take(num_images, seed) if num_images < len(images) else images
 
 
@@ -97,19 +89,6 @@ def find_classifier(graph: Graph, model: nn.Module) -> str:
         if layer.positions and isinstance(model.get_submodule(name), nn.Linear):
             return name
     raise ValueError(
-        "the network has no linear layer, so its final response layer must be "
-        "named: frl='...', a module whose output it is"
+        "the network has no linear layer, whose inputs are the final responses; end it "
+        "in an nn.Linear"
     )
-
-
-def find_frl(graph: Graph, model: nn.Module, frl: str | None) -> tuple[str, str]:
-    """The side of a module where the final responses are: ("input" or "output", name).
-
-    What the last linear layer reads, or what the module `frl` makes.
-    """
-    if frl is None:
-        return "input", find_classifier(graph, model)
-    names = dict(model.named_modules())
-    if frl not in names:
-        raise ValueError(f"frl: the network has no module '{frl}'{suggest(frl, names)}")
-    return "output", frl

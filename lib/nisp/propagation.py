@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from lib.graph import Graph, Group, build_graph
 from lib.messages import suggest
 from lib.nisp.absolute import run_absolute
-from lib.nisp.frl import find_frl
+from lib.nisp.frl import find_classifier
 from lib.plan import count_share
-from lib.settings import CHW
+from lib.settings import CHW, check_float
 
 ROOM = 1000  # powers of two that scores may grow or shrink by in float64
 
@@ -31,7 +31,6 @@ def propagate(
     input_shape: CHW,
     *,
     joint: float | Mapping[str, float] | None = None,
-    frl: str | None = None,
     neurons: bool = False,
     behind_norm: bool = False,
     activity: Mapping[str, Tensor] | None = None,
@@ -40,13 +39,13 @@ def propagate(
     """Importance of the outputs of every layer in front of the final response layer.
 
     `frl_scores`: float [D], >= 0, one for each number that the FRL holds for an image
-    of `input_shape` (C, H, W). The FRL is what the last linear layer reads, or what the
-    module named `frl` makes. Returned, by convolution and linear layer in
-    forward order: float64 [channels] on the model's device, sums over positions of the
-    neurons' scores at the layer's output, in front of its BatchNorm, whose |gamma| /
-    sigma therefore counts; with `behind_norm` at the output of the BatchNorm that alone
-    reads it (0 where gamma = 0). `neurons=True` gives the neurons' scores instead, in
-    the shape of the output of one image ([C, H, W] or [C]).
+    of `input_shape` (C, H, W). The FRL is what the last linear layer reads. Returned,
+    by convolution and linear layer in forward order: float64 [channels] on the model's
+    device, sums over positions of the neurons' scores at the layer's output, in front
+    of its BatchNorm, whose |gamma| / sigma therefore counts; with `behind_norm` at the
+    output of the BatchNorm that alone reads it (0 where gamma = 0). `neurons=True`
+    gives the neurons' scores instead, in the shape of the output of one image
+    ([C, H, W] or [C]).
 
     `joint` is the share of channels removed, for all layers that can be pruned or by
     name; what is removed passes nothing on. Channels are removed as in
@@ -64,7 +63,7 @@ def propagate(
     found; `graph` is its graph where that is known already.
 
     Raises `ValueError` for scores that do not fit the FRL, are negative, not finite or
-    all zero; an unknown FRL; rates outside [0, 1) or of layers that cannot be pruned;
+    all zero; rates outside [0, 1) or of layers that cannot be pruned;
     weights that are not finite; nets so deep that float64 ends; activity that does not
     fit; and, by its name, an operation without a rule. Source: Yu et al. 2018, sec. 3.
 
@@ -73,7 +72,7 @@ def propagate(
     if behind_norm and activity is not None:
         raise ValueError("activity is measured before norms; leave behind_norm out")
     graph = graph or build_graph(model, input_shape)
-    sweep = Sweep(model, input_shape, graph, frl, behind_norm, activity)
+    sweep = Sweep(model, input_shape, graph, behind_norm, activity)
     check_scores(frl_scores, sweep.target)
     seed = frl_scores.detach().to(sweep.target).reshape(sweep.target.shape)
     power = max(-ROOM, min(ROOM, math.frexp(float(seed.max()))[1]))
@@ -96,7 +95,7 @@ class Sweep:
     `target` holds the final responses [1, ...] of its one image.
     """
 
-    def __init__(self, model, input_shape, graph, frl, behind_norm, activity):
+    def __init__(self, model, input_shape, graph, behind_norm, activity):
         self.graph, self.behind_norm = graph, behind_norm
         self.modules = dict(model.named_modules())
         self.layers = [n for n, layer in graph.layers.items() if layer.positions]
@@ -106,16 +105,11 @@ class Sweep:
         self.target, self.starts = run_absolute(
             model, input_shape, layers=set(self.layers),
             places={pairs.get(n, n): n for n in self.layers},
-            end=find_frl(graph, model, frl), visit=self.visit,
+            end=find_classifier(graph, model), visit=self.visit,
         )  # fmt: skip
-        if not isinstance(self.target, Tensor):
-            raise ValueError(
-                f"frl: '{frl}' makes no tensor in evaluation; name another"
-            )
         if not self.target.requires_grad:
             raise ValueError(
-                "no convolution or linear layer stands in front of the final response "
-                "layer; name a later one with `frl`"
+                "no convolution or linear layer stands in front of the classifier"
             )
 
     def run(self, seed: Tensor, choose: Callable | None = None) -> dict:
@@ -235,11 +229,11 @@ def read_rates(
 ) -> dict[str, float]:
     """The rate of every layer that loses channels; tied layers have one rate."""
     if not isinstance(joint, Mapping):
-        check_rate("joint", joint)
+        check_float("joint: the rate", joint, 0, 1)
         return {n: joint for n in found if joint > 0 and not graph.group_of[n].fixed}
     rates: dict[str, float] = {}
     for name, rate in joint.items():
-        check_rate(f"joint: '{name}'", rate)
+        check_float(f"joint: '{name}': the rate", rate, 0, 1)
         if name not in graph.layers:
             near = suggest(name, graph.layers)
             raise ValueError(f"joint: the network has no layer '{name}'{near}")
@@ -261,12 +255,6 @@ def read_rates(
 # -- what is refused ---------------------------------------------------------------
 
 
-def check_rate(what: str, rate: float) -> None:
-    """Raise `ValueError` unless the rate lies in [0, 1)."""
-    if not math.isfinite(rate) or not 0 <= rate < 1:
-        raise ValueError(f"{what}: the rate must lie in [0, 1), got {rate}")
-
-
 def check_activity(activity: Mapping[str, Tensor]) -> None:
     """Raise `ValueError` for sizes that cannot be."""
     for name, values in activity.items():
@@ -279,10 +267,7 @@ def check_activity(activity: Mapping[str, Tensor]) -> None:
 def check_scores(frl_scores: Tensor, responses: Tensor) -> None:
     """Raise `ValueError` unless these can be scores of the final responses [1, ...]."""
     if len(responses) != 1:
-        raise ValueError(
-            "the final response layer does not hold one response per image; name "
-            "another with `frl`"
-        )
+        raise ValueError("the last linear layer does not read one row per image")
     if tuple(frl_scores.shape) not in {(responses.numel(),), responses.shape[1:]}:
         raise ValueError(
             f"frl_scores: the final response layer has {responses.numel()} responses, "

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lib import paths
+from lib.settings import check_int
 
 LARGEST = 16_384  # pixels; of more, the mere check that a network runs takes minutes
 
@@ -29,11 +30,9 @@ class Plan:
         self.keep = {name: _read_indices(name, k) for name, k in self.keep.items()}
         self.scatter = set(_read_names("scatter", self.scatter))
         self.drop = _read_names("drop", self.drop)
-        side = self.resolution
-        if side is not None and (type(side) is not int or side < 1):
-            raise ValueError(f"plan: resolution must be a positive int, got {side!r}")
-        if side is not None and side > LARGEST:
-            raise ValueError(f"plan: resolution {side} is above {LARGEST} pixels")
+        if self.resolution is not None:
+            side = check_int("plan: resolution", self.resolution, 1, LARGEST + 1)
+            self.resolution = side
         for name in self.scatter - self.keep.keys():
             raise ValueError(f"plan: '{name}' is to be scattered but keeps everything")
 

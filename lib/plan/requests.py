@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lib.graph import Graph
 from lib.messages import check_choice, suggest
 from lib.plan.resolve import Kept
-from lib.settings import ABOVE_ONE, ABOVE_ZERO, check_float
+from lib.settings import ABOVE_ONE, ABOVE_ZERO, check_float, check_int
 
 Scores = Mapping[str, Tensor]
 Rate = float | Mapping[str, float]
@@ -44,8 +44,7 @@ def check_request(
 def check_manner(residual: str, multiple: int) -> None:
     """`ValueError` for an unknown treatment of streams, or no number of channels."""
     check_choice("residual", residual, ("tie", "scatter", "keep"))
-    if type(multiple) is not int or multiple < 1:
-        raise ValueError(f"multiple must be a positive int, got {multiple!r}")
+    check_int("multiple", multiple, 1)
 
 
 def check_rates(rate: Rate | None, scores: Scores) -> None:

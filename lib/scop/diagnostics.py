@@ -17,6 +17,7 @@ from lib.graph.watch import modes_kept, recorded
 from lib.messages import check_finite, check_known
 from lib.scop.controls.base import exchange
 from lib.scop.controls.gaussian import check_covariance
+from lib.settings import check_int
 
 OCTAVES = tuple(2.0**k for k in range(8))  # 1, 2, ..., 128
 SWAPS = ("full", "partial")
@@ -115,8 +116,7 @@ def two_sample_test(
     """
     pooled = torch.cat(split_pairs(x, knock, swap=swap, groups=groups, seed=seed))
     widths = _choose_bandwidths(pooled, bandwidths)
-    if permutations < 1:
-        raise ValueError(f"permutations: expected at least 1, got {permutations}")
+    check_int("permutations", permutations, 1)
     sides = _permute_sides(len(pooled), permutations, seed).to(pooled)
     observed, *null = _permuted_mmd(pooled, sides, widths).tolist()
     null_sd = math.sqrt(sum(value**2 for value in null) / permutations)

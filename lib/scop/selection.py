@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from lib import baselines, stages, train
@@ -33,6 +32,7 @@ METHOD = {
     "optimizer": "adam", "adam_betas": (0.5, 0.9), "schedule": "constant",
     "weight_decay": 0.0,
 }  # fmt: skip
+ADVICE = "; lower lr or look at the control's images"
 
 
 class Betas(dict[str, Tensor]):
@@ -97,7 +97,7 @@ def select(
         )  # fmt: skip
     finally:  # names the layer, also where the loss was the first to show it
         betas = mixed.read_betas()
-        _check_finite(betas)
+        check_finite("beta", betas, ADVICE)
     return Betas(betas, history=history.rows, norms=norms)
 
 
@@ -145,7 +145,7 @@ def importance(model: nn.Module, betas: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Step by step in notebooks/11_scop_selection.ipynb.
     """
-    _check_finite(betas)
+    check_finite("beta", betas, ADVICE)
     scores = {}
     for name, gamma in read_scales(model, betas).items():
         beta = betas[name].detach().to("cpu", torch.float32)
@@ -297,12 +297,9 @@ def correlate_ranks(betas: dict[str, Tensor], scales: dict[str, Tensor]) -> floa
     1: the control decides nothing, |gamma| alone would prune the same. A layer in which
     either of the two is constant counts 0.
     """
-    found = []
-    for name, beta in betas.items():
-        statistic, scale = scales[name] * (2 * beta - 1), scales[name]
-        constant = min(len(statistic.unique()), len(scale.unique())) < 2
-        found.append(0.0 if constant else spearmanr(statistic, scale).statistic)
-    return float(sum(found) / max(len(found), 1))
+    statistics = {name: scales[name] * (2 * beta - 1) for name, beta in betas.items()}
+    found = baselines.rank_agreement(statistics, {name: scales[name] for name in betas})
+    return sum(found.values()) / max(len(found), 1)
 
 
 # -- checks --------------------------------------------------------------------------
@@ -323,12 +320,3 @@ def _pick_layers(
     if not chosen:
         raise ValueError("layers: nothing to select in")
     return {name: pairs[name] for name in chosen}
-
-
-def _check_finite(betas: dict[str, Tensor]) -> None:
-    for name, beta in betas.items():
-        if not bool(torch.isfinite(beta).all()):
-            raise ValueError(
-                f"beta of '{name}' is not finite; lower lr or look at the control's "
-                "images"
-            )

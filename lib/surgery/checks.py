@@ -17,7 +17,7 @@ from lib.graph.dry_run import Call, DryRun, run_dry
 from lib.graph.tags import Operand, Value
 from lib.plan import Kept
 from lib.settings import CHW
-from lib.surgery.movers import Bridge, PinnedShuffleUnit, Remap, Whole
+from lib.surgery.movers import Bridge, PinnedShuffleUnit, Remap
 
 # Operations that hand on what they read, and names for one and the same.
 COPIES = {"clone", "contiguous", "alias", "detach", "lift_fresh", "lift"}
@@ -81,7 +81,7 @@ class _Comparison:
         put_in = {
             name
             for name, module in after.modules.items()  # one slope is no leaf any more
-            if isinstance(module, (Bridge, Remap, Whole))
+            if isinstance(module, (Bridge, Remap))
             or getattr(module, "num_parameters", 0) == 1
         }
         ends = {graph.pairs.get(n, n) for n in kept.scatter}

@@ -21,7 +21,6 @@ from lib.surgery.movers import (
     PinnedShuffleUnit,
     Remap,
     Scatter,
-    Whole,
     device_of,
     inverse,
     on_cpu,
@@ -189,19 +188,15 @@ def _replace_movers(
     graph: Graph, kept: Kept, small: nn.Module, modules: Modules
 ) -> None:
     """Modules that move or mix channels get index maps in the place of their code."""
-    for name, move in graph.moves.items():
+    for name, move in (graph.moves | graph.mixes).items():
         read, write = _ends(graph, kept, move)
         if not (read.all() and write.all()):
-            replace(small, name, Remap(modules[name], read, write))
+            replace(small, name, Remap(modules[name], read, write, move.dim))
     for name, tags in graph.norms.items():
         if isinstance(modules[name], nn.LocalResponseNorm):
             alive = kept.units[graph.unit_of(tags)]
             if not alive.all():
                 replace(small, name, GappedLRN(modules[name], alive))
-    for name, move in graph.mixes.items():
-        alive = kept.units[graph.unit_of(move.inputs)]
-        if not alive.all():
-            replace(small, name, Whole(modules[name], alive, move.dim))
     for name, move in graph.shuffles.items():
         _pin_shuffle(modules[name], *_ends(graph, kept, move))
 

@@ -41,22 +41,25 @@ class Scatter(nn.Module):
 
 
 class Remap(nn.Module):
-    """A parameter-free module run at full width, between kept inputs and outputs."""
+    """A module that moves or mixes channels, run at the width that it had.
+
+    Along `dim`, channels that were removed are zero when it reads them; of those that
+    it hands on `write` are left.
+    """
 
     source: Tensor
     write: Tensor
 
-    def __init__(self, inner: nn.Module, read: Tensor, write: Tensor):
+    def __init__(self, inner: nn.Module, read: Tensor, write: Tensor, dim: int = 1):
         super().__init__()
-        self.inner = inner
-        source = inverse(positions(read), len(read))
-        self.register_buffer("source", source)
+        self.inner, self.dim = inner, dim
+        self.register_buffer("source", inverse(positions(read), len(read)))
         self.register_buffer("write", positions(write))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Widen with zeros, move the channels, keep what is read."""
-        moved: Tensor = self.inner(take(x, self.source))
-        return moved.index_select(1, self.write)
+        """[N, read, ...] -> [N, written, ...]."""
+        moved: Tensor = self.inner(take(x, self.source, self.dim))
+        return moved.index_select(self.dim, self.write)
 
 
 class GappedLRN(nn.LocalResponseNorm):
@@ -87,30 +90,6 @@ class GappedLRN(nn.LocalResponseNorm):
         )
         mean = mean.squeeze(1).index_select(1, self.kept).view_as(x)
         return x / (self.k + self.alpha * mean).pow(self.beta)
-
-
-class Whole(nn.Module):
-    """A module that mixes channels (a LayerNorm), run at the width that it had.
-
-    The channels, along `dim` (from the end), that were removed count as zero.
-    """
-
-    source: Tensor
-    kept: Tensor
-
-    def __init__(self, inner: nn.Module, alive: Tensor, dim: int):
-        super().__init__()
-        self.inner, self.dim = inner, dim
-        kept = positions(alive)
-        self.register_buffer("kept", kept, persistent=False)
-        source = inverse(kept, len(alive))
-        self.register_buffer("source", source, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The same shape."""
-        full = spread(x, self.source, self.dim)
-        y: Tensor = self.inner(full)
-        return y.index_select(self.dim, self.kept)
 
 
 class Gate(nn.Module):
@@ -179,7 +158,7 @@ class Bridge(nn.Module):
         y: Tensor = self.inner(x)
         if self.source is None:
             return y
-        return spread(y, self.source, self.dim)
+        return take(y, self.source, self.dim)
 
 
 def on_cpu(index: Tensor) -> Tensor:
@@ -212,14 +191,8 @@ def layout_of(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def take(x: Tensor, source: Tensor) -> Tensor:
-    """Pick channels of `x`; index C picks a channel of zeros."""
-    padding = [0, 0] * (x.ndim - 2) + [0, 1]
-    return F.pad(x, padding).index_select(1, source)
-
-
-def spread(x: Tensor, source: Tensor, dim: int) -> Tensor:
-    """`take` along `dim`."""
+def take(x: Tensor, source: Tensor, dim: int = 1) -> Tensor:
+    """Pick channels of `x`; an index behind the last picks a channel of zeros."""
     padding = [0, 0] * (x.ndim - 1 - dim % x.ndim) + [0, 1]
     return F.pad(x, padding).index_select(dim, source)
 

@@ -34,6 +34,7 @@ from lib.train.recipe import (
     pick_layout,
     pick_precision,
     rate_at,
+    seeded,
 )
 from lib.train.update import Update, make_update
 
@@ -259,20 +260,6 @@ def _run_epoch(train_set: ImageSet, update: Update, epoch: int, report: Report) 
         "epoch": epoch + 1, "loss": loss, "top1": top1, "val_top1": None, "lr": rate,
         "seconds": seconds, "images_per_s": seen / seconds,
     }  # fmt: skip
-
-
-@contextmanager
-def seeded(seed: int, stream: int, device: torch.device) -> Iterator[None]:
-    """torch's generators, set from (seed, stream) while inside and put back after."""
-    on_gpu = device.type == "cuda"
-    card = device.index
-    if on_gpu and card is None:
-        card = torch.cuda.current_device()
-    with torch.random.fork_rng([card] if on_gpu else []):
-        torch.default_generator.manual_seed(seed * 1_000_003 + stream)
-        if on_gpu:
-            torch.cuda.manual_seed(seed * 1_000_003 + stream)
-        yield
 
 
 # -- checks and settings that are put back ------------------------------------------

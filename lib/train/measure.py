@@ -6,7 +6,7 @@ that every batch is what it would be in one process.
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lib.data import ImageSet, batches
-from lib.graph.watch import dtype_of, modes_kept
+from lib.data import ImageSet, batches_for
+from lib.graph.watch import modes_kept, recorded
 from lib.messages import check_finite
 from lib.settings import check_int
 from lib.train import processes
@@ -78,6 +78,25 @@ def forward(
     return _forward(model, images, resolution, batch_size, (0, 1))
 
 
+def watch(
+    model: nn.Module,
+    images: ImageSet,
+    names: Iterable[str],
+    *,
+    inputs: bool = False,
+    keep: Callable[[str, Tensor], Tensor] | None = None,
+) -> Iterator[tuple[dict[str, list[Tensor]], Tensor]]:
+    """`forward`, with what the modules named make of a batch, call by call, and labels.
+
+    `inputs`: what they read instead. `keep(name, tensor)`: what is kept of each.
+    """
+    with recorded(model, names, inputs=inputs, keep=keep) as calls:
+        for _, labels in forward(model, images):
+            yield calls, labels
+            for rows in calls.values():
+                rows.clear()
+
+
 def _forward(
     model: nn.Module,
     images: ImageSet,
@@ -86,15 +105,11 @@ def _forward(
     share: tuple[int, int],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """`forward` over this share of the batches."""
-    device = next(model.parameters()).device
-    layout = pick_layout(model, device)
-    stream = batches(
-        images, batch_size, resolution=resolution, device=device, dtype=dtype_of(model),
-        share=share, whole=True,
-    )  # fmt: skip
+    layout = pick_layout(model, next(model.parameters()).device)
+    how = {"resolution": resolution, "share": share, "whole": True}
     with modes_kept(model), torch.inference_mode():
         model.eval()
-        for x, y in stream:
+        for x, y in batches_for(model, images, batch_size, **how):
             yield model(x.contiguous(memory_format=layout)), y
 
 
@@ -122,12 +137,10 @@ def recalibrate(
     momenta = {norm: norm.momentum for norm in norms if norm.track_running_stats}
     if not momenta:
         return
-    device = next(model.parameters()).device
-    layout = pick_layout(model, device)
-    stream = batches(
-        images, batch_size, train=True, augment=augment, seed=seed,
-        resolution=resolution, device=device, dtype=dtype_of(model),
-        share=processes.share(), whole=True,
+    layout = pick_layout(model, next(model.parameters()).device)
+    stream = batches_for(
+        model, images, batch_size, train=True, augment=augment, seed=seed,
+        resolution=resolution, share=processes.share(), whole=True,
     )  # fmt: skip
     rank, count = processes.share()
     own = num_batches and len(range(rank, num_batches, count))

@@ -1,6 +1,8 @@
 """How a network is trained: the settings, checked, and what follows from them."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 
 import torch
@@ -20,8 +22,20 @@ def setting(default=MISSING, kind=None, *, low=-math.inf, high=math.inf, choices
     return field(default=default, metadata={"rule": rule})
 
 
+class Checked:
+    """Base of dataclasses whose fields are made by `setting`: their values are checked.
+
+    They come as plain Python types, for a checkpoint can hold no numpy number.
+    """
+
+    def __post_init__(self):
+        for entry in fields(self):
+            value = _check(entry, getattr(self, entry.name))
+            object.__setattr__(self, entry.name, value)
+
+
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Checked):
     """Settings of one training run; bad ones are refused in one line.
 
     epochs: passes over the training set. lr: peak learning rate. batch_size: images a
@@ -72,9 +86,7 @@ class Recipe:
         return super().__new__(cls)
 
     def __post_init__(self):
-        for entry in fields(self):
-            value = _check(entry, getattr(self, entry.name))
-            object.__setattr__(self, entry.name, value)
+        super().__post_init__()
         if len(self.adam_betas) != 2:
             raise ValueError(f"adam_betas must be two numbers, got {self.adam_betas!r}")
         if self.warmup > self.epochs:
@@ -109,7 +121,6 @@ class Recipe:
 
 
 def _check(entry: Field, value):
-    """The value in plain Python types: a checkpoint can hold no numpy number."""
     name, rule = entry.name, entry.metadata["rule"]
     if isinstance(entry.default, tuple):
         if not isinstance(value, (list, tuple)):
@@ -174,6 +185,23 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch sees no GPU")
     return device
+
+
+@contextmanager
+def seeded(seed: int, stream: int, device: torch.device) -> Iterator[None]:
+    """torch's generators, set from (seed, stream) while inside and put back after.
+
+    Those of the CPU and of `device`, whichever GPU is the current one.
+    """
+    cards, number = [], seed * 1_000_003 + stream
+    if device.type == "cuda":
+        here = torch.cuda.current_device
+        cards = [here() if device.index is None else device.index]
+    with torch.random.fork_rng(cards):
+        torch.default_generator.manual_seed(number)
+        for card in cards:
+            torch.cuda.default_generators[card].manual_seed(number)
+        yield
 
 
 def pick_layout(model: nn.Module, device: torch.device) -> torch.memory_format:

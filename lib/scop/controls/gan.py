@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lib.data import ImageSet
-from lib.scop.controls.training import ABOVE_0, UP_TO_1, Game, Options, Trained, option
-from lib.settings import CHW
+from lib.scop.controls.training import Game, Options, Trained
+from lib.settings import ABOVE_ONE, ABOVE_ZERO, CHW
+from lib.train.recipe import setting
 
 
 @dataclass(frozen=True)
@@ -20,24 +21,18 @@ class GanOptions(Options):
     weight. average: what is kept of the sampling weights at an update, the rest comes
     from the player's. lr, batch_size: of both players.
 
-    The defaults train in seconds on one core; `OFFICIAL` is the size of the released
-    generator and the schedule of its source.
+    The defaults train in seconds on one core. The released generator has width 64, its
+    source critic_steps 5, penalty_every 1, average 0, lr 1e-4, batch_size 64.
     """
 
-    width: int = option(16, 1)
-    rescale: bool = option(True)
-    critic_steps: int = option(1, 1)
-    penalty: float = option(10.0, 0)
-    penalty_every: int = option(4, 1)
-    average: float = option(0.95, 0, UP_TO_1)
-    lr: float = option(2e-3, ABOVE_0)
-    batch_size: int = option(32, 2)
-
-
-OFFICIAL = {
-    "width": 64, "critic_steps": 5, "penalty_every": 1, "average": 0.0, "lr": 1e-4,
-    "batch_size": 64,
-}  # fmt: skip
+    width: int = setting(16, low=1)
+    rescale: bool = setting(True)
+    critic_steps: int = setting(1, low=1)
+    penalty: float = setting(10.0, low=0)
+    penalty_every: int = setting(4, low=1)
+    average: float = setting(0.95, low=0, high=ABOVE_ONE)
+    lr: float = setting(2e-3, low=ABOVE_ZERO)
+    batch_size: int = setting(32, low=2)
 
 
 class GanGame(Game):

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from lib.data import ImageSet, batches
 from lib.kernels import mmd2
 from lib.scop.controls.base import correlate, exchange
-from lib.scop.controls.training import ABOVE_0, UP_TO_1, Game, Options, Trained, option
+from lib.scop.controls.training import Game, Options, Trained
+from lib.settings import ABOVE_ONE, ABOVE_ZERO
+from lib.train.recipe import setting
 
 WIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 LARGEST = 8192  # pixels times channels: the covariance then takes 512 MiB
@@ -24,8 +26,8 @@ class GaussianOptions(Options):
     """components: how many leading coordinates are redrawn. share: s_j / variance_j in
     (0, 1], 1 for controls that are uncorrelated with the image."""
 
-    components: int = option(64, 1)
-    share: float = option(1.0, ABOVE_0, UP_TO_1)
+    components: int = setting(64, low=1)
+    share: float = setting(1.0, low=ABOVE_ZERO, high=ABOVE_ONE)
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,13 @@ class DeepOptions(Options):
     moments, decorrelation: weights of the losses (gamma, lambda, delta in the paper).
     lr: divided by the largest weight above 1."""
 
-    components: int = option(64, 1)
-    width: int = option(320, 1)
-    exchange: float = option(1.0, 0)
-    moments: float = option(1.0, 0)
-    decorrelation: float = option(1.0, 0)
-    lr: float = option(0.01, ABOVE_0)
-    batch_size: int = option(400, 4)
+    components: int = setting(64, low=1)
+    width: int = setting(320, low=1)
+    exchange: float = setting(1.0, low=0)
+    moments: float = setting(1.0, low=0)
+    decorrelation: float = setting(1.0, low=0)
+    lr: float = setting(0.01, low=ABOVE_ZERO)
+    batch_size: int = setting(400, low=4)
 
 
 class Reduced(Trained):

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from lib.data import ImageSet
 from lib.scop.controls.base import correlate, exchange
-from lib.scop.controls.training import ABOVE_0, UP_TO_1, Game, Options, Trained, option
-from lib.settings import CHW
+from lib.scop.controls.training import Game, Options, Trained
+from lib.settings import ABOVE_ONE, ABOVE_ZERO, CHW
+from lib.train.recipe import setting
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,12 @@ class SwapOptions(Options):
     batch_size: of both networks.
     """
 
-    block: int = option(0, 0)
-    decorrelation: float = option(1.0, 0)
-    hint: float = option(0.9, 0, UP_TO_1)
-    width: int = option(32, 1)
-    lr: float = option(1e-3, ABOVE_0)
-    batch_size: int = option(64, 2)
+    block: int = setting(0, low=0)
+    decorrelation: float = setting(1.0, low=0)
+    hint: float = setting(0.9, low=0, high=ABOVE_ONE)
+    width: int = setting(32, low=1)
+    lr: float = setting(1e-3, low=ABOVE_ZERO)
+    batch_size: int = setting(64, low=2)
 
 
 class SwapGame(Game):

@@ -9,9 +9,7 @@ with one another then compares those of a part.
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,29 +18,16 @@ from torch import Tensor, nn
 from lib import paths
 from lib.data import ImageSet, batches, count_batches
 from lib.scop.controls.base import Control
-from lib.settings import Rule, check_rule
 from lib.train import checkpoint, processes, workers
 from lib.train.progress import Report
-from lib.train.recipe import Recipe
+from lib.train.recipe import Checked, Recipe, seeded
 
-ABOVE_0, UP_TO_1 = 1e-12, math.nextafter(1.0, 2.0)  # bounds of an `option`
 PARTS = ("modules", "optimizer", "rows")  # of a checkpoint
 
 
-def option(default, low: float = -math.inf, high: float = math.inf):
-    """A field of `Options`: of the default's type, in [low, high)."""
-    return field(default=default, metadata={"rule": Rule(type(default), low, high)})
-
-
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """What can be chosen about an arm; `ValueError` for a wrong type or range."""
-
-    def __post_init__(self):
-        for chosen in fields(self):
-            value = getattr(self, chosen.name)
-            value = check_rule(chosen.name, value, chosen.metadata["rule"])
-            object.__setattr__(self, chosen.name, value)
 
 
 class Game(nn.Module):
@@ -199,20 +184,6 @@ def run_epoch(
                 f"{value}. Lower lr ({game.arm.options.lr:g})"
             )
     return losses
-
-
-@contextmanager
-def seeded(seed: int, stream: int, device: torch.device) -> Iterator[None]:
-    """The global generators, set from (seed, stream) inside and put back after.
-
-    Those of all GPUs, whichever of them is the current one; none is woken for a CPU.
-    """
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else []):
-        torch.default_generator.manual_seed(seed * 1_000_003 + stream)
-        if cuda:
-            torch.cuda.manual_seed_all(seed * 1_000_003 + stream)
-        yield
 
 
 # -- checkpoints ---------------------------------------------------------------------
