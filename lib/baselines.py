@@ -61,15 +61,20 @@ def _checked(scores: dict[str, Tensor]) -> dict[str, Tensor]:
     return scores
 
 
-def _find_pairs(model: nn.Module) -> dict[str, str]:
-    """Each module with the BatchNorm that alone reads it, without an input's shape."""
+def trace_with_fx(model: nn.Module, advice: str = "") -> torch.fx.GraphModule:
+    """The network as a graph of its steps; ValueError where fx cannot follow it."""
     try:
-        nodes = torch.fx.symbolic_trace(model).graph.nodes
+        return torch.fx.symbolic_trace(model)
     except Exception as error:  # fx raises many kinds; none of them means damage
         raise ValueError(
-            f"bn_scale: the forward of {type(model).__name__} cannot be traced by "
-            f"torch.fx ({error}); give `graph`, or use another score"
+            f"the forward of {type(model).__name__} cannot be traced by torch.fx "
+            f"({error}){advice}"
         ) from error
+
+
+def _find_pairs(model: nn.Module) -> dict[str, str]:
+    """Each module with the BatchNorm that alone reads it, without an input's shape."""
+    nodes = trace_with_fx(model, "; give `graph`, or use another score").graph.nodes
     modules = dict(model.named_modules())
     return {
         node.all_input_nodes[0].target: node.target

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from lib.graph.on_meta import meta_tensors, move_all, tensors_in
+from lib.graph.on_meta import meta_tensors, run_operation, tensors_in
 from lib.graph.tags import CONSTANTS, ELEMENTWISE, MOVES, REDUCTIONS
 from lib.graph.watch import dtype_of
 from lib.settings import CHW, check_shape
@@ -77,12 +77,9 @@ class _OnMeta(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run one operation with all its tensors on the meta device."""
         kwargs = kwargs or {}
-        devices = {t.device.type for t in tensors_in((*args, *kwargs.values()))}
-        if len(devices) > 1:
-            args, kwargs = move_all(args, "meta"), move_all(kwargs, "meta")
         name = func._schema.name.removeprefix("aten::")
         if func._overloadpacket not in flop_registry and name not in WORKLESS:
             for tensor in tensors_in(args):
                 if tensor.ndim > 1 and id(tensor) in self.names:
                     self.uncounted.setdefault(self.names[id(tensor)], name)
-        return func(*args, **kwargs)
+        return run_operation(name, func, args, kwargs)

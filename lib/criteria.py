@@ -121,13 +121,7 @@ def measure_truth(
 
     Step by step in notebooks/03_criteria.ipynb.
     """
-    try:
-        traced = fx.symbolic_trace(model)
-    except Exception as error:  # fx raises many kinds
-        raise ValueError(
-            f"the forward of {type(model).__name__} cannot be traced by torch.fx "
-            f"({error})"
-        ) from error
+    traced = baselines.trace_with_fx(model)
     nodes = {
         node.target: node for node in traced.graph.nodes if node.op == "call_module"
     }

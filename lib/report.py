@@ -276,19 +276,15 @@ def publish(profile: str) -> None:
         paths.write_atomic(paths.FIGURES / path.name, partial(shutil.copyfile, path))
     print(f"wrote {len(drawn)} files to {paths.shown(paths.FIGURES)}")
     if profile != QUICK:
-        publish_rows(profile, collect_rows(profile))
+        rows = collect_rows(profile)
+        columns = [column for column in RESULT_COLUMNS if column in rows]
+        _write_table(f"{profile}.csv", rows[columns])
         publish_points(profile, collect_rows(profile, "points"))
         _write_table(f"{profile}.csv", collect_rows(profile, "latency"))
         for kind in TABLES[1:]:  # a channel's worth is often below a thousandth
             digits = 6 if kind == "truth" else 4
             _write_table(f"{profile}_{kind}.csv", collect_rows(profile, kind), digits)
         publish_bases(profile)
-
-
-def publish_rows(profile: str, rows: pd.DataFrame) -> None:
-    """Write `data/results/PROFILE.csv`: one row per pruned network, if there is any."""
-    columns = [column for column in RESULT_COLUMNS if column in rows]
-    _write_table(f"{profile}.csv", rows[columns])
 
 
 def publish_points(profile: str, points: pd.DataFrame) -> None:

@@ -16,7 +16,7 @@ from lib import cost, data, latency, models, paths, settings, surgery, train
 from lib.data import ImageSet
 from lib.graph import Graph
 from lib.plan import Plan
-from lib.train import Recipe, checkpoint
+from lib.train import Recipe
 from lib.train.recipe import pick_device
 
 
@@ -92,7 +92,7 @@ def make_baseline(
     if committed.is_file() and not path.is_file():
         print(f"baseline: reading {paths.shown(committed)}")
         state = train.load_checkpoint(committed)["model"]
-        with checkpoint.reading(committed):
+        with paths.reading(committed, "checkpoint"):
             model.load_state_dict(state)
         return model.to(pick_device(None))
     known = path.is_file()

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 from lib.map3d.costs import (
     FORMULA,
+    RIVALS,
     PowerLaw,
     equal_split,
     fit_exponents,
     inverse_compound,
+    pick_rivals,
+    rank_lattice,
 )
-from lib.map3d.networks import RIVALS, pick_rivals, rank_lattice
 from lib.map3d.predictor import Map
 from lib.map3d.search import Problem, check_conditions, optimum, trace_budget
 from lib.map3d.uncertainty import bootstrap_optimum, regret

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lib import baselines, data, models, nisp, plan, surgery
 from lib.nisp.activity import collect_channels
-from lib.nisp.errors import describe
+from lib.nisp.comparisons import describe
 
 SHAPE = (1, 28, 28)
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lib.graph.holders import find_tensors
 from lib.graph.leaves import LAYERS, guess_output, is_leaf, numbers_of
 from lib.graph.on_meta import (
     SCRIPT,
@@ -23,6 +22,7 @@ from lib.graph.on_meta import (
     Function,
     KeepNumbers,
     Kwargs,
+    find_tensors,
     meta_tensors,
     own_tensors,
     run_operation,

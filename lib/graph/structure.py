@@ -53,15 +53,14 @@ class Group:
 class Graph:
     """A traced network: operations, layers, units and groups. Built by `build_graph`.
 
-    `layers` maps names to what each convolution and linear layer reads and makes (as
-    tags), `norms`, `vectors`, `moves`, `mixes` and `shuffles` the same for all with
-    a size, `pairs` each layer with the BatchNorm that alone reads it, `made` the
-    values it makes, `normed` the BatchNorm that reads a value, `readers` all nodes that
-    read it; `unit_of` maps tags to units, the last unit stands for constants and is
-    always kept. `rows` and `columns` are the units of what each layer makes and reads,
-    `frozen` marks those that must stay and `wide` those whose channels stay in the
-    tensors between layers, silent (bool, one more for constants). `has_other_work` says
-    whether the pass has MACs outside of `layers`; `record` is the dry run itself.
+    `layers`, `norms`, `moves`, `mixes`, `shuffles`, `made`, `normed` and `calls` are as
+    in `Trace`, `vectors` as in its ledger. `pairs` maps each layer to the BatchNorm
+    that alone reads it, `readers` a value to the nodes that read it; `unit_of` maps
+    tags to units, the last unit stands for constants and is always kept. `rows` and
+    `columns` are the units of what each layer makes and reads, `frozen` marks those
+    that must stay and `wide` those whose channels stay in the tensors between layers,
+    silent (bool, one more for constants). `has_other_work` says whether the pass has
+    MACs outside of `layers`; `record` is the dry run itself.
     """
 
     def __init__(self, record: Trace):

@@ -314,7 +314,11 @@ class Trace:
         elif name == "cat":
             dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
             row = ledger.cat(operands, dim, where)
-        elif name in MOVES and operands[0].tags is not None and _has_index(node):
+        elif (
+            name in MOVES
+            and operands[0].tags is not None
+            and all(x.content is not None for x in node.operands[1:])
+        ):  # an index that the pass itself computed has no values to follow
             return self._move(node, operands)
         else:
             for x in operands:
@@ -359,11 +363,7 @@ class Trace:
 
 
 def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Trace:
-    """Watch one evaluation pass, and a training pass where that reaches more layers.
-
-    `input_shape` is (C, H, W). Auxiliary heads run only in training. Raises
-    `ValueError` naming the module in which the pass failed.
-    """
+    """What the passes of `run_dry` do with channels; its errors."""
     record = run_dry(model, input_shape)
     found = Trace(record)
     mixers = find_mixers(record, set(found.lossy))
@@ -379,11 +379,6 @@ def _along(row: Tensor, dim: int, ndim: int) -> Tensor:
     shape = [1] * ndim
     shape[dim] = len(row)
     return row.view(shape)
-
-
-def _has_index(node: Node) -> bool:
-    """An index that the pass itself computed has no values to follow."""
-    return all(x.content is not None for x in node.operands[1:])
 
 
 def _why_frozen(name: str) -> str:

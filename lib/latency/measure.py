@@ -27,6 +27,7 @@ from lib.settings import CHW
 
 WARMUP = 2  # calls before the clock runs
 ORIGINAL = "original"
+BATCH = 8  # images, of what a results table says
 
 
 @dataclass(frozen=True)
@@ -123,27 +124,21 @@ def measure(
 
 
 def compare(
-    model: nn.Module,
-    pruned: nn.Module,
-    input_shape: CHW,
-    *,
-    side: int | None = None,
-    batch: int = 8,
-    turns: int = 7,
+    model: nn.Module, pruned: nn.Module, input_shape: CHW, *, side: int | None = None
 ) -> dict:
     """What a results table says of time, as columns of a row, in a second or less.
 
-    ms: milliseconds of `pruned` for one batch of images, `side` pixels wide where it
+    ms: milliseconds of `pruned` for 8 images, `side` pixels wide where it
     says so; time_share: those over the model's, the median over turns; timed: what
     on (runtime, batch, model name of the CPU or GPU). Eager, one thread; the clock is
     that of `measure`.
     """
     small_shape = (input_shape[0], side, side) if side else input_shape
     calls = {
-        ORIGINAL: prepare(model, _draw_batch(model, input_shape, batch), "eager"),
-        "pruned": prepare(pruned, _draw_batch(model, small_shape, batch), "eager"),
+        ORIGINAL: prepare(model, _draw_batch(model, input_shape, BATCH), "eager"),
+        "pruned": prepare(pruned, _draw_batch(model, small_shape, BATCH), "eager"),
     }
-    times = interleave(calls, turns=turns)
+    times = interleave(calls, turns=7)
     on_gpu = next(model.parameters()).is_cuda
     clock = "wall" if on_gpu else "cpu"
     ratio = getattr(times["pruned"], clock) / getattr(times[ORIGINAL], clock)
@@ -151,7 +146,7 @@ def compare(
     return {
         "ms": times["pruned"].quartiles(clock)[1],
         "time_share": float(np.median(ratio)),
-        "timed": f"eager, batch {batch}, {machine}",
+        "timed": f"eager, batch {BATCH}, {machine}",
     }
 
 

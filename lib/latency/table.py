@@ -21,8 +21,10 @@ from lib.latency.measure import interleave
 from lib.latency.runtimes import Call, check_runtime, load_onnx, prepare, require
 from lib.plan import Kept, Plan, from_scores, resolve
 from lib.settings import ABOVE_ONE, ABOVE_ZERO, CHW, check_float, check_int
+from lib.surgery.copying import copy_model
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 TURNS, LEAST = 5, 0.004  # of timing one layer, and CPU seconds in each turn
 MET = 0.05  # relative distance at which a share of the time counts as met
 ROUNDS = 6  # of correcting the table by the pruned network as measured
@@ -55,7 +57,7 @@ class Table:
         self.modules = dict(model.named_modules())
         self.known: dict[tuple, float] = {}
         x = torch.randn(batch, *input_shape, dtype=self.dtype)
-        call = prepare(model.cpu() if _on_gpu(model) else model, x, runtime)
+        call = prepare(copy_model(model).cpu(), x, runtime)
         self.full = interleave({"net": call}, turns=TURNS)["net"].quartiles()[1]
         whole = resolve(self.graph, Plan())
         self._elements = self._count_elements(self.graph, whole)
@@ -94,7 +96,8 @@ class Table:
         if layer.depthwise:
             groups = outputs * layer.groups // len(layer.outputs)
         sizes = (inputs, outputs, groups, spatial)
-        key = (type(module).__name__, *_geometry(module), *sizes)
+        geometry = (getattr(module, name, None) for name in GEOMETRY)
+        key = (type(module).__name__, *geometry, module.bias is not None, *sizes)
         if key not in self.known:
             self.known[key] = self._time_layer(module, *sizes)
         return self.known[key]
@@ -179,16 +182,6 @@ def _next_goal(tried: list[tuple[float, float]], share: float) -> float:
     high, low = min(above, key=lambda t: t[1]), max(below, key=lambda t: t[1])
     part = (share - low[1]) / (high[1] - low[1])
     return low[0] + part * (high[0] - low[0])
-
-
-def _on_gpu(model: nn.Module) -> bool:
-    return next(model.parameters()).is_cuda
-
-
-def _geometry(module: Any) -> tuple:
-    """What decides about a layer's time, besides its widths."""
-    names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-    return (*(getattr(module, n, None) for n in names), module.bias is not None)
 
 
 def _build_layer(

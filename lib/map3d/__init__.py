@@ -8,10 +8,16 @@ and resolution) -> optimum (the best of them for a budget).
 
 from lib.map3d.blocks import find_blocks, order_removal, probe_blocks
 from lib.map3d.collection import collect, prune_once, read_points, write_points
-from lib.map3d.costs import FORMULA, PowerLaw, fit_exponents
+from lib.map3d.costs import (
+    FORMULA,
+    RIVALS,
+    PowerLaw,
+    fit_exponents,
+    pick_rivals,
+    rank_lattice,
+)
 from lib.map3d.design import DESIGNS, find_floors, make_design
 from lib.map3d.fitting import count_parameters, fit, jacobian_rank
-from lib.map3d.networks import RIVALS, pick_rivals, rank_lattice
 from lib.map3d.predictor import Map
 from lib.map3d.search import optimum, trace_budget
 from lib.map3d.space import Shape, Space, score_channels

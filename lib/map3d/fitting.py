@@ -88,7 +88,7 @@ def fit_table(table: np.ndarray, rank: int, degree: int, monotone: bool) -> Map:
     residual = scale * (target - solvers.predict(bases, factors))
     freedom = len(table) - determined + held
     noise = math.sqrt(residual @ residual / freedom) if freedom > 0 else math.nan
-    tensor = solvers.combine(factors)
+    tensor = np.einsum("qi,qj,qk->ijk", *factors)
     coefficients = np.zeros((degree + 1,) * 3)
     coefficients[tuple(map(slice, tensor.shape))] = scale * tensor
     low, high = table[:, :3].min(axis=0), table[:, :3].max(axis=0)

@@ -32,11 +32,6 @@ Matrices = list[np.ndarray]
 # -- Levenberg-Marquardt ---------------------------------------------------------------
 
 
-def combine(factors: Matrices) -> np.ndarray:
-    """The tensor of coefficients, [K_d + 1, K_w + 1, K_r + 1]."""
-    return np.einsum("qi,qj,qk->ijk", *factors)
-
-
 def start_flat(bases: Matrices) -> Matrices:
     """A product that is 1 everywhere."""
     return [np.eye(1, basis.shape[1]) for basis in bases]

@@ -7,8 +7,13 @@ and errors ask whether it was worth it, activity what the closed form leaves out
 """
 
 from lib.nisp.activity import measure_activity
-from lib.nisp.comparisons import METHODS, rank_layerwise, score_layers
-from lib.nisp.errors import find_retained, measure_errors
+from lib.nisp.comparisons import (
+    METHODS,
+    find_retained,
+    measure_errors,
+    rank_layerwise,
+    score_layers,
+)
 from lib.nisp.frl import collect_responses, score_frl
 from lib.nisp.infinite import inf_fs
 from lib.nisp.propagation import propagate

@@ -1,4 +1,4 @@
-"""What NISP is compared with: other final rankings, and layers ranked on their own."""
+"""What NISP is compared with, and how far pruning moves the final responses."""
 
 from collections.abc import Mapping
 
@@ -10,9 +10,12 @@ from lib.data import ImageSet
 from lib.graph import Graph, build_graph
 from lib.messages import check_choice
 from lib.nisp.activity import collect_channels, measure_activity
-from lib.nisp.frl import score_frl
+from lib.nisp.frl import collect_responses, find_classifier, score_frl
 from lib.nisp.infinite import inf_fs
 from lib.nisp.propagation import propagate
+from lib.plan import Plan
+from lib.plan.resolve import resolve
+from lib.settings import CHW
 
 FRL_RANKINGS = {
     "nisp": "inf_fs",
@@ -87,3 +90,81 @@ def rank_layerwise(
         flat = torch.zeros(values.shape[1], dtype=torch.float64, device=values.device)
         scores[name] = flat if still else inf_fs(values, alpha=alpha)
     return scores
+
+
+# -- errors before any fine-tuning -----------------------------------------------------
+
+
+SMALLEST = 0.01  # of the mean |response|: what is nearer to zero has no relative error
+
+
+def measure_errors(
+    model: nn.Module,
+    small: nn.Module,
+    plan: Plan,
+    images: ImageSet,
+    scores: Tensor,
+    *,
+    num_images: int = 2000,
+    seed: int = 0,
+    graph: Graph | None = None,
+) -> dict[str, float]:
+    """Errors of the final responses that `plan` keeps, between `model` and `small`.
+
+    `small` is the network shrunk by `plan`; `scores` [D] are the importances s of all
+    D final responses, scaled here to mean 1 over those kept. With y a response of
+    `model` and d what it differs by in `small`, over M images and N kept responses:
+
+    "ware": mean of s |d| / |y| over the pairs with |y| above a hundredth of its mean
+    (a response of zero, common behind a ReLU, has no relative error); "share_counted"
+    is their share. "weighted": sum of s |d| / sum of s |y|, which needs no such rule.
+    "mae": mean of |d|, in units of the responses. "retained": N.
+
+    `graph` is that of `model`. Compare methods at equal retained responses and equal
+    scores: a network whose responses collapse to zero has a "ware" of only 1. Raises
+    `ValueError` where sizes do not fit. Source: WARE, Yu et al. 2018, sec. 4; its
+    treatment of zeros is ours.
+    """
+    graph = graph or build_graph(model, images.shape)
+    kept = find_retained(model, plan, images.shape, graph=graph)
+    if scores.shape != kept.shape:
+        raise ValueError(
+            f"scores: the final response layer has {len(kept)} responses, got scores "
+            f"of shape {tuple(scores.shape)}"
+        )
+    options = {"num_images": num_images, "seed": seed}
+    y = collect_responses(model, images, graph=graph, **options)
+    y = y.double()[:, kept.to(y.device)]
+    there = collect_responses(small, images, **options).double()
+    if there.shape != y.shape:
+        raise ValueError(
+            f"small: has {there.shape[1]} final responses where the plan keeps "
+            f"{y.shape[1]}; shrink the same model by the same plan"
+        )
+    s = scores.double()[kept.to(scores.device)]
+    if not bool((s > 0).any()):
+        raise ValueError("scores: all responses kept have importance zero")
+    return describe(y.cpu(), there.cpu(), (s / s.mean()).cpu())
+
+
+def describe(y: Tensor, there: Tensor, s: Tensor) -> dict[str, float]:
+    """The errors of `measure_errors` from responses [M, N] and scores [N]."""
+    moved, size = (there - y).abs(), y.abs()
+    counted = size > SMALLEST * size.mean()
+    ratio = torch.where(counted, s * moved / size.where(counted, 1.0), 0.0)
+    return {
+        "ware": float(ratio.sum() / counted.sum().clamp_min(1)),
+        "share_counted": float(counted.double().mean()),
+        "weighted": float((s * moved).sum() / (s * size).sum()),
+        "mae": float(moved.mean()),
+        "retained": y.shape[1],
+    }
+
+
+def find_retained(
+    model: nn.Module, plan: Plan, input_shape: CHW, *, graph: Graph | None = None
+) -> Tensor:
+    """Which of the D responses that the classifier reads a plan keeps, bool [D]."""
+    graph = graph or build_graph(model, input_shape)
+    read = graph.layers[find_classifier(graph, model)].inputs
+    return resolve(graph, plan, model).units[graph.unit_of(read)]

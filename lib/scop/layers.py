@@ -143,10 +143,6 @@ def _block_ends(graph: Graph, blocks: list[str], inside: set[str]) -> set[str]:
         target = graph.calls[name][1]
         units = graph.unit_of(graph.values[target].tags).unique()
         own = (n for n in graph.layers if n.startswith(f"{name}."))
-        ends |= {n for n in own if _makes(graph, n, units)}
+        ends |= {n for n in own if bool(torch.isin(graph.rows[n], units).any())}
     loose = (n for n in inside if not n.startswith(homes))
     return ends | {n for n in loose if n in graph.group_of[n].joined}
-
-
-def _makes(graph: Graph, name: str, units: torch.Tensor) -> bool:
-    return bool(torch.isin(graph.unit_of(graph.layers[name].outputs), units).any())

@@ -34,7 +34,7 @@ def mask(
     with torch.no_grad():
         _zero_rows(graph, _rows_when_masked(graph, kept), modules)
         _zero_columns(graph, kept, modules)
-    for name, (tags, dim) in _readers(graph).items():
+    for name, (tags, dim) in _readers(graph, modules).items():
         alive = kept.units[graph.unit_of(tags)]
         if not alive.all():
             replace(masked, name, Gate(modules[name], alive, dim))
@@ -86,12 +86,11 @@ def _zero_columns(graph: Graph, kept: Kept, modules: dict[str, Any]) -> None:
             block[:, ~part] = 0
 
 
-def _readers(graph: Graph) -> dict[str, tuple[Tensor, int]]:
+def _readers(graph: Graph, modules: dict[str, Any]) -> dict[str, tuple[Tensor, int]]:
     """Modules beside the layers that read several channels at once, and along what."""
     moves = graph.moves | graph.mixes
     readers = {name: (move.inputs, move.dim) for name, move in moves.items()}
-    for node in graph.nodes:
-        if node.op.endswith("LRN") or node.op == "LocalResponseNorm":
-            if node.module in graph.norms:
-                readers[node.module] = graph.norms[node.module], 1
+    for name, tags in graph.norms.items():
+        if isinstance(modules[name], nn.LocalResponseNorm):
+            readers[name] = tags, 1
     return readers

@@ -12,7 +12,6 @@ import math
 import os
 import zipfile
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -75,7 +74,7 @@ def load(path: str | Path, parts: Iterable[str] = ()) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    with reading(path):
+    with paths.reading(path, "checkpoint"):
         with zipfile.ZipFile(path) as file:
             wrong = file.testzip()  # torch does not look at the checksums
         if wrong is not None:
@@ -89,11 +88,6 @@ def load(path: str | Path, parts: Iterable[str] = ()) -> dict:
             f"{path}: not a checkpoint of this kind, it lacks {sorted(lacking)}"
         )
     return state
-
-
-def reading(path: str | Path | None) -> AbstractContextManager[None]:
-    """While the content of a checkpoint is put to use: what does not fit names it."""
-    return paths.reading(path, "checkpoint")
 
 
 def _check_rows(rows: list[dict], epochs: float) -> None:

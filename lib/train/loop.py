@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lib import paths
 from lib.data import ImageSet, batches, count_batches
 from lib.graph.watch import dtype_of, modes_kept
 from lib.settings import made_with
@@ -218,7 +219,7 @@ def _resume(
         return [], {}
     own = ("lr", "fused", "foreach", "capturable")  # belong to the device, not the run
     groups = [{k: g[k] for k in own if k in g} for g in optimizer.param_groups]
-    with checkpoints.reading(checkpoint):
+    with paths.reading(checkpoint, "checkpoint"):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     for group, kept in zip(optimizer.param_groups, groups, strict=True):

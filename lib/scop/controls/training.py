@@ -227,7 +227,7 @@ def take_up(path: Path | None, identity: dict, game: Game) -> bool:
     state = checkpoint.take_up(path, identity, PARTS)
     if state is None:
         return False
-    with checkpoint.reading(path):
+    with paths.reading(path, "checkpoint"):
         game.load_state_dict(state["modules"])
         if game.optimizer:
             game.optimizer.load_state_dict(state["optimizer"])
