@@ -884,7 +884,7 @@ class FakeCuda:
         totals = []
         for _ in range(2):
             self.made.start_epoch()
-            for x, y in data.batches(make_set(n=100), 16, train=True, drop_last=False):
+            for x, y in data.batches(make_set(n=100), 16, augment=True):
                 self.made.set_rate(0.02)
                 self.made(x, y)
             totals.append(self.made.totals())

@@ -37,7 +37,6 @@ def batches(
     resolution: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    drop_last: bool | None = None,
     augment: bool | None = None,
     start: int = 0,
     share: tuple[int, int] = (0, 1),
@@ -47,7 +46,7 @@ def batches(
 
     train: shuffle, zero-padded random crop, random flip, and drop the last partial
     batch (unless it is the only one); otherwise in order, unchanged, to the last image.
-    `augment` and `drop_last` override those defaults. start: the batch to begin with;
+    `augment` overrides that default. start: the batch to begin with;
     nothing is read or decoded of those before. resolution: bilinear,
     antialiased resize to a square of that many pixels; None or the native size is no
     resize. The order and every crop depend on (seed, epoch) only, not on the batch
@@ -60,7 +59,7 @@ def batches(
     """
     batch_size = check_int("batch_size", batch_size, 1)
     start = check_int("start", start, 0)
-    count = count_batches(images, batch_size, train=train, drop_last=drop_last)
+    count = count_batches(images, batch_size, train=train)
     if resolution is not None:
         resolution = check_int("resolution", resolution, 1)
     if not dtype.is_floating_point:
@@ -122,25 +121,13 @@ def cut_batches(
         yield slice(start, stop) if whole else slice(*edges)
 
 
-def count_batches(
-    images: ImageSet,
-    batch_size: int,
-    *,
-    train: bool = False,
-    drop_last: bool | None = None,
-) -> int:
+def count_batches(images: ImageSet, batch_size: int, *, train: bool = False) -> int:
     """How many batches `batches` gives with the same arguments; its ValueErrors."""
     batch_size = check_int("batch_size", batch_size, 1)
     if len(images) == 0:
         raise ValueError(f"{images.name}: no images to make batches of")
     full = len(images) // batch_size
-    if drop_last and not full:
-        raise ValueError(
-            f"{images.name}: drop_last leaves nothing, {len(images)} images do not "
-            f"fill one batch of {batch_size}"
-        )
-    drop = bool(train and full) if drop_last is None else drop_last
-    return full if drop else -(-len(images) // batch_size)
+    return full if train and full else -(-len(images) // batch_size)
 
 
 def draw_epoch(
