@@ -104,6 +104,13 @@ def test_notebooks_run_on_one_thread_unless_told(notebook):
     assert "settings.use_threads(cfg.threads)" in sources[checked]
 
 
+def test_notebooks_take_images_that_stay_on_disk(notebook):
+    """A stream has a tensor's length, shape and items, but is none."""
+    sources = ["".join(cell["source"]) for cell in code_cells(notebook[1])]
+    found = re.findall(r"torch\.\w+\([^()]*\.images\b", "\n".join(sources))
+    assert not found
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_profiles_name_only_what_notebooks_declare(profile):
     runs = settings.read_profile(profile)
