@@ -99,10 +99,6 @@ class Settings(types.SimpleNamespace):
         super().__init__(**values)
         self.started = time.monotonic()
 
-    def as_dict(self) -> dict[str, Any]:
-        """The parameters as a plain dictionary."""
-        return dict(vars(self))
-
 
 def check(**values: Any) -> Settings:
     """Check a notebook's parameters; return them, floats as floats.

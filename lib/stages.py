@@ -228,7 +228,7 @@ def write_metrics(
     """Write the run's metrics.json: settings, environment, rows, what else counts."""
     content = {
         "run": run,
-        "settings": cfg.as_dict(),
+        "settings": dict(vars(cfg)),
         "environment": settings.environment(),
         "wall_seconds": round(time.monotonic() - cfg.started, 1),
         "rows": rows,

@@ -39,7 +39,7 @@ def test_checked_parameters_are_attributes():
         [0, 1],
     )
     assert type(cfg.lr) is float and all(type(r) is float for r in cfg.rates)
-    assert list(cfg.as_dict()) == ["run", "lr", "rates", "seeds", "pretrained"]
+    assert list(vars(cfg)) == ["run", "lr", "rates", "seeds", "pretrained"]
 
 
 WRONG = [
@@ -103,7 +103,7 @@ def test_a_parameter_that_papermill_was_given_in_vain_is_refused(
 
 def test_rules_let_their_bounds_in():
     assert settings.check(part=1, parts=2, low=[0.5, 0.5], seed=0).part == 1
-    assert settings.check(keep=1, seed=2**31 - 1, rates=[0]).as_dict() == {
+    assert vars(settings.check(keep=1, seed=2**31 - 1, rates=[0])) == {
         "keep": 1.0, "seed": 2**31 - 1, "rates": [0.0],
     }  # fmt: skip
     for name, rule in settings.PARAMETERS.items():
@@ -362,7 +362,7 @@ from lib import paths, settings
 cfg = settings.check(run=run, seed=seed, lr=lr)
 if cfg.seed == 13:
     raise RuntimeError("unlucky")
-metrics = {"run": cfg.run, "settings": cfg.as_dict()}
+metrics = {"run": cfg.run, "settings": dict(vars(cfg))}
 paths.write_json(paths.runs_root() / cfg.run / "metrics.json", metrics)
 """
 BOOKS = ("00_start_here", "01_baseline", "02_surgery")
