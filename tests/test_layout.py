@@ -1,6 +1,7 @@
 """House rules that keep the repository readable: floors, sizes, executed notebooks."""
 
 import ast
+import functools
 import json
 import re
 from types import SimpleNamespace
@@ -115,6 +116,30 @@ def test_notebooks_take_images_that_stay_on_disk(notebook):
 def test_profiles_name_only_what_notebooks_declare(profile):
     runs = settings.read_profile(profile)
     assert len({run.name for run in runs}) == len(runs) > 0
+
+
+@functools.cache
+def list_checks(name) -> tuple[dict, list[str]]:
+    """What a notebook imports from lib, and its refusals of unknown words."""
+    book = paths.read_json(paths.NOTEBOOKS / f"{name}.ipynb")
+    tree = ast.parse("\n".join("".join(c["source"]) for c in code_cells(book)))
+    names: dict = {}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lib"):
+            exec(ast.unparse(node), names)
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    texts = [ast.unparse(call) for call in calls]
+    return names, [text for text in texts if text.startswith("check_known(")]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_profiles_use_words_that_their_notebooks_know(profile):
+    """Else a run of hours is refused where it begins, on another day."""
+    for run in settings.read_profile(profile):
+        names, checks = list_checks(run.notebook)
+        told = settings.declared_parameters(run.notebook) | run.parameters
+        for text in checks:
+            eval(text, names | {"cfg": SimpleNamespace(**told)})
 
 
 def test_the_readme_lists_every_notebook_and_profile():
