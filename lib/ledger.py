@@ -11,7 +11,8 @@ kind       rows                    filter
 contrast   of `data/results`       a registered contrast, or `LEFT - RIGHT [before]`,
                                    before fine-tuning; then columns, `; share=0.5`
 loss       of `data/results`       `LEFT - RIGHT` at any cost: LEFT loses at most
-                                   `margin`
+                                   `margin`; RIGHT `any`: the best network of all
+fit        of `data/results`       `product` or `lines`, see `map3d.find_misfit`
 ranks      of `data/results`       `LEFT - RIGHT`, rank correlations, mean over layers
 size       of `data/published`     `net=NET [variant=] rate= [layers=] [quantity=]`
 latency    of `data/results`       `column=value ...`, the networks timed in runtimes
@@ -35,7 +36,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from lib import baselines, cost, models, paths, plan, scop, surgery, verdicts
+from lib import baselines, cost, map3d, models, paths, plan, scop, surgery, verdicts
 from lib.graph import build_graph
 from lib.messages import check_choice, check_known
 
@@ -45,8 +46,9 @@ COLUMNS = [
     "id", "paper", "claim", "form", "distance", "kind", "rows", "filter", "unit",
     "least", "margin", *COMPUTED, "would_change",
 ]  # fmt: skip
-KINDS = ("contrast", "loss", "ranks", "size", "latency", "test", "none")
+KINDS = ("contrast", "loss", "fit", "ranks", "size", "latency", "test", "none")
 ENOUGH = 6  # bases; of fewer, no signs are rare enough to exclude chance
+ANY = "any"
 ARMS = re.compile(r"(\S+) - (\S+)( before)?")
 
 
@@ -124,7 +126,7 @@ def _ask(claim, families: dict) -> None:
         raise ValueError(f"'{question}' is no comparison: write LEFT - RIGHT")
     elif len(rows):
         named = [name for side in arms.groups()[:2] for name in side.split("|")]
-        check_known("arm", named, set(rows["method"]))
+        check_known("arm", named, {*rows["method"], *[ANY] * (claim.kind == "loss")})
     families[family][question] = None
 
 
@@ -138,6 +140,8 @@ def _answer(claim, families: dict) -> dict[str, Any]:
         return compare_sizes(claim.rows, claim.filter, float(claim.margin))
     if claim.kind == "loss":
         return compare_losses(claim.rows, question, float(claim.margin))
+    if claim.kind == "fit":
+        return test_form(claim.rows, claim.filter)
     if claim.kind == "latency":
         return compare_times(claim.rows, claim.filter, float(claim.margin))
     limits = {
@@ -218,7 +222,12 @@ def compare_losses(files: str, question: str, margin: float) -> dict[str, Any]:
     found: dict[tuple, dict] = {}
     for length, part in rows.groupby("length") if len(rows) else ():
         left, right, _ = ARMS.findall(question)[0]
-        left, paired = verdicts.pick_best(part, left), ("net", "dataset", "length")
+        if right == ANY:  # networks drawn by lot are told apart by their number
+            lot = part["select_seed"].astype(str).where(part["method"] == "lattice", "")
+            part = part.assign(method=part["method"] + lot)
+            right = "|".join(set(part["method"]) - {left})
+        left, right = (verdicts.pick_best(part, side) for side in (left, right))
+        paired = ("net", "dataset", "length")
         n = verdicts.count_common(part, left, right)
         if n > 1:
             gaps = verdicts.pair_arms(part, left, right, same=paired, within=math.inf)
@@ -233,6 +242,21 @@ def compare_losses(files: str, question: str, margin: float) -> dict[str, Any]:
                 else "contradicted" if high < -margin else "undecided",
             }  # fmt: skip
     return found[max(found)] if found else {"n": 0, "verdict": "not tested"}
+
+
+def test_form(file: str, form: str) -> dict[str, Any]:
+    """What a form of the accuracy misses: "contradicted" where p is below .05.
+
+    "reproduced" where that is no more than chance leaves (`low` to `high`: 0 to that).
+    """
+    points = read_rows(file)
+    if len(points) == 0 or points["base_id"].nunique() < 2:
+        return {"n": 0, "verdict": "not tested"}
+    found = map3d.find_misfit(points, form)
+    verdict = "reproduced" if found["misfit"] <= found["noise"] else "undecided"
+    verdict = "contradicted" if found["p"] < verdicts.ALPHA else verdict
+    return {"effect": found["misfit"], "low": 0.0, "high": found["noise"],
+            "n": found["n"], "verdict": verdict}  # fmt: skip
 
 
 def read_contrasts(files: str = "") -> pd.DataFrame:
@@ -250,7 +274,9 @@ def read_rows(files: str) -> pd.DataFrame:
     """
     profiles = {path.stem for path in (paths.NOTEBOOKS / "params").glob("*.yaml")}
     profiles |= set(read_contrasts()["profile"])
-    known = {f"{name}{end}.csv" for name in profiles for end in ("", "_ranks")}
+    known = {
+        f"{name}{end}.csv" for name in profiles for end in ("", "_ranks", "_points")
+    }
     known |= {path.name for path in paths.RESULTS.glob("*.csv")}
     check_known("file of rows", files.split("|"), known)
     there = [paths.RESULTS / name for name in files.split("|")]

@@ -1,5 +1,6 @@
 """The ledger of claims: verdicts follow from rows, and no row points nowhere."""
 
+import itertools
 import shutil
 import sys
 
@@ -278,6 +279,46 @@ def test_a_loss_is_judged_at_any_cost(loss, verdict, monkeypatch, tmp_path):
     assert float(found["effect"]) == pytest.approx(gap.mean(), abs=1e-3)
     with pytest.raises(ValueError, match="arm 'l2'"):
         compute(make_claim(filter="l2 - unpruned", **claim))
+
+
+def test_a_pick_is_judged_against_the_best_network_of_all(results):
+    noise = np.array([-0.1, 0.1, 0.0, -0.05, 0.05, 0.02]) / 80
+    rows = [
+        {"method": method, "select_seed": lot, "base_id": base, "length": 5, "net": "n",
+         "dataset": "d", "macs": 10, "val": val, "after": after + noise[base] * val}
+        for base in range(6)
+        for method, lot, val, after in (
+            ("map", 0, 81, 80.0), ("depth", 0, 79, 90.0), ("lattice", 0, 70, 70.0),
+            ("lattice", 1, 82, 80.9))
+    ]  # fmt: skip
+    file = results / "allocate_16_cpu.csv"
+    pd.DataFrame(rows).to_csv(file, index=False)
+    claim = {"kind": "loss", "rows": file.name, "margin": "0.3"}
+    found = compute(make_claim(filter="map - any", **claim)).loc["S1"]
+    assert found["verdict"] == "contradicted"  # by one network, not by the lots' mean
+    assert float(found["effect"]) == pytest.approx(-0.9, abs=0.02)
+    table = pd.DataFrame(rows)
+    table.loc[table["method"] == "map", "val"] = 99
+    table.to_csv(file, index=False)
+    assert compute(make_claim(filter="map - any", **claim)).loc["S1", "n"] == "6"
+
+
+@pytest.mark.parametrize(("bend", "verdict"), [(0, "reproduced"), (9, "contradicted")])
+def test_a_form_is_judged_from_a_grid(results, bend, verdict):
+    draw = np.random.default_rng(2)
+    cells = list(itertools.product((1.0, 0.75, 0.5), repeat=3))
+    noise = dict(zip(cells, draw.normal(0, 0.2, 27), strict=True))
+    points = [  # what one base has too much the other lacks: the means are exact
+        {"base_id": base, "d": d, "w": w, "r": r,
+         "top1": 80 * d**0.1 * w**0.2 - bend * (1 - d) * (1 - w) + sign * e}
+        for base, sign in ((0, 1), (1, -1)) for (d, w, r), e in noise.items()
+    ]  # fmt: skip
+    claim = make_claim(kind="fit", rows="allocate_grid_16_cpu_points.csv",
+                       filter="product")  # fmt: skip
+    assert compute(claim).loc["S1", "verdict"] == "not tested"
+    pd.DataFrame(points).to_csv(results / claim["rows"], index=False)
+    found = compute(claim).loc["S1"]
+    assert (found["verdict"], found["n"]) == (verdict, "2")
 
 
 # -- the command -----------------------------------------------------------------------

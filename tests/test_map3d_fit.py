@@ -12,8 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from lib import paths
+from lib import map3d, paths
 from lib.map3d import solvers
 from lib.map3d.fitting import (
     UnidentifiedWarning,
@@ -652,3 +653,75 @@ def test_half_a_file_and_no_file_are_refused_by_name(tmp_path):
         Map.load(path)
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         Map.load(tmp_path / "none.json")
+
+
+# -- what a form misses ----------------------------------------------------------------
+
+LEVELS = (1.0, 0.75, 0.5)
+
+
+def draw_grid(accuracy, bases=4, sd=0.0, seed=0) -> pd.DataFrame:
+    """A grid of 27 networks on several bases, `accuracy(d, w, r)` and noise."""
+    draw = np.random.default_rng(seed)
+    return pd.DataFrame([
+        {"base_id": base, "d": d, "w": w, "r": r,
+         "top1": (accuracy(d, w, r) + draw.normal(0, sd)) * (1 + 0.01 * base)}
+        for base in range(bases) for d, w, r in itertools.product(LEVELS, repeat=3)
+    ])  # fmt: skip
+
+
+def test_the_misfit_of_a_product_is_the_sums_of_squares_of_a_table():
+    points = draw_grid(lambda d, w, r: 80 * d**0.1 * w**0.2 - 4 * (1 - r) * (1 - d),
+                       sd=0.5)  # fmt: skip
+    found = map3d.find_misfit(points)
+    # by hand: logs in a table [base, d, w, r], less all its margins
+    y = np.log(points["top1"].to_numpy()).reshape(4, 3, 3, 3)
+    mean = y.mean(axis=0)
+    added = sum(
+        mean.mean(axis=axes, keepdims=True) for axes in ((1, 2), (0, 2), (0, 1))
+    )
+    lack = ((mean - added + 2 * mean.mean()) ** 2).sum() / (27 - 7)
+    free = y - mean - y.mean(axis=(1, 2, 3), keepdims=True) + mean.mean()
+    error = (free**2).sum() / (26 * 3) / 4
+    scale = points["top1"].mean()
+    assert found["misfit"] == pytest.approx(scale * lack**0.5)
+    assert found["noise"] == pytest.approx(scale * error**0.5)
+    assert found["p"] == pytest.approx(stats.f.sf(lack / error, 20, 78))
+    assert found["n"] == 4
+
+
+def test_a_product_is_seldom_refused_and_an_interaction_is_found():
+    def product(d, w, r):
+        return 80 * d**0.1 * w**0.2 * r**0.3
+
+    small = [
+        map3d.find_misfit(draw_grid(product, sd=0.5, seed=s))["p"] for s in range(60)
+    ]
+    assert np.mean(np.less(small, 0.05)) < 0.15
+    coupled = draw_grid(
+        lambda d, w, r: product(d, w, r) - 6 * (1 - d) * (1 - w), sd=0.5
+    )
+    assert map3d.find_misfit(coupled)["p"] < 1e-4
+
+
+def test_lines_are_judged_on_the_axes_alone():
+    def bent(d, w, r):  # a line on each axis, whatever lies between
+        return 80 - 10 * (1 - d) - 20 * (1 - w) - 5 * (1 - r) - 300 * (1 - d) * (1 - w)
+
+    straight = map3d.find_misfit(draw_grid(bent, sd=0.3), "lines")
+    assert straight["p"] > 0.01 and straight["misfit"] < 0.6
+    curve = draw_grid(lambda d, w, r: 80 - 40 * (1 - w) ** 2, sd=0.3)
+    curved = map3d.find_misfit(curve, "lines")
+    assert curved["p"] < 1e-4 and curved["misfit"] > 2 * curved["noise"]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda t: t[t["base_id"] == 0], "two bases"),
+    (lambda t: t.drop(index=5), "every network"),
+    (lambda t: t[(t[["w", "r"]] == 1).all(axis=1)], "none tests"),
+])  # fmt: skip
+def test_points_that_cannot_test_a_form_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        map3d.find_misfit(change(draw_grid(lambda d, w, r: 80 * d * w * r)))
+    with pytest.raises(ValueError, match="product or lines"):
+        map3d.find_misfit(draw_grid(lambda d, w, r: 80 * d), "sum")

@@ -24,6 +24,7 @@ from lib.map3d.space import Shape, Space, score_channels
 from lib.map3d.uncertainty import (
     bootstrap_maps,
     bootstrap_optimum,
+    find_misfit,
     leave_one_out,
     regret,
 )

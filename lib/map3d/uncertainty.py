@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+from scipy import stats
 
 from lib.map3d.costs import FORMULA, NAMES, read_numbers
 from lib.map3d.fitting import UnidentifiedWarning, check_points, fit, fit_table
@@ -120,3 +121,48 @@ def regret(
             f"{keep:.6g} at most; the dearest costs {spent.max():.6g}"
         )
     return best.accuracy - truth.predict(*x.T)
+
+
+def find_misfit(points: pd.DataFrame, form: str = "product") -> dict[str, float]:
+    """What a form misses on networks that several bases have measured: an F test.
+
+    points: columns d, w, r, top1 (percent), base_id; every network on every base.
+    form "product": accuracy is a curve of d times one of w times one of r, of any
+    shape, and bases differ by a factor; "lines": on the axes it falls linearly in
+    each, and bases differ by a constant. Returned: `misfit`, the root mean square (by
+    degrees of freedom) of what the form leaves of the networks' mean accuracies, in
+    points; `noise`, what chance alone would leave; `p`, of the test for lack of fit;
+    `n`, the number of bases. ValueError: another form, one base, networks that some
+    bases lack, as many parameters as networks.
+    """
+    if form not in ("product", "lines"):
+        raise ValueError(f"form: expected product or lines, got {form!r}")
+    table = points
+    if form == "lines":
+        table = points[(points[list(NAMES)] < 1).sum(axis=1) <= 1]
+    cells = table.pivot_table("top1", list(NAMES), "base_id", aggfunc="mean")
+    if cells.shape[1] < 2 or cells.isna().any(axis=None):
+        raise ValueError(
+            f"points: expected every network on two bases or more, got {len(table)} "
+            f"measurements of {cells.shape[0]} networks on {cells.shape[1]}"
+        )
+    value = np.log(cells) if form == "product" else cells
+    scale = cells.to_numpy().mean() if form == "product" else 1.0
+    means = value.mean(axis=1)
+    shares = cells.index.to_frame(index=False)
+    if form == "product":
+        shares = pd.get_dummies(shares.astype(str), drop_first=True)
+    design = np.column_stack([np.ones(len(means)), shares.to_numpy(float)])
+    left = means - design @ np.linalg.lstsq(design, means, rcond=None)[0]
+    noise = value.sub(means, axis=0)
+    noise = noise - noise.mean(axis=0)
+    n = cells.shape[1]
+    free = len(means) - np.linalg.matrix_rank(design)
+    if free == 0:
+        raise ValueError(f"points: {len(means)} networks fix the form, none tests it")
+    lack = (left**2).sum() / free
+    error = (noise**2).to_numpy().sum() / ((len(means) - 1) * (n - 1)) / n
+    return {
+        "misfit": scale * math.sqrt(lack), "noise": scale * math.sqrt(error),
+        "p": float(stats.f.sf(lack / error, free, (len(means) - 1) * (n - 1))), "n": n,
+    }  # fmt: skip

@@ -1,10 +1,11 @@
 """`latency.meet`: a plan for a share of the time, timed anew once it is made.
 
-    .venv/bin/python tests/benchmarks/bench_meet.py [--repeats 3]
+    .venv/bin/python tests/benchmarks/bench_meet.py [--repeats 1]
 
-ResNet-20 at 32 x 32 pixels, L1, batches of 8: a table is measured, a plan is made for
-each share, and original and pruned network are then timed once more, in turns. Writes
-meet.csv: the share asked for, what the second clock says, and how long the table took.
+ResNet-20 at 32 pixels in batches of 64 and ResNet-18 at 64 pixels in batches of 8, L1,
+residual streams tied: a table is measured, a plan is made for each share, and original
+and pruned network are then timed once more, in turns. Writes meet.csv: the share asked
+for, what the second clock says, and how long table and plan took.
 """
 
 import argparse
@@ -16,49 +17,52 @@ import torch
 
 from lib import baselines, cost, latency, models, settings, surgery
 
-SHAPE, BATCH = (3, 32, 32), 8
-SHARES, RUNTIMES = (0.7, 0.5), ("eager", "channels_last")
+NETS = {"resnet20": ((3, 32, 32), 64, 4), "resnet18": ((3, 64, 64), 8, 8)}
+SHARES, RUNTIMES = (0.7, 0.5), ("eager", "onnxruntime")
 
 
-def bench(runtime: str, repeat: int) -> list[dict]:
+def bench(name: str, runtime: str, repeat: int) -> list[dict]:
+    shape, batch, multiple = NETS[name]
     torch.manual_seed(0)
-    net = models.build("resnet20").eval()
+    net = models.build(name).eval()
     begin = time.perf_counter()
-    table = latency.Table(net, SHAPE, batch=BATCH, runtime=runtime)
-    spent, rows = time.perf_counter() - begin, []
+    table, rows = latency.Table(net, shape, batch=batch, runtime=runtime), []
     for share in SHARES:
-        row = {"runtime": runtime, "repeat": repeat, "asked": share, "table_s": spent}
+        row = {"net": name, "batch": batch, "runtime": runtime, "repeat": repeat,
+               "asked": share}  # fmt: skip
         try:
             plan = latency.meet(
-                net, baselines.l1(net), SHAPE, share, table=table, residual="scatter",
-                multiple=8,
+                net, baselines.l1(net), shape, share, table=table, residual="tie",
+                multiple=multiple,
             )  # fmt: skip
         except ValueError as error:
             rows.append(row | {"refused": str(error)})
             continue
-        small = surgery.shrink(net, plan, SHAPE)
+        spent, begin = time.perf_counter() - begin, time.perf_counter()
+        small = surgery.shrink(net, plan, shape)
         found = latency.measure(
-            net, small, SHAPE, batches=[BATCH], runtimes=[runtime], turns=41
+            net, small, shape, batches=[batch], runtimes=[runtime], turns=41
         ).set_index("net")
         pruned = found.loc["pruned"]
         rows.append(row | {
             "measured": 1 / pruned["speedup"],
-            "macs_share": cost.count(small, SHAPE).macs / cost.count(net, SHAPE).macs,
-            "cpu": pruned["cpu"], "load": pruned["load"],
+            "macs_share": cost.count(small, shape).macs / cost.count(net, shape).macs,
+            "seconds": spent, "cpu": pruned["cpu"], "load": pruned["load"],
         })  # fmt: skip
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1)
     repeats = parser.parse_args().repeats
     settings.use_threads(1)
     rows = [
         row
         for repeat in range(repeats)
+        for name in NETS
         for runtime in RUNTIMES
-        for row in bench(runtime, repeat)
+        for row in bench(name, runtime, repeat)
     ]
     table = pd.DataFrame(rows)
     if "measured" in table:
