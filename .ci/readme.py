@@ -37,8 +37,12 @@ NAMES = {
     "map": "MAP's optimum", "map-2": "MAP's second", "map-3": "MAP's third",
     "depth": "depth alone", "width": "width alone (stream too)", "resolution":
     "resolution alone", "equal": "equal split",
-    "compound": "compound scaling, reversed",
+    "compound": "compound scaling, reversed", "map-3d": "MAP's best that prunes all three",
+    "width-scatter": "width alone, scattered", "width-branch":
+    "width alone, inside the blocks", "width-uniform": "width alone, stream too",
+    "lattice": "ten random networks of this cost, mean",
 }  # fmt: skip
+SHORT = {"l1": "L1", "map": "MAP"}
 
 
 def read(profile):
@@ -88,8 +92,12 @@ def describe(rows):
     )
 
 
-def comparison(profile):
-    """By base: each method at each length, and its gap to L1 on the same base."""
+def comparison(profile, against="l1", shares=()):
+    """By base: each method at each length, and its gap to one on the same base.
+
+    `shares`: columns that say what a network is, left empty where a method stands for
+    several networks.
+    """
     rows = read(profile)
     half = rows[rows["share"].isin([0.5, 1.0])]
     lengths = sorted(half["length"].unique())
@@ -97,11 +105,15 @@ def comparison(profile):
     order = last.groupby("method")["after"].mean().sort_values(ascending=False).index
     lines = []
     for method in order:
+        own = half[half["method"] == method]
         cells = [NAMES.get(method, method)]
+        one = own["select_seed"].nunique() == 1
+        cells += [f"{own[c].mean():.2f}" if one else "" for c in shares]
         for length in lengths:
             part = half[half["length"] == length]
-            cells.append(show(part.loc[part["method"] == method, "after"]))
-            cells.append(gap_to_l1(part, method))
+            own = part[part["method"] == method]
+            cells.append(show(own.groupby("base_id")["after"].mean()))
+            cells.append(gap_to(part, method, against))
         lines.append(cells)
     counts = [half.loc[half["length"] == n, "base_id"].nunique() for n in lengths]
     told = ", ".join(
@@ -109,9 +121,9 @@ def comparison(profile):
         for n, count in zip(lengths, counts, strict=True)
     )
     net, images = rows[["net", "dataset"]].iloc[0]
-    head = ["method"]
+    head = ["method", *shares]
     for n in lengths:
-        head += [number(n, "epoch"), "above L1 [95 %]"]
+        head += [number(n, "epoch"), f"above {SHORT.get(against, against)} [95 %]"]
     return (
         f"{net}, {images}, half of the MACs, fine-tuned for {told}; bases "
         f"{show(rows.drop_duplicates('base_id')['base'])} %; top-1 on the test images "
@@ -123,11 +135,11 @@ def number(count, what):
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def gap_to_l1(rows, method):
-    """Mean gap to L1, paired by base, with its t interval from two bases on."""
+def gap_to(rows, method, against):
+    """Mean gap to `against`, paired by base, with its t interval from two bases on."""
     table = rows.pivot_table("after", "base_id", "method")
-    gaps = (table[method] - table["l1"]).dropna().to_numpy()
-    if method == "l1" or len(gaps) == 0:
+    gaps = (table[method] - table[against]).dropna().to_numpy()
+    if method == against or len(gaps) == 0:
         return ""
     if len(gaps) == 1:
         return f"{gaps[0]:+.2f}"
@@ -210,6 +222,9 @@ PARTS = {
     "nets": nets,
     "findings": findings,
     "compare_16_cpu": partial(comparison, "compare_16_cpu"),
+    "allocate_16_cpu": partial(
+        comparison, "allocate_16_cpu", against="map", shares=("d", "w", "r")
+    ),
     "cifar10_cpu": partial(accuracies, "cifar10_cpu", split=("rate",)),
     "scop_cifar10_cpu": partial(
         accuracies, "scop_cifar10_cpu", split=("rate", "residual")
