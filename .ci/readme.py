@@ -37,7 +37,8 @@ NAMES = {
     "map": "MAP's optimum", "map-2": "MAP's second", "map-3": "MAP's third",
     "depth": "depth alone", "width": "width alone (stream too)", "resolution":
     "resolution alone", "equal": "equal split",
-    "compound": "compound scaling, reversed", "map-3d": "MAP's best that prunes all three",
+    "compound": "compound scaling, reversed", "map-3d":
+    "MAP's best that prunes all three",
     "width-scatter": "width alone, scattered", "width-branch":
     "width alone, inside the blocks", "width-uniform": "width alone, stream too",
     "lattice": "ten random networks of this cost, mean",
