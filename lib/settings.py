@@ -163,9 +163,11 @@ def check_rule(name: str, value: Any, rule: Rule) -> Any:
     if kind is not rule.kind:
         number = kind is str and rule.kind in (int, float)
         hint = " (in YAML write 1.0e-3, not 1e-3)" if number else ""
+        wanted, found = (
+            f"{'an' if k is int else 'a'} {k.__name__}" for k in (rule.kind, kind)
+        )
         raise ValueError(
-            f"{name} must be a {rule.kind.__name__}, got {value!r}, which is a "
-            f"{kind.__name__}{hint}"
+            f"{name} must be {wanted}, got {value!r}, which is {found}{hint}"
         )
     if kind in (int, float) and not rule.low <= value < rule.high:
         low = "(0" if rule.low == ABOVE_ZERO else f"[{rule.low:g}"

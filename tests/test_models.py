@@ -463,7 +463,7 @@ def test_weights_of_another_net_are_refused(net, which, expected):
         ("r3d_18", {}, "net 'r3d_18' is unknown"),
         ("resnet20", {"num_classes": 0}, "num_classes must lie in"),
         ("resnet18", {"in_channels": -1}, "in_channels must lie in"),
-        ("resnet20", {"num_classes": 2.0}, "num_classes must be a int"),
+        ("resnet20", {"num_classes": 2.0}, "num_classes must be an int"),
         ("resnet20", {"image_size": 0}, "image_size must lie in"),
         ("lenet", {"image_size": 8}, "image_size=8 does not work.* does is 13$"),
         ("cifarnet", {"image_size": 7}, "the smallest that does is 8$"),

@@ -355,7 +355,7 @@ BAD = {
     "scope": ({}, {"rate": 0.5, "scope": "Layer"}, "scope must be"),
     "residual": ({}, {"rate": 0.5, "residual": "add"}, "residual must be"),
     "multiple 0": ({}, {"rate": 0.5, "multiple": 0}, "multiple must lie in"),
-    "multiple .5": ({}, {"rate": 0.5, "multiple": 0.5}, "multiple must be a int"),
+    "multiple .5": ({}, {"rate": 0.5, "multiple": 0.5}, "multiple must be an int"),
     "no multiple": (
         {"conv1": torch.rand(20)},
         {"rate": 0.5, "multiple": 32},

@@ -111,7 +111,7 @@ CASES = {
     ),
     "half a round": (
         lambda: map3d.make_design("axis", (0.5, 0.5, 0.5), rounds=1.5),
-        "rounds must be a int",
+        "rounds must be an int",
     ),
     "a floor of NaN": (
         lambda: map3d.make_design("axis", (NAN, 0.5, 0.5)),
@@ -159,7 +159,7 @@ CASES = {
     ),
     "half a batch": (
         lambda: train.recalibrate(make_net(), make_images(), num_batches=1.5),
-        "num_batches must be a int",
+        "num_batches must be an int",
     ),
     "a rate in words": (lambda: prune(rate="0.5"), "rate.* must be a float, got '0.5'"),
     "a rate of Decimal": (lambda: prune(rate=Decimal("0.5")), "rate.* Decimal"),
@@ -187,7 +187,7 @@ CASES = {
     "no shape": (lambda: cost.count(make_net(), None), "input_shape must be .* None"),
     "a shape of floats": (
         lambda: plan.from_scores(make_net(), {}, (1.0, 14, 14), rate=0.5),
-        "input_shape must be a int, got 1.0",
+        "input_shape must be an int, got 1.0",
     ),
     "no pixels": (lambda: cost.count(make_net(), (1, 0, 14)), "input_shape must lie"),
     "a false discovery rate in words": (
@@ -200,7 +200,7 @@ CASES = {
     ),
     "half a repetition": (
         lambda: knockoff_filter.simulate_filter("exact", rho=0.5, repetitions=1.5),
-        "repetitions must be a int",
+        "repetitions must be an int",
     ),
     "a sample of NaN": (
         lambda: diagnostics.two_sample_test(BROKEN, BROKEN, bandwidths=(1, 2)),
@@ -217,23 +217,26 @@ CASES = {
     ),
     "2.5 images a batch": (
         lambda: data.batches(make_images(), 2.5),
-        "batch_size must be a int, got 2.5",
+        "batch_size must be an int, got 2.5",
     ),
     "a batch size in words": (
         lambda: train.evaluate(make_net(), make_images(), batch_size="2"),
-        "batch_size must be a int, got '2'",
+        "batch_size must be an int, got '2'",
     ),
     "a resolution in words": (
         lambda: train.evaluate(make_net(), make_images(), resolution="14"),
-        "resolution must be a int",
+        "resolution must be an int",
     ),
     "a seed of 1.5": (
         lambda: data.batches(make_images(), 2, train=True, seed=1.5),
-        "seed must be a int",
+        "seed must be an int",
     ),
-    "5.5 images": (lambda: make_images().take(5.5), "number of images must be a int"),
+    "5.5 images": (lambda: make_images().take(5.5), "number of images must be an int"),
     "images in words": (lambda: make_images().take("5"), "number of images must be"),
-    "a side of 7.5": (lambda: make_images().scale(7.5), "side in pixels must be a int"),
+    "a side of 7.5": (
+        lambda: make_images().scale(7.5),
+        "side in pixels must be an int",
+    ),
     "a fraction in words": (
         lambda: data.split_validation(make_images(), fraction="a"),
         "fraction must be a float",
@@ -252,7 +255,7 @@ CASES = {
     "no deviation": (lambda: replace(make_images(), std=None), "std must be a tuple"),
     "epochs in words": (
         lambda: train.fit(make_net(), make_images(), epochs="1"),
-        "epochs must be a int",
+        "epochs must be an int",
     ),
     **{
         f"{name} of {value}": (

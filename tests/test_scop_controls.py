@@ -155,7 +155,7 @@ def test_unknown_names_and_options_are_answered_with_the_nearest(images):
         ("gaussian", {"components": 200}, "components must be at most 199 with 200"),
         ("swap_gan", {"block": 5}, r"block must divide .*\[28, 28\].* got 5"),
         ("deep", {"epochs": -1}, r"epochs must lie in \[0, .*got -1"),
-        ("deep", {"seed": 1.5}, "seed must be a int, got 1.5"),
+        ("deep", {"seed": 1.5}, "seed must be an int, got 1.5"),
     ],
 )
 def test_values_out_of_range_are_refused(images, name, options, message):
