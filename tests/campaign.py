@@ -48,6 +48,7 @@ from lib.train import checkpoint  # noqa: E402
 
 read_digits()  # once, in the process that all others are forked from
 # of the machine and of the interruptions, not of the result
+PATIENCE = 3600  # seconds for a run that nobody stops, on a busy machine
 CLOCKS = {
     "seconds", "images_per_s", "wall_seconds", "made_with", "environment", "resumed",
 }  # fmt: skip
@@ -299,7 +300,7 @@ class Tally:
         if name not in self.wanted:
             with tempfile.TemporaryDirectory() as folder:
                 begin, job = time.monotonic(), start(name, Path(folder))
-                status = job.wait(900)
+                status = job.wait(PATIENCE)
                 if status != 0:
                     told = job.read()[-2000:]
                     sys.exit(f"{name}: the reference ends in {status}\n{told}")
@@ -311,7 +312,7 @@ class Tally:
 def finish(tally: Tally, kind: str, name: str, folder: Path, case: str) -> None:
     """Let a job run to its end and compare."""
     job = start(name, folder)
-    status = job.wait(900)
+    status = job.wait(PATIENCE)
     fault = f"ends in {status}" if status != 0 else ""
     fault = fault or compare(read_results(folder), tally.reference(name)[0])
     tally.judge(kind, case, fault)
@@ -341,7 +342,7 @@ def campaign_full(tally: Tally, name: str, cases: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             limit = int(10 ** tally.draw.uniform(1.5, 6))
             job = Forked(name, Path(folder), limit)
-            status, said = job.wait(900), job.read()
+            status, said = job.wait(PATIENCE), job.read()
             case = f"files of at most {limit} bytes"
             clear = "File too large: '" in said and folder in said
             if status == 28 and not clear:
@@ -363,7 +364,7 @@ def campaign_tmpfs(tally: Tally, name: str, cases: int) -> None:
                 return
             try:
                 job = Forked(name, Path(folder))
-                status, said = job.wait(900), job.read()
+                status, said = job.wait(PATIENCE), job.read()
                 case = f"{name}, a disk of {size} bytes"
                 clear = "No space left on device: '" in said and folder in said
                 left = [p.name for p in Path(folder).rglob(".tmp-*")]
@@ -387,7 +388,7 @@ def campaign_twice(tally: Tally, name: str, cases: int) -> None:
             first = start(name, Path(folder))
             time.sleep(later)
             second = start(name, Path(folder))
-            ends = [first.wait(900), second.wait(900)]
+            ends = [first.wait(PATIENCE), second.wait(PATIENCE)]
             fault = f"end in {ends}" if ends != [0, 0] else ""
             fault = fault or compare(read_results(Path(folder)), wanted)
             tally.judge(f"twice {name}", f"the second after {later:.2f} s", fault)
@@ -473,7 +474,7 @@ def campaign_papermill_inputs(tally: Tally, cases: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             COMMANDS["wrong"] = lambda place, c=changes: call_papermill(place, **c)
             job = Spawned("wrong", Path(folder))
-            status, last = job.wait(900), job.read().strip().splitlines()[-1]
+            status, last = job.wait(PATIENCE), job.read().strip().splitlines()[-1]
             left = [p for p in Path(folder, "runs").rglob("*") if p.is_file()]
             fault = (
                 "" if status and last.startswith("ValueError: ") else f"says {last!r}"
