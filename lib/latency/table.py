@@ -135,7 +135,8 @@ def meet(
     The table proposes, the clock decides: networks are shrunk and timed beside the
     original, and the table's target moved by what it missed. `table` is that of the
     model; `options` go on to `plan.from_scores`. Raises `ValueError` where 5 % is not
-    met, with the nearest that was.
+    met, with the nearest that was. Met is said of this clock: a second one, in the same
+    process, may be off by 10 % (`tests/benchmarks/meet.csv`).
     """
     check_float("latency, the share of time to keep", share, ABOVE_ZERO, ABOVE_ONE)
     tried = [(1.0, 1.0)]  # shares of the table's time, of the clock's
