@@ -146,22 +146,22 @@ def find_misfit(points: pd.DataFrame, form: str = "product") -> dict[str, float]
             f"points: expected every network on two bases or more, got {len(table)} "
             f"measurements of {cells.shape[0]} networks on {cells.shape[1]}"
         )
-    value = np.log(cells) if form == "product" else cells
-    scale = cells.to_numpy().mean() if form == "product" else 1.0
-    means = value.mean(axis=1)
-    shares = cells.index.to_frame(index=False)
+    measured, shares = cells.to_numpy(), cells.index.to_frame(index=False)
+    value, scale = measured, 1.0
     if form == "product":
+        value, scale = np.log(measured), measured.mean()
         shares = pd.get_dummies(shares.astype(str), drop_first=True)
+    means = value.mean(axis=1)
     design = np.column_stack([np.ones(len(means)), shares.to_numpy(float)])
     left = means - design @ np.linalg.lstsq(design, means, rcond=None)[0]
-    noise = value.sub(means, axis=0)
+    noise = value - means[:, None]
     noise = noise - noise.mean(axis=0)
     n = cells.shape[1]
     free = len(means) - np.linalg.matrix_rank(design)
     if free == 0:
         raise ValueError(f"points: {len(means)} networks fix the form, none tests it")
     lack = (left**2).sum() / free
-    error = (noise**2).to_numpy().sum() / ((len(means) - 1) * (n - 1)) / n
+    error = (noise**2).sum() / ((len(means) - 1) * (n - 1)) / n
     return {
         "misfit": scale * math.sqrt(lack), "noise": scale * math.sqrt(error),
         "p": float(stats.f.sf(lack / error, free, (len(means) - 1) * (n - 1))), "n": n,
