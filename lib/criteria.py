@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lib import baselines, nisp, scop, train
-from lib.baselines import rank_agreement  # noqa: F401
 from lib.data import ImageSet, batches_for
 from lib.graph import Graph
 from lib.graph.watch import modes_kept

@@ -362,7 +362,7 @@ def test_times_are_judged_by_runtime(monkeypatch, tmp_path):
     assert found["verdict"] == "undecided"  # one runtime keeps the promise
     assert ask("a", 0.31)["verdict"] == "reproduced"
     assert ask("b", 0.1)["verdict"] == "contradicted"
-    with pytest.raises(ValueError, match="no rows with net=c"):
+    with pytest.raises(ValueError, match="net 'c'"):
         ask("c", 0.1)
     with pytest.raises(ValueError, match=r"'time\.csv'"):
         ledger.compare_times("time.csv", "net=a", 0.1)

@@ -718,10 +718,11 @@ def test_lines_are_judged_on_the_axes_alone():
 @pytest.mark.parametrize(("change", "message"), [
     (lambda t: t[t["base_id"] == 0], "two bases"),
     (lambda t: t.drop(index=5), "every network"),
+    (lambda t: t.assign(top1=t["top1"].where(t.index != 5, 0)), "above 0 %"),
     (lambda t: t[(t[["w", "r"]] == 1).all(axis=1)], "none tests"),
 ])  # fmt: skip
 def test_points_that_cannot_test_a_form_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         map3d.find_misfit(change(draw_grid(lambda d, w, r: 80 * d * w * r)))
-    with pytest.raises(ValueError, match="product or lines"):
+    with pytest.raises(ValueError, match="form must be one of"):
         map3d.find_misfit(draw_grid(lambda d, w, r: 80 * d), "sum")

@@ -17,6 +17,7 @@ from lib.map3d.costs import FORMULA, NAMES, read_numbers
 from lib.map3d.fitting import UnidentifiedWarning, check_points, fit, fit_table
 from lib.map3d.predictor import Map
 from lib.map3d.search import ACTIVE, optimum
+from lib.messages import check_choice
 from lib.settings import check_int
 
 
@@ -135,16 +136,16 @@ def find_misfit(points: pd.DataFrame, form: str = "product") -> dict[str, float]
     `n`, the number of bases. ValueError: another form, one base, networks that some
     bases lack, as many parameters as networks.
     """
-    if form not in ("product", "lines"):
-        raise ValueError(f"form: expected product or lines, got {form!r}")
+    check_choice("form", form, ("product", "lines"))
     table = points
     if form == "lines":
         table = points[(points[list(NAMES)] < 1).sum(axis=1) <= 1]
     cells = table.pivot_table("top1", list(NAMES), "base_id", aggfunc="mean")
-    if cells.shape[1] < 2 or cells.isna().any(axis=None):
+    if cells.shape[1] < 2 or not (cells > 0).all(axis=None):  # NaN is not above 0
         raise ValueError(
-            f"points: expected every network on two bases or more, got {len(table)} "
-            f"measurements of {cells.shape[0]} networks on {cells.shape[1]}"
+            f"points: expected every network on two bases or more, above 0 %, got "
+            f"{len(table)} measurements of {cells.shape[0]} networks on "
+            f"{cells.shape[1]}"
         )
     measured, shares = cells.to_numpy(), cells.index.to_frame(index=False)
     value, scale = measured, 1.0
