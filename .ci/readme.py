@@ -41,7 +41,7 @@ NAMES = {
     "MAP's best that prunes all three",
     "width-scatter": "width alone, scattered", "width-branch":
     "width alone, inside the blocks", "width-uniform": "width alone, stream too",
-    "lattice": "ten random networks of this cost, mean",
+    "lattice": "random networks of this cost, mean",
 }  # fmt: skip
 SHORT = {"l1": "L1", "map": "MAP"}
 
