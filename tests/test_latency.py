@@ -331,6 +331,25 @@ def test_the_clock_corrects_the_table(counted_clock):
     assert clock[1] / clock[0] == pytest.approx(0.5, rel=0.05)
 
 
+def test_a_share_that_one_timing_alone_shows_is_not_met(monkeypatch, counted_clock):
+    """Each network seems to take half at first, and .6 when it is prepared again."""
+    timed, counted = [], table.interleave
+
+    def interleave(calls, **options):
+        if "pruned" not in calls:
+            return counted(calls)
+        times = {"original": 1.0, "pruned": 0.6 if calls["pruned"] in timed else 0.5}
+        timed.append(calls["pruned"])
+        return {n: latency.Timing(*np.full((2, 3), t)) for n, t in times.items()}
+
+    monkeypatch.setattr(table, "interleave", interleave)
+    model = make("resnet20")
+    times = latency.Table(model, SHAPE, batch=1)
+    scores = baselines.random(model, 0)
+    with pytest.raises(ValueError, match=r"latency=0\.5 is not met"):
+        latency.meet(model, scores, SHAPE, 0.5, table=times, residual="keep")
+
+
 def test_time_that_no_plan_saves_is_said(counted_clock):
     model = chain(3, 4, 400, 2)
     times = latency.Table(model, SHAPE, batch=1)

@@ -135,10 +135,10 @@ def meet(
 
     The table proposes, the clock decides: networks are shrunk and timed beside the
     original, and the table's target moved by what it missed. What is near is timed
-    again, both networks prepared anew, since a time depends on where their tensors
-    come to lie. `table` is that of the model; `options` go on to `plan.from_scores`.
-    Raises `ValueError` where 5 % is not met, with the nearest that was. How far a
-    second clock is off: `tests/benchmarks/meet.csv`.
+    again, both networks prepared anew, or one timing would be chosen with its noise.
+    `table` is that of the model; `options` go on to `plan.from_scores`. Raises
+    `ValueError` where 5 % is not met, with the nearest that was. How far a second
+    clock is off: `tests/benchmarks/meet.csv`.
     """
     check_float("latency, the share of time to keep", share, ABOVE_ZERO, ABOVE_ONE)
     tried = [(1.0, 1.0)]  # shares of the table's time, of the clock's
