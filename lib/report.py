@@ -178,6 +178,8 @@ def draw_results(rows: pd.DataFrame) -> Figure:
     the mean over its dots, the dotted line that of the unpruned networks.
     """
     told = [key for key in (*KEYS, "length", "lr") if key in rows and key != "method"]
+    if "length" in told and (rows["length"] == rows["epochs"]).all():
+        told.remove("length")
     varied = [key for key in told if rows[key].nunique(dropna=False) > 1]
     names = [
         ", ".join([row["method"], *(f"{key} {row[key]}" for key in varied)])
