@@ -107,9 +107,41 @@ class NoLinear(nn.Module):
         return self.head(self.conv(x).relu()).flatten(1)
 
 
-def test_a_net_without_linear_layer_is_refused(images):
-    with pytest.raises(ValueError, match="no linear layer"):
+def test_a_last_convolution_that_spans_positions_is_refused(images):
+    with pytest.raises(ValueError, match=r"here it is 'head', Conv2d.*end the network"):
         nisp.collect_responses(NoLinear(), images)
+
+
+class ConvHead(nn.Module):
+    """As SqueezeNet: classes by a 1 x 1 convolution, averaged behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3)
+        self.head = nn.Conv2d(6, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).relu()).mean((2, 3))
+
+
+def test_a_convolution_that_classifies_reads_mean_channels(images):
+    net, x = ConvHead().eval(), pixels(images, 40, 2)
+    with torch.no_grad():
+        expected = net.conv(x).relu().mean((2, 3))
+    found = nisp.collect_responses(net, images, num_images=40, seed=2)
+    torch.testing.assert_close(found, expected)
+    assert nisp.score_frl(net, images, num_images=40).shape == (6,)
+    by_weight = nisp.score_frl(net, images, by="magnitude")
+    torch.testing.assert_close(
+        by_weight, net.head.weight.detach()[:, :, 0, 0].abs().sum(0).double()
+    )
+    assert torch.equal(
+        nisp.score_frl(net, images, by="uniform"), torch.ones(6).double()
+    )
+    wide = surgery.shrink(net, plan.Plan({"conv": [0, 2, 5]}), SHAPE)
+    kept = plan.Plan({"conv": [0, 2, 5]})
+    errors = nisp.measure_errors(net, wide, kept, images, torch.ones(6), num_images=20)
+    assert errors["retained"] == 3 and errors["mae"] < 1e-5
 
 
 class FoldedBatch(nn.Module):

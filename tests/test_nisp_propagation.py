@@ -622,12 +622,35 @@ def test_tied_layers_with_two_rates_are_refused():
 
 
 def test_final_responses_that_cannot_be_found_are_refused():
-    convolutions = nn.Sequential(nn.Conv2d(3, 4, 1))
-    with pytest.raises(ValueError, match="no linear layer"):
+    convolutions = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 3))
+    with pytest.raises(ValueError, match="here it is '1', Conv2d"):
         propagate(convolutions, torch.ones(4), (3, 4, 4))
     head = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
     with pytest.raises(ValueError, match="no convolution or linear layer stands"):
         propagate(head, torch.ones(3), (3, 1, 1))
+
+
+def test_a_convolution_that_classifies_stands_for_a_linear_layer_behind_the_pool():
+    """Both orders are one function where nothing stands between mean and classes."""
+    front = [nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(),
+             nn.MaxPool2d(2), nn.Conv2d(6, 7, 3), nn.ReLU()]  # fmt: skip
+    behind = nn.Sequential(*front, nn.Conv2d(7, 4, 1), nn.AdaptiveAvgPool2d(1))
+    before = nn.Sequential(
+        *front, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 4)
+    )
+    scores = torch.rand(7)
+    for options in ({}, {"joint": 0.5}, {"behind_norm": True}, {"neurons": True}):
+        found = propagate(behind, scores, (3, 9, 9), **options)
+        expected = propagate(before, scores, (3, 9, 9), **options)
+        assert found.keys() == expected.keys() == {"0", "4"}
+        for name in found:
+            torch.testing.assert_close(found[name], expected[name])
+
+
+def test_squeezenet_is_scored():
+    net = models.build("squeezenet1_1")
+    found = propagate(net, torch.ones(512), (3, 64, 64))
+    assert len(found) == 25 and all(bool(s.sum() > 0) for s in found.values())
 
 
 def test_weights_that_are_not_finite_are_named():

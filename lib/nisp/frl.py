@@ -13,6 +13,7 @@ from lib.nisp.infinite import inf_fs
 from lib.settings import check_int
 from lib.train import watch
 
+NO_ROW = "does not read one row per image"
 RANKINGS = ("inf_fs", "magnitude", "uniform")
 
 
@@ -41,6 +42,7 @@ def score_frl(
         )
         return inf_fs(features, alpha=alpha)
     weight = model.get_submodule(find_classifier(graph, model)).weight.detach().double()
+    weight = weight.flatten(1)  # [classes, D], of a 1 x 1 convolution too
     return weight.abs().sum(0) if by == "magnitude" else torch.ones_like(weight[0])
 
 
@@ -54,22 +56,23 @@ def collect_responses(
 ) -> Tensor:
     """Responses of the FRL to images: [N, D] on the model's device, in one pass.
 
-    The FRL is what the last linear layer reads, flattened. N = `num_images` images,
-    stratified and fixed by `seed`, or all where there are fewer; unaugmented, in
-    evaluation mode. The model is left as found. Raises `ValueError` for an FRL that
-    cannot be found or does not hold one row per image, and for fewer than 2 images.
+    The FRL is what the classifier reads (`find_classifier`): the row of a linear layer,
+    flattened, or the channels of a 1 x 1 convolution, averaged over positions, as
+    SqueezeNet averages its classes. N = `num_images` images, stratified and fixed by
+    `seed`, or all where there are fewer; unaugmented, in evaluation mode. The model is
+    left as found. Raises `ValueError` for an FRL that cannot be found or does not hold
+    one row per image, and for fewer than 2 images.
     """
     name = find_classifier(graph or build_graph(model, images.shape), model)
     sample, found = take_sample(images, num_images, seed), []
 
     def copy(name: str, response: Tensor) -> Tensor:
-        return response.clone()  # what comes next may work in place
+        found = pool(model.get_submodule(name), response)
+        return found.clone()  # what comes next may work in place
 
     for calls, labels in watch(model, sample, [name], inputs=True, keep=copy):
         if not calls[name] or len(calls[name][-1]) != len(labels):
-            raise ValueError(
-                f"'{name}', the last linear layer, does not read one row per image"
-            )
+            raise ValueError(f"'{name}', the last layer, {NO_ROW}")
         found.append(calls[name][-1].flatten(1))
     return torch.cat(found)
 
@@ -83,12 +86,25 @@ def take_sample(images: ImageSet, num_images: int, seed: int) -> ImageSet:
 # -- where it is -------------------------------------------------------------------
 
 
+def pool(classifier: nn.Module, read: Tensor) -> Tensor:
+    """The final responses in what the classifier reads: [N, D], or as it stands."""
+    return read.mean((-2, -1)) if isinstance(classifier, nn.Conv2d) else read
+
+
 def find_classifier(graph: Graph, model: nn.Module) -> str:
-    """Name of the last linear layer that runs in evaluation."""
-    for name, layer in reversed(graph.layers.items()):
-        if layer.positions and isinstance(model.get_submodule(name), nn.Linear):
-            return name
+    """Name of the last layer that runs in evaluation: linear, or a 1 x 1 convolution.
+
+    `ValueError` where it is anything else.
+    """
+    run = [name for name, layer in graph.layers.items() if layer.positions]
+    layer = model.get_submodule(run[-1]) if run else None
+    if isinstance(layer, nn.Linear):
+        return run[-1]
+    if isinstance(layer, nn.Conv2d) and layer.groups == 1:
+        if layer.kernel_size == (1, 1):
+            return run[-1]
+    found = f"'{run[-1]}', {layer}" if run else "none"
     raise ValueError(
-        "the network has no linear layer, whose inputs are the final responses; end it "
-        "in an nn.Linear"
+        "the final responses are what the last layer reads, if it is linear or a "
+        f"1 x 1 convolution; here it is {found}: end the network in an nn.Linear"
     )

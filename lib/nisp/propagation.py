@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lib.graph import Graph, Group, build_graph
 from lib.messages import suggest
 from lib.nisp.absolute import run_absolute
-from lib.nisp.frl import find_classifier
+from lib.nisp.frl import NO_ROW, find_classifier, pool
 from lib.plan import count_share
 from lib.settings import CHW, check_float
 
@@ -39,7 +39,7 @@ def propagate(
     """Importance of the outputs of every layer in front of the final response layer.
 
     `frl_scores`: float [D], >= 0, one for each number that the FRL holds for an image
-    of `input_shape` (C, H, W). The FRL is what the last linear layer reads. Returned,
+    of `input_shape` (C, H, W). The FRL is what the classifier reads. Returned,
     by convolution and linear layer in forward order: float64 [channels] on the model's
     device, sums over positions of the neurons' scores at the layer's output, in front
     of its BatchNorm, whose |gamma| / sigma therefore counts; with `behind_norm` at the
@@ -102,11 +102,12 @@ class Sweep:
         self.activity = activity
         check_activity(activity or {})
         pairs = graph.pairs if behind_norm else {}
-        self.target, self.starts = run_absolute(
+        end = find_classifier(graph, model)
+        read, self.starts = run_absolute(
             model, input_shape, layers=set(self.layers),
-            places={pairs.get(n, n): n for n in self.layers},
-            end=find_classifier(graph, model), visit=self.visit,
+            places={pairs.get(n, n): n for n in self.layers}, end=end, visit=self.visit,
         )  # fmt: skip
+        self.target = pool(self.modules[end], read)
         if not self.target.requires_grad:
             raise ValueError(
                 "no convolution or linear layer stands in front of the classifier"
@@ -267,7 +268,7 @@ def check_activity(activity: Mapping[str, Tensor]) -> None:
 def check_scores(frl_scores: Tensor, responses: Tensor) -> None:
     """Raise `ValueError` unless these can be scores of the final responses [1, ...]."""
     if len(responses) != 1:
-        raise ValueError("the last linear layer does not read one row per image")
+        raise ValueError(f"the last layer {NO_ROW}")
     if tuple(frl_scores.shape) not in {(responses.numel(),), responses.shape[1:]}:
         raise ValueError(
             f"frl_scores: the final response layer has {responses.numel()} responses, "
