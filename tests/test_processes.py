@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import together
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -177,6 +179,22 @@ def test_an_error_in_one_process_ends_all_and_is_told(kind, raised, text):
 def test_what_cannot_be_handed_over_is_one_line():
     with pytest.raises(ValueError, match="must come from a module"):
         workers.run(2, lambda: None)
+
+
+def test_a_process_group_of_torchrun_is_joined(tmp_path, monkeypatch):
+    script = Path(together.__file__)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run(
+        [*torchrun, "--nproc-per-node=2", str(script), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(script.parents[1])},
+        check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    first, second = (torch.load(tmp_path / f"{n} of 2.pt") for n in (0, 1))
+    assert_same_bits(first, second)
+    monkeypatch.chdir(tmp_path)
+    alone = train_and_keep(make_net().double(), "alone", epochs=2)["state"]
+    for name, weight in alone.items():
+        torch.testing.assert_close(first[name], weight, rtol=1e-12, atol=1e-12)
 
 
 def test_a_child_ends_with_its_parent(tmp_path):

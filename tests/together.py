@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 
 import torch
@@ -186,3 +187,18 @@ def fail(kind):
     if processes.rank() == 1:
         raise {"value": ValueError, "key": KeyError}[kind]("what went wrong")
     processes.barrier()
+
+
+def train_under_torchrun(folder: str) -> None:
+    """What a script of one's own does: a process group of torchrun's, then `fit`."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    os.chdir(folder)
+    found = train_and_keep(make_net().double(), "apart", epochs=2)
+    torch.save(found["state"], f"{processes.rank()} of {processes.count()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    train_under_torchrun(sys.argv[1])
