@@ -2,8 +2,8 @@
 # lock if it is not there yet (.ci/setup).
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help venv reproduce miniature publish readme drawings course grade book slides \
-  lab test bench gpu check environment notebooks strip lock clean
+.PHONY: help venv reproduce miniature publish readme drawings course grade otter book \
+  slides lab test bench gpu check environment notebooks strip lock clean
 
 PROFILE ?= quick
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
@@ -50,6 +50,9 @@ course: venv  ## student and teacher versions of the notebooks, below data/runs/
 
 grade: venv  ## run the checks of students' notebooks (BOOKS="..."), print points
 	@.venv/bin/python .ci/course.py --grade $(BOOKS)
+
+otter: course  ## the same for otter-grader (BOOKS="notebooks/*.ipynb"), course/otter
+	@.ci/otter $(or $(OUT),$(RUNS)/course) $(BOOKS)
 
 book:  ## the notebooks as a book, below data/runs/book (needs npm the first time)
 	@.ci/setup book

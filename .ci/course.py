@@ -3,7 +3,8 @@
     .venv/bin/python .ci/course.py [--out FOLDER]       write both versions
     .venv/bin/python .ci/course.py --grade NOTEBOOK...  run the checks, print points
 
-The committed notebooks are the one source. An exercise is a run of tagged cells:
+A third version, otter/, is what `otter assign` reads (.ci/otter). The committed
+notebooks are the one source. An exercise is a run of tagged cells:
 
     exercise   markdown  **Exercise 1** (2 points, easy, 10 minutes). Text.
     solution   code      what a student writes stands between the two lines
@@ -45,6 +46,7 @@ BLOCK = re.compile(
 DETAILS = re.compile(r"\s*<details>.*?</details>", re.DOTALL)
 CODE = re.compile(r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]+\$", re.DOTALL)  # no links
 LINK = re.compile(r"""(?:\]\(<?|\bsrc=")([^\s)>"]+)""")
+ASSERTION = re.compile(r"^\s*(assert\b|torch\.testing\.)", re.MULTILINE)
 RECORD = ".written.json"  # in each folder written: what stands there, by its SHA-256
 
 
@@ -171,6 +173,64 @@ def make_teacher(book, exercises):
     return book
 
 
+def make_otter(book, exercises):
+    """The notebook as `otter assign` reads it, which makes both versions by itself.
+
+    An exercise that a reader judges is a manual question. Of a check the student gets
+    what `make_public` leaves; the whole of it is hidden, and gives all points or none.
+    """
+    cells = [_raw("ASSIGNMENT CONFIG", "export_cell: false")]
+    ends = {max([*e.solutions, *e.checks, *e.answers]): e for e in exercises}
+    heads = iter(exercises)
+    for index, cell in enumerate(book.cells):
+        cell, tag = copy.deepcopy(cell), tag_of(cell)
+        if tag == "exercise":
+            question = next(heads)
+            kind = "all_or_nothing" if question.checks else "manual"
+            lines = [f"name: exercise_{question.number}",
+                     f"points: {question.points}", f"{kind}: true"]  # fmt: skip
+            cells.append(_raw("BEGIN QUESTION", *lines))
+        if tag == "check":
+            texts = [_silence(make_public(cell.source)),
+                     "# HIDDEN\n" + _silence(ast.parse(cell.source))]  # fmt: skip
+            made = [nbformat.v4.new_code_cell(text) for text in texts]
+            cells += [_raw("BEGIN TESTS"), *made, _raw("END TESTS")]
+        elif tag == "answer" and question.checks:  # of two kinds of question the other
+            cells.append(nbformat.v4.new_markdown_cell("*Your answer:*"))
+        elif tag in ("solution", "answer"):
+            cells += [_raw("BEGIN SOLUTION"), cell, _raw("END SOLUTION")]
+        else:
+            cell.source = DETAILS.sub("", cell.source) if tag else cell.source
+            cells.append(cell)
+        if index in ends:
+            cells.append(_raw("END QUESTION"))
+    return nbformat.v4.new_notebook(metadata=book.metadata, cells=cells)
+
+
+def make_public(source):
+    """A check up to its first assertion; of a loop over cases the first case alone."""
+    tree = ast.parse(source)
+    for index, node in enumerate(tree.body):
+        if ASSERTION.search(ast.unparse(node)):
+            del tree.body[index + 1 :]
+            if isinstance(node, ast.For):
+                node.body.append(ast.Break())
+            break
+    return ast.fix_missing_locations(tree)
+
+
+def _silence(tree):
+    """Code that prints nothing: otter compares what a test prints."""
+    tree.body = [ast.With([ast.withitem(ast.parse(
+        "__import__('contextlib').redirect_stdout(__import__('io').StringIO())",
+        mode="eval").body)], tree.body)]  # fmt: skip
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def _raw(head, *lines):
+    return nbformat.v4.new_raw_cell("\n".join([f"# {head}", *lines]))
+
+
 def list_links(book):
     """Paths and addresses that the markdown links to or shows, once each."""
     text = "\n".join(c.source for c in book.cells if c.cell_type == "markdown")
@@ -184,7 +244,7 @@ def list_files(book):
 
 
 def write_course(out, sources):
-    """Write `out`/student and `out`/teacher from the notebooks of a folder.
+    """Write `out`/student, /teacher and /otter from the notebooks of a folder.
 
     Raises:
         ValueError: a notebook is malformed, or a file in `out` was changed by hand.
@@ -194,7 +254,8 @@ def write_course(out, sources):
         book = read(path)
         exercises = find_exercises(book, path.stem)
         versions = {"student": make_student(book),
-                    "teacher": make_teacher(book, exercises)}  # fmt: skip
+                    "teacher": make_teacher(book, exercises),
+                    "otter": make_otter(book, exercises)}  # fmt: skip
         for version, made in versions.items():
             text = nbformat.writes(made) + "\n"
             files[f"{version}/{sources.name}/{path.name}"] = text.encode()
@@ -350,7 +411,7 @@ def main():
     try:
         if not arguments.grade:
             write_course(arguments.out.resolve(), arguments.notebooks.resolve())
-            print(f"{arguments.out}: student/ and teacher/ are written")
+            print(f"{arguments.out}: student/, teacher/ and otter/ are written")
         for path in arguments.grade or []:
             source = read(arguments.notebooks / path.name)
             marks = grade(read(path), source, path.stem, path.resolve().parent)

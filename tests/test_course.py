@@ -1,8 +1,10 @@
-"""The two versions of a notebook, the grader, and what every course notebook has."""
+"""The versions of a notebook, the grader, and what every course notebook has."""
 
+import ast
 import copy
 import json
 import re
+import subprocess
 
 import measure_course
 import nbformat
@@ -238,6 +240,57 @@ def test_code_that_notices_a_check_which_passes_without_a_solution(book):
         exec(course.untouched(book, first), solved)
 
 
+# ---- otter-grader, where it is installed ----
+
+
+def test_a_public_check_ends_at_the_first_case_of_its_first_assertion():
+    loop = (
+        'for x in (1, 2):\n    y = f(x)\n    assert y == x, "wrong"\nassert f(3) == 3'
+    )
+    for source, passes in ((loop, "lambda x: 1"), (CHECK, "lambda x: 4")):
+        public = compile(course.make_public(source), "public", "exec")
+        names = dict.fromkeys(("f", "double"), eval(passes))
+        exec(public, names)
+        with pytest.raises(AssertionError):
+            exec(source, names)
+        with pytest.raises(AssertionError):
+            exec(public, dict.fromkeys(names, lambda x: None))
+
+
+def test_otter_grades_the_solution_the_untouched_and_a_hard_coded_book(sources):
+    otter, out = paths.ROOT / "data/runs/otter", sources.parent / "out"
+    if not (otter / ".complete").exists():
+        pytest.skip("otter-grader is not installed: make otter")
+    for path in sources.glob("*.ipynb"):
+        book = nbformat.read(path, 4)
+        book.metadata.kernelspec = {"name": "python3", "language": "python",
+                                    "display_name": "Python 3"}  # fmt: skip
+        nbformat.write(book, path)
+    course.write_course(out, sources)
+    subprocess.run([paths.ROOT / ".ci/otter", out, "10_a.ipynb"], check=True)
+    (archive,) = (out / "otter/10_a/autograder").glob("*.zip")
+    work = nbformat.read(out / "otter/student/10_a.ipynb", 4)
+    assert "2 * x" not in nbformat.writes(work) and "double(5)" not in str(work)
+    tried = sources / "tried"
+    tried.mkdir()
+
+    def mark(book):
+        nbformat.write(book, tried / "10_a.ipynb")
+        subprocess.run([otter / "bin/otter", "run", "-a", archive, "-o", tried,
+                        tried / "10_a.ipynb"], check=True)  # fmt: skip
+        tests = json.loads((tried / "results.json").read_text())["tests"]
+        return [t["score"] for t in tests if t["name"].startswith("exercise")]
+
+    solved = nbformat.read(out / "otter/10_a/autograder/10_a.ipynb", 4)
+    assert mark(solved) == [2, 3] and mark(work) == [0, 0]
+    for cell in work.cells:
+        if "def double" in cell.source:
+            cell.source = "def double(x):\n    return 4"  # right for the public check
+        if cell.source == "...":
+            cell.source = "total = 5"
+    assert mark(work) == [0, 3]
+
+
 # ---- every notebook ----
 
 
@@ -247,6 +300,9 @@ def test_every_notebook_makes_both_versions(path):
     exercises = course.find_exercises(book, path.stem)
     nbformat.validate(course.make_student(book))
     nbformat.validate(course.make_teacher(book, exercises))
+    for cell in course.make_otter(book, exercises).cells:
+        if cell.cell_type == "code" and "redirect_stdout" in cell.source:
+            ast.parse(cell.source)
     for link in course.list_files(book):
         assert (path.parent / link).exists(), link
 
