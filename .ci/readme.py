@@ -104,6 +104,8 @@ def comparison(profile, against="l1", shares=()):
     lengths = sorted(half["length"].unique())
     last = half[half["length"] == lengths[-1]]
     order = last.groupby("method")["after"].mean().sort_values(ascending=False).index
+    order = order.append(pd.Index(half["method"].unique()).difference(order))
+    counts = half.groupby("length")["base_id"].nunique()
     lines = []
     for method in order:
         own = half[half["method"] == method]
@@ -113,13 +115,14 @@ def comparison(profile, against="l1", shares=()):
         for length in lengths:
             part = half[half["length"] == length]
             own = part[part["method"] == method]
-            cells.append(show(own.groupby("base_id")["after"].mean()))
+            found, bases = own.groupby("base_id")["after"].mean(), counts[length]
+            few = f" ({len(found)} of {bases} bases)" if 0 < len(found) < bases else ""
+            cells.append(f"{show(found)}{few}" if len(found) else "")
             cells.append(gap_to(part, method, against))
         lines.append(cells)
-    counts = [half.loc[half["length"] == n, "base_id"].nunique() for n in lengths]
     told = ", ".join(
-        f"{number(n, 'epoch')} on {number(count, 'base')}"
-        for n, count in zip(lengths, counts, strict=True)
+        f"{number(epochs, 'epoch')} on {number(count, 'base')}"
+        for epochs, count in counts.items()
     )
     net, images = rows[["net", "dataset"]].iloc[0]
     head = ["method", *shares]
@@ -139,6 +142,8 @@ def number(count, what):
 def gap_to(rows, method, against):
     """Mean gap to `against`, paired by base, with its t interval from two bases on."""
     table = rows.pivot_table("after", "base_id", "method")
+    if method not in table:
+        return ""
     gaps = (table[method] - table[against]).dropna().to_numpy()
     if method == against or len(gaps) == 0:
         return ""
