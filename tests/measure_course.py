@@ -68,7 +68,8 @@ def measure(path):
     external = [link for link in links if re.match("https?:", link)]
     taught = list_taught(book)
     words = len(re.findall(r"\w[\w'-]*", read_text(book)))
-    cells = sum(c.cell_type == "code" and not course.tag_of(c) for c in book.cells)
+    cells = sum(c.cell_type == "code" and not course.tag_of(c)
+                and c.id != "bootstrap" for c in book.cells)  # fmt: skip
     figures = count_figures(book)
     return {
         "prose": 1 - len(list_bare(book)) / max(len(taught), 1),

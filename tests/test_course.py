@@ -5,6 +5,7 @@ import copy
 import json
 import re
 import subprocess
+import sys
 
 import measure_course
 import nbformat
@@ -289,6 +290,57 @@ def test_otter_grades_the_solution_the_untouched_and_a_hard_coded_book(sources):
         if cell.source == "...":
             cell.source = "total = 5"
     assert mark(work) == [0, 3]
+
+
+# ---- the first cell, which fetches the repository where there is none ----
+
+
+@pytest.fixture
+def bootstrap(monkeypatch):
+    """Runs the cell as where `lib` is not found; lists the calls of pip, a fake."""
+    books = [course.read(path) for path in NOTEBOOKS]
+    codes = [[c for c in b.cells if c.cell_type == "code"] for b in books]
+    (source,) = {cells[0].source for cells in codes}  # the same in each
+    calls, run = [], subprocess.run
+
+    def run_all_but_pip(command, **options):
+        if "pip" not in command:
+            return run(command, **options)
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run_all_but_pip)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return lambda: exec(source, {}) or calls
+
+
+def test_a_notebook_alone_fetches_its_repository(bootstrap, tmp_path, monkeypatch):
+    origin, work = tmp_path / "origin", tmp_path / "work"
+    (origin / "lib").mkdir(parents=True)
+    (origin / "lib/__init__.py").touch()
+    work.mkdir()
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "a"]):
+        subprocess.run(["git", *command], cwd=origin, check=True)
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("REPOSITORY", "owner/name")
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.{tmp_path}/.insteadOf")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "https://github.com/owner/")
+    with pytest.raises(RuntimeError, match=r"(?s)clone.*owner/name.*fatal"):
+        bootstrap()
+    origin.rename(tmp_path / "name")
+    assert bootstrap() == [[sys.executable, "-m", "pip", "install", "-q", "-e",
+                            "fetched"]]  # fmt: skip
+    assert sys.path[0] == str(work / "fetched")
+    assert (work / "fetched/lib/__init__.py").is_file()
+
+
+def test_a_notebook_of_a_checkout_fetches_nothing(bootstrap, monkeypatch):
+    monkeypatch.chdir(paths.NOTEBOOKS)
+    before = list(sys.path)
+    assert bootstrap() == [] and sys.path == before
 
 
 # ---- every notebook ----
