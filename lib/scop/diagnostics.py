@@ -1,9 +1,8 @@
 """Is a control a knockoff? Two-sample tests, moments, and what layers leave of them.
 
 Exchangeability says that [X, X~] keeps its distribution when any set of columns changes
-places with their controls. The full swap (all columns) is the weak half of it: every
-independent copy passes. A partial swap is what an independent copy fails. Sample
-matrices are [n, p], one row per image, in float64 inside.
+places with their controls. Every independent copy passes the full swap (all columns); a
+partial one it fails. Samples are [n, p], one row per image, in float64 inside.
 """
 
 import math
@@ -28,8 +27,7 @@ class SwapTest:
     """What `two_sample_test` found.
 
     statistic: unbiased squared MMD, summed over the bandwidths; p_value: one-sided;
-    z: the statistic over its root mean square in the permutations, the null mean being
-    0.
+    z: the statistic over its root mean square in the permutations.
     """
 
     statistic: float
@@ -68,6 +66,7 @@ def split_pairs(
             f"swap={swap!r}"
         )
     check_finite("the sample", {"x": x, "knock": knock})
+    # Halves of the rows, for the same ones before and after a swap are no two samples.
     generator, half = torch.Generator().manual_seed(seed), len(x) // 2
     mask = _draw_mask(x.shape[1], swap, groups, generator).to(x.device)
     order = torch.randperm(len(x), generator=generator).to(x.device)
@@ -110,8 +109,7 @@ def two_sample_test(
     is the unbiased squared MMD (Gretton et al. 2012, lemma 6) for the sum over sigma of
     exp(-|a - b|^2 / (2 sigma^2)). bandwidths: the sigmas in the data's units; default
     (1, 2, ..., 128) times an eighth of the root mean square distance of the pooled
-    rows, which no permutation changes. p_value: (1 + those not below) / (1 +
-    permutations), exact. Time and memory grow with n^2.
+    rows. Time and memory grow with n^2.
     ValueError: as `split_pairs`, no positive bandwidth, constant data.
     """
     pooled = torch.cat(split_pairs(x, knock, swap=swap, groups=groups, seed=seed))
@@ -119,7 +117,10 @@ def two_sample_test(
     check_int("permutations", permutations, 1)
     sides = _permute_sides(len(pooled), permutations, seed).to(pooled)
     observed, *null = _permuted_mmd(pooled, sides, widths).tolist()
+    # Around 0, which is the mean of an unbiased statistic if there is no difference.
     null_sd = math.sqrt(sum(value**2 for value in null) / permutations)
+    # The observed split is one of all the equally likely ones, hence the 1 + in both
+    # places: the p value is exact for any number of permutations.
     above = sum(value >= observed for value in null)
     return SwapTest(
         statistic=observed,
@@ -137,6 +138,8 @@ def _choose_bandwidths(
         if not widths or not all(0 < width < math.inf for width in widths):
             raise ValueError(f"bandwidths: expected positive numbers, got {widths}")
         return widths
+    # 2 tr Cov is the mean squared distance of two rows. Of the pooled rows, so that no
+    # permutation changes it, and bandwidths chosen by the data leave the test exact.
     unit = float((2 * pooled.var(0).sum()).sqrt()) / 8
     if not 0 < unit < float("inf"):
         raise ValueError("x and knock: expected finite rows that are not all equal")
@@ -152,14 +155,12 @@ def _permute_sides(rows: int, permutations: int, seed: int) -> Tensor:
 
 
 def _permuted_mmd(pooled: Tensor, sides: Tensor, widths: tuple) -> Tensor:
-    """Unbiased squared MMD for every column of `sides` [rows, splits].
-
-    K has a zero diagonal, and the columns are +-1: u'Ku is what the pairs on one side
-    have more than those across, so that one product serves all permutations.
-    """
+    """Unbiased squared MMD for every column of `sides` [rows, splits]."""
     squares = torch.cdist(pooled, pooled).square()
     kernel = sum(torch.exp(squares / (-2 * sigma**2)) for sigma in widths)
-    kernel.fill_diagonal_(0)
+    kernel.fill_diagonal_(0)  # a row's likeness to itself is what the bias consists of
+    # The columns u are +-1, so that u'Ku is what pairs on one side have more than those
+    # across: the kernel is built once, and one product serves all permutations.
     total, excess = kernel.sum(), (sides * (kernel @ sides)).sum(0)
     within, across, m = (total + excess) / 2, (total - excess) / 2, len(pooled) // 2
     return within / (m * (m - 1)) - across / m**2
@@ -178,12 +179,13 @@ def covariance_gap(
 ) -> float:
     """|S1 - S2|_F^2 of the joint covariances before and after a swap, unbiased.
 
-    x, knock: [n, p]; halves and swaps as in `split_pairs`. <S1, S2> is estimated by the
-    sample covariances of the two independent halves, |S|^2 in each half by the
-    U-statistic of Li & Chen (2012) in the closed form of Himeno & Yamada (2014). Zero
-    in expectation for a knockoff, so of either sign. ValueError as `split_pairs`.
+    x, knock: [n, p]; halves, swaps and errors as in `split_pairs`. Zero in expectation
+    for a knockoff, so of either sign. Li & Chen (2012), in the closed form of Himeno &
+    Yamada (2014).
     """
     first, second = split_pairs(x, knock, swap=swap, groups=groups, seed=seed)
+    # Multiplied out, as |S|^2 of a sample covariance is too large by its noise. The
+    # halves are independent, so that their product needs no such correction.
     one, two = _estimate_energy(first), _estimate_energy(second)
     cross = (torch.cov(first.T) * torch.cov(second.T)).sum()
     return float(one + two - 2 * cross)
@@ -202,11 +204,11 @@ def _estimate_energy(x: Tensor) -> Tensor:
 def correlation_floor(covariance: Tensor) -> Tensor:
     """The lowest corr(x_j, x~_j) any second-order knockoff can have, float64 [p].
 
-    covariance: [p, p], positive definite. 2 Sigma - S >= 0 gives s_j <= 2 /
-    (Sigma^-1)_jj, twice the variance of x_j given the rest, and the correlation is
-    1 - s_j / Sigma_jj; each bound alone is attained, not all of them at once.
-    ValueError for a singular covariance.
+    covariance: [p, p], positive definite. Each bound alone is attained, not all at
+    once.
     """
+    # The correlation is 1 - s_j / Sigma_jj, and 2 Sigma - S >= 0 gives s_j <= 2 /
+    # (Sigma^-1)_jj, twice the variance of x_j given the rest.
     covariance = check_covariance(covariance)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
     return 1 - 2 / (inverse.diagonal() * covariance.diagonal())
@@ -221,8 +223,7 @@ def offdiagonal_energy(weight: Tensor, d: Tensor) -> float:
     weight: [out, in] or [out, in, kh, kw]; d: [in], or one value per weight of a filter
     [in * kh * kw], the diagonal of D = Cov(X) - Cov(X, X~). A linear map takes Cov(A) -
     Cov(A, A~) from D to W D W', so second-order exchangeability survives it iff this is
-    0. A grouped convolution: give one group's rows at a time. 0 where W D W' vanishes.
-    ValueError where d does not fit.
+    0. A grouped convolution: give one group's rows at a time.
     """
     check_finite("the map", {"weight": weight, "d": d})
     rows, d = weight.detach().double().flatten(1), d.detach().double().flatten()
@@ -256,7 +257,7 @@ def layer_energies(
     real, knock: [B, C, H, W]. With channels as variables and positions as samples (at
     most `samples` of them, the same in both passes), M = Cov(A) - (Cov(A, A~) +
     Cov(A~, A)) / 2, and the value is the share of |M|_F^2 off the diagonal. Estimation
-    noise adds to it, about channels / samples. The model keeps its modes and hooks.
+    noise adds to it, about channels / samples.
     ValueError: an unknown layer, or one that takes no part in the forward pass.
     """
     names, device = list(layers), next(model.parameters()).device

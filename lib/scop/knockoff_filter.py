@@ -25,12 +25,13 @@ def knockoff_threshold(w: Tensor, q: float) -> float:
     w: [p], large and positive where a feature beats its control; the features w >= t
     are reported. The estimate is (1 + #{w <= -t}) / max(1, #{w >= t}) (knockoff+,
     Barber & Candes 2015, sec. 1.2). inf where no t will do.
-    ValueError: w not [p] and finite, q outside (0, 1).
 
     Step by step in notebooks/10_scop_knockoffs.ipynb.
     """
     # A feature that does not matter wins or loses against its knockoff by a fair coin,
-    # so that the losses beyond -t stand for the wins beyond t that are only luck.
+    # so that the losses beyond -t stand for the wins beyond t that are only luck. The 1
+    # is for a t behind the last loss: none seen does not mean that none was to come,
+    # and without it the rate itself is not controlled, only a milder one.
     q = check_float("q", q, ABOVE_ZERO, 1.0)
     if not isinstance(w, Tensor) or w.dim() != 1 or not bool(w.isfinite().all()):
         shape = list(getattr(w, "shape", ())) or w
@@ -48,8 +49,7 @@ def lasso_difference(x: Tensor, knock: Tensor, y: Tensor) -> Tensor:
 
     x, knock: [n, p]; y: [n]. Columns are standardised (a constant one gets 0) and y
     centred; five folds of adjacent rows, 30 penalties down to 2 % of the largest.
-    Solved to a relative duality gap of 1e-6, which bounds what the order of the columns
-    can change. ValueError: shapes that do not fit. Candes et al. 2018, eq. 3.7.
+    Source: Candes et al. 2018, eq. 3.7.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LassoCV
@@ -61,6 +61,8 @@ def lasso_difference(x: Tensor, knock: Tensor, y: Tensor) -> Tensor:
             f"{list(x.shape)}, {list(knock.shape)} and {list(y.shape)}"
         )
     design, response = torch.cat([x, knock], 1).detach().double(), (y - y.mean())
+    # Coordinate descent visits columns in order, and a knockoff must not lose for being
+    # the second of a pair: the tolerance bounds what the order can change.
     lasso = LassoCV(cv=5, alphas=30, eps=0.02, tol=1e-6, max_iter=10_000)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -127,7 +129,6 @@ def sample_ar1(n: int, p: int, rho: float, generator: torch.Generator) -> Tensor
 
 
 def _draw_weights(p: int, signals: int, size: float, generator) -> Tensor:
-    """[p]: `signals` random entries of +-size, the others 0."""
     chosen = torch.randperm(p, generator=generator)[:signals]
     signs = torch.randint(0, 2, (signals,), generator=generator).double() * 2 - 1
     return torch.zeros(p).double().index_copy(0, chosen, signs * size)

@@ -10,8 +10,6 @@ from lib.graph import Graph, build_graph
 from lib.graph.trace import Node
 from lib.settings import CHW
 
-ADDITIONS = {"add", "add_"}
-
 
 def block_layers(
     model: nn.Module, input_shape: CHW, *, ends: bool = True, graph: Graph | None = None
@@ -24,15 +22,20 @@ def block_layers(
     stride-2 blocks do not). `ends=False` leaves out the last convolution of each block.
     A network without additions gives every pair but those that read the images.
 
-    `input_shape` is (C, H, W), `graph` the model's, if known. Raises `ValueError` when
-    no convolution has a BatchNorm with a scale behind it. Source: Tang et al. 2020,
-    official code (names there).
+    `graph`: the model's, if known. ValueError: no convolution has a BatchNorm with a
+    scale behind it. Source: Tang et al. 2020, official code (by name there).
     """
     graph = graph or build_graph(model, input_shape)
     pairs = find_pairs(graph, model)
     blocks = _find_blocks(graph, model)
-    inside = _inside_blocks(graph, blocks)
-    inside = {name for name in inside if _stays_inside(graph, name, inside)}
+    homes = tuple(f"{name}." for name in blocks)
+    branches, shortcuts = _sort_branches(graph)
+    inside = {n for n in graph.layers if n.startswith(homes)} | branches
+    inside -= shortcuts
+    # A tie through an addition is the residual stream, which a plan writes back
+    # full-width; any other tie would prune the layer outside along with this one.
+    groups = {name: graph.group_of[name] for name in inside}
+    inside = {n for n, g in groups.items() if n in g.joined or inside >= {*g.layers}}
     if not _list_additions(graph):
         inside = pairs.keys() - _readers_of_images(graph)
     if not ends:
@@ -67,7 +70,7 @@ def find_pairs(graph: Graph, model: nn.Module) -> dict[str, str]:
 
 def _list_additions(graph: Graph) -> list[Node]:
     """Additions of two features; that of a number joins nothing."""
-    nodes = (node for node in graph.nodes if node.op in ADDITIONS)
+    nodes = (node for node in graph.nodes if node.op in {"add", "add_"})
     return [node for node in nodes if len(set(node.inputs)) == 2]
 
 
@@ -81,46 +84,26 @@ def _find_blocks(graph: Graph, model: nn.Module) -> list[str]:
     return [name for name, module in modules.items() if type(module) in kinds]
 
 
-def _inside_blocks(graph: Graph, blocks: list[str]) -> set[str]:
-    found = {n for n in graph.layers for b in blocks if n.startswith(f"{b}.")}
-    branches, shortcuts = _sort_branches(graph)
-    return (found | branches) - shortcuts
-
-
 def _sort_branches(graph: Graph) -> tuple[set[str], set[str]]:
     """Layers on the longer and on the shorter branch of each addition."""
-    before = _ancestors(graph)
+    behind: dict[int, set[int]] = {}  # the operations that a value came through
+    for i, node in enumerate(graph.nodes):
+        came = {i}.union(*(behind.get(value, ()) for value in node.inputs))
+        behind |= dict.fromkeys(node.outputs, came)
     branches, shortcuts = set(), set()
     for node in _list_additions(graph):
-        first, second = (before.get(value, 0) for value in node.inputs)
-        sides = [_layers_in(graph, a & ~b)
-                 for a, b in ((first, second), (second, first))]  # fmt: skip
-        short, long = sorted(sides, key=len)
+        first, second = (behind.get(value, set()) for value in node.inputs)
+        # what both sides came through lies before the fork
+        short, long = sorted(
+            (
+                {graph.nodes[i].module for i in own} & graph.layers.keys()
+                for own in (first - second, second - first)
+            ),
+            key=len,
+        )
         branches |= long
         shortcuts |= short if len(short) < len(long) else set()
     return branches, shortcuts
-
-
-def _ancestors(graph: Graph) -> dict[int, int]:
-    """For each value the operations behind it, as bits of an integer."""
-    before: dict[int, int] = {}
-    for i, node in enumerate(graph.nodes):
-        bits = 1 << i
-        for value in node.inputs:
-            bits |= before.get(value, 0)
-        before |= dict.fromkeys(node.outputs, bits)
-    return before
-
-
-def _layers_in(graph: Graph, bits: int) -> set[str]:
-    nodes = (node for i, node in enumerate(graph.nodes) if bits >> i & 1)
-    return {node.module for node in nodes if node.module in graph.layers}
-
-
-def _stays_inside(graph: Graph, name: str, inside: set[str]) -> bool:
-    """Nothing outside the blocks is tied to it, but through an addition."""
-    group = graph.group_of[name]
-    return name in group.joined or inside.issuperset(group.layers)
 
 
 def _readers_of_images(graph: Graph) -> set[str]:

@@ -38,10 +38,9 @@ ADVICE = "; lower lr or look at the control's images"
 class Betas(dict[str, Tensor]):
     """`beta` per layer (float32 [channels], in [0, 1]) and how it came about.
 
-    `history`: one row per epoch with loss, top1 (of the mixed network, on the images),
-    mean and s.d. of beta, the share below a half, the rank correlation of the statistic
-    with |gamma| alone. `norms`: the BatchNorm of each layer. Both only describe: a
-    plain dict of the same tensors has the same importance.
+    `history`: a row per epoch, see `_describe`, with the loss and top1 of the mixed
+    network. `norms`: the BatchNorm of each layer. Both only describe: a plain dict of
+    the same tensors has the same importance.
     """
 
     def __init__(self, values=(), *, history=(), norms=None):
@@ -73,14 +72,13 @@ def select(
     each step, from 1/2; `batch_size` images and as many controls a step. The defaults
     are those of the official code for ImageNet. A `recipe` stands for epochs, lr,
     batch_size, seed and precision together; its optimizer, schedule and decay are the
-    method's all the same. `model` is left bit-identical: weights, running statistics,
-    modes; the work is done on a copy whose BatchNorms use those of the joint batch.
-    `graph`: of `model` at the images' size, if known. `checkpoint`, `device`: as in
-    `train.fit`. Several processes of a recipe mix, normalise and shuffle each within
-    its part of the batch, so their betas are not quite those of one process.
+    method's all the same. A copy is trained; `model` is left bit-identical. `graph`: of
+    `model` at the images' size, if known. `checkpoint`, `device`: as in `train.fit`.
+    Several processes of a recipe mix, normalise and shuffle each within its part of the
+    batch, so their betas are not quite those of one process.
 
-    Raises `ValueError` for a layer without a BatchNorm, a control of another shape, or
-    a beta that is not finite, naming the layer.
+    ValueError, naming the layer: no BatchNorm of its own, a beta that is not finite; a
+    control of another shape.
 
     Step by step in notebooks/11_scop_selection.ipynb.
     """
@@ -139,9 +137,8 @@ def learn_betas(
 def importance(model: nn.Module, betas: dict[str, Tensor]) -> dict[str, Tensor]:
     """`I = |gamma| (beta - beta~)`, float32 [channels] per layer (Tang et al. 2020).
 
-    gamma is the scale of the BatchNorm behind the layer, `beta~ = 1 - beta`. Raises
-    `ValueError`, naming the layer, for betas that are not finite, leave [0, 1] or have
-    another length than the layer has channels.
+    gamma is the scale of the BatchNorm behind the layer. ValueError, naming the layer:
+    betas that are not finite, leave [0, 1] or are not as many as its channels.
 
     Step by step in notebooks/11_scop_selection.ipynb.
     """
@@ -183,14 +180,15 @@ def read_scales(model: nn.Module, betas: dict[str, Tensor]) -> dict[str, Tensor]
 class MixedNet(nn.Module):
     """A copy of `model` that is trained on `beta` alone: images in, their logits out.
 
-    norms: the BatchNorm of each layer to select in. The control is kept in a tuple, for
-    a submodule would be trained and saved; its digest is in the state, so that a
-    checkpoint made with another control is not taken up.
+    norms: the BatchNorm of each layer to select in.
     """
 
     def __init__(self, model: nn.Module, control: Control, norms: dict[str, str]):
         super().__init__()
         self.net = copy.deepcopy(model).requires_grad_(False)
+        # In a tuple, for a submodule would be trained and saved with the rest. Its
+        # digest is saved instead: it is part of the starting state, by which `fit`
+        # tells a checkpoint that was made with another control.
         self._control, self.norms = (control,), dict(norms)
         digest = torch.tensor(list(bytes.fromhex(control.digest())), dtype=torch.uint8)
         self.register_buffer("control_digest", digest)
@@ -200,29 +198,25 @@ class MixedNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, classes] of the images x [B, C, H, W] when mixed with controls."""
+        # One pass for both halves: an image is mixed with one and the same control in
+        # every layer, and BatchNorms take one set of statistics of both.
         (control,) = self._control
         output = self.net(torch.cat([x, control.sample(x)]) if control.paired else x)
         if isinstance(output, tuple):  # auxiliary heads
             output = output[0]
         return output[: len(x)]
 
+    def mixers(self) -> dict[str, "MixedNorm"]:
+        """What stands in the place of the BatchNorm of each layer."""
+        return {n: self.net.get_submodule(norm) for n, norm in self.norms.items()}
+
     def read_betas(self) -> dict[str, Tensor]:
         """`beta` of each layer, projected, on the CPU."""
-        modules = {n: self.net.get_submodule(norm) for n, norm in self.norms.items()}
-        return {n: m.read_beta().float().cpu() for n, m in modules.items()}
-
-    def read_scales(self) -> dict[str, Tensor]:
-        """|gamma| of each layer, on the CPU."""
-        modules = {n: self.net.get_submodule(norm) for n, norm in self.norms.items()}
-        return {n: m.norm.weight.abs().float().cpu() for n, m in modules.items()}
+        return {n: m.read_beta().float().cpu() for n, m in self.mixers().items()}
 
 
 class MixedNorm(nn.Module):
-    """A BatchNorm that mixes the halves of its batch by `beta` before it normalises.
-
-    A ReLU behind it stays the network's own. The kernel could do it in the same pass,
-    but the network would do it again, which costs more than the pass it saves.
-    """
+    """A BatchNorm that mixes the halves of its batch by `beta` before it normalises."""
 
     start = 0.5
 
@@ -235,12 +229,17 @@ class MixedNorm(nn.Module):
         """[2B, C, ...] to the same: the mixed images' half, then the control's."""
         if not self.training:
             return self.norm(x)
-        with torch.no_grad():  # the projection after the step before
+        # The projection onto beta + beta~ = 1, beta >= 0 that belongs to the step
+        # before: made here, `train.fit` need not know of it. What the last step leaves
+        # is projected by `read_beta`.
+        with torch.no_grad():
             self.share.clamp_(0, 1)
         return self.mix(x)
 
     def mix(self, x: Tensor) -> Tensor:
         """What is done in training."""
+        # The kernel could also do the ReLU behind it, but that is a module of the
+        # network and would be done again, which costs more than the pass it saves.
         norm = self.norm
         return mix_norm_relu(
             x, self.share, norm.weight, norm.bias, eps=norm.eps, relu=False
@@ -254,20 +253,19 @@ class MixedNorm(nn.Module):
 class GatedNorm(MixedNorm):
     """A BatchNorm with a gate behind it: what is left of the method without a control.
 
-    Gates start at 1, the network as it is; a factor before the BatchNorm would cancel.
-    A gate is what is left when the control's part is taken off, `beta - beta~`, so that
-    `I` is `|gamma|` times the gate, and one formula serves every arm.
+    The gate is `beta - beta~`, so that `I` is `|gamma|` times the gate, and one formula
+    serves every arm.
     """
 
-    start = 1.0
+    start = 1.0  # the network as it is
 
     def mix(self, x: Tensor) -> Tensor:
         """[B, C, ...] to the same, each channel times its gate."""
-        y = self.norm(x)
+        y = self.norm(x)  # first: it would undo a factor before it
         return y * self.share.to(y.dtype).view(1, -1, *[1] * (x.dim() - 2))
 
     def read_beta(self) -> Tensor:
-        """`beta` [C] in [1/2, 1]: the gate is `beta - beta~`, `beta + beta~ = 1`."""
+        """`beta` [C] in [1/2, 1], from the gate `beta - beta~ = 2 beta - 1`."""
         return (1 + super().read_beta()) / 2
 
 
@@ -280,8 +278,12 @@ def _put_around(net: nn.Module, name: str, outer: MixedNorm) -> None:
 
 
 def _describe(mixed: MixedNet) -> dict[str, float]:
-    """The state of the betas in a few numbers, for the row of an epoch."""
-    betas, scales = mixed.read_betas(), mixed.read_scales()
+    """The state of the betas in a few numbers, for the row of an epoch.
+
+    Mean and s.d., the share below a half, see `correlate_ranks`.
+    """
+    betas, mixers = mixed.read_betas(), mixed.mixers()
+    scales = {n: m.norm.weight.abs().float().cpu() for n, m in mixers.items()}
     every = torch.cat(list(betas.values()))
     return {
         "beta_mean": float(every.mean()),
@@ -302,12 +304,10 @@ def correlate_ranks(betas: dict[str, Tensor], scales: dict[str, Tensor]) -> floa
     return sum(found.values()) / max(len(found), 1)
 
 
-# -- checks --------------------------------------------------------------------------
-
-
 def _pick_layers(
     model: nn.Module, shape: tuple, layers: list[str] | None, graph: Graph | None = None
 ) -> dict[str, str]:
+    """The BatchNorm of each layer to select in."""
     graph = graph or build_graph(model, shape)
     pairs = find_pairs(graph, model)
     chosen = block_layers(model, shape, graph=graph) if layers is None else layers

@@ -1,9 +1,7 @@
 """What a control is, and the arms that need no training.
 
-A control group for pruning is a batch of images that carries no information about the
-label: SCOP compares how much a network relies on a channel's response to the image with
-how much it relies on the response to the control. Arms differ in what they guarantee;
-each says so in its docstring, in these words:
+A control is a batch of images that carries no information about the label. Arms differ
+in what they guarantee; each says so in its docstring, in these words:
 
 - *independence*: the control says nothing about the label beyond what the image says;
 - *full swap*: (X, X~) and (X~, X) are equally distributed;
@@ -38,12 +36,11 @@ class Control(nn.Module):
     """Makes a control batch for a batch of images; `sample` is the one way in.
 
     Batches are normalised as `lib.data.batches` gives them, float [B, C, H, W]. Random
-    choices come from torch's global generator. `paired` is False for the arm that has
-    no control stream at all.
+    choices come from torch's global generator.
     """
 
     name = ""
-    paired = True
+    paired = True  # False for the arm that has no control stream at all
 
     def __init__(self, shape: CHW):
         super().__init__()
@@ -83,11 +80,7 @@ class Control(nn.Module):
 
 
 class NoControl(Control):
-    """No control stream: each channel gets a gate `beta` behind its BatchNorm.
-
-    Guarantees nothing, there is nothing to compare with. The gate stands behind the
-    normalisation because a BatchNorm over the batch undoes any factor before it.
-    """
+    """No control stream, so nothing is guaranteed: `lib.scop.selection.GatedNorm`."""
 
     name = "none"
     paired = False
@@ -100,9 +93,8 @@ class NoControl(Control):
 class Constant(Control):
     """The mean image, always the same: a control stream that carries nothing.
 
-    All else is as in the arms with a control: start, mixing, batch, statistic. What an
-    arm is better by than this one, its control images are worth. Independence holds,
-    neither swap does.
+    Independence holds, neither swap does. What an arm is better by than this one, its
+    control images are worth, for all else is the same.
     """
 
     name = "constant"
@@ -137,9 +129,10 @@ class Shuffle(Control):
     name = "shuffle"
 
     def make(self, batch: Tensor) -> Tensor:
-        """A random cyclic permutation of the images: each gets another one's place."""
+        """A random cyclic permutation of the images."""
         if len(batch) < 2:
             raise ValueError("control 'shuffle' needs two images or more in a batch")
+        # one cycle through all images, so that none is left in its own place
         order = torch.rand(len(batch), device=batch.device).argsort()
         made = torch.empty_like(batch)
         made[order] = batch[order.roll(1)]

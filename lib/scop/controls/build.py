@@ -29,19 +29,17 @@ def build_control(
     epochs: int | None = None,
     folder: str | Path | None = None,
     device: torch.device | str | None = None,
-    label: str | None = None,
     processes: int = 1,
     **options,
 ) -> Control:
     """The control `name`, ready to sample: in evaluation, frozen, on `device`.
 
     images: the training images; arms that learn never read the labels. epochs: of arms
-    that are trained, None for their default; the others have none. folder: where a
-    trained arm keeps `<name>-<hash>.pt` after every epoch and finds it again, if arm,
-    options, epochs, seed and images are the same. device: default a GPU where there is
-    one. label: what progress lines begin with. processes: that train the arm together,
-    on a CPU. options: fields of the arm's `Options`. Torch's global generators are left
-    as they were.
+    that are trained, None for their default. folder: where a trained arm keeps
+    `<name>-<hash>.pt` after every epoch and finds it again, if arm, options, epochs,
+    seed and images are the same. device: default a GPU where there is one. processes:
+    that train the arm together, on a CPU. options: fields of the arm's `Options`.
+    Torch's global generators are left as they were.
 
     ValueError: unknown names, values out of range, a damaged checkpoint, a loss that
     stops being finite.
@@ -51,12 +49,10 @@ def build_control(
     kind = getattr(arm_type, "Options", Options)
     known = [option.name for option in fields(kind)]
     check_known(f"control '{name}': option", options, known)
-    chosen = kind(**options)
     if issubclass(arm_type, Trained):
         control = train_control(
-            arm_type, images, chosen, epochs=epochs, seed=seed, folder=folder,
-            device=device, label=label or f"{name} control",
-            several=check_int("processes", processes, 1),
+            arm_type, images, kind(**options), epochs=epochs, seed=seed, folder=folder,
+            device=device, several=check_int("processes", processes, 1),
         )  # fmt: skip
     else:
         control = arm_type(images.shape)

@@ -15,11 +15,12 @@ from lib.train.recipe import setting
 
 @dataclass(frozen=True)
 class GanOptions(Options):
-    """width: channels before the last layer, of generator and critic. rescale: see
-    `Generator`. critic_steps: critic updates per update of the generator. penalty: on
-    the critic's gradient norm, at one update in `penalty_every` with so much more
-    weight. average: what is kept of the sampling weights at an update, the rest comes
-    from the player's. lr, batch_size: of both players.
+    """width: channels before the last layer, of generator and critic. rescale: bring
+    pixels of the tanh, in [-1, 1], into the normalised space of images; False leaves
+    them as they are, as the released code does. critic_steps: critic updates per update
+    of the generator. penalty: on the critic's gradient norm, at one update in
+    `penalty_every` with so much more weight. average: what is kept of the sampling
+    weights at an update. lr, batch_size: of both players.
 
     The defaults train in seconds on one core. The released generator has width 64, its
     source critic_steps 5, penalty_every 1, average 0, lr 1e-4, batch_size 64.
@@ -36,19 +37,17 @@ class GanOptions(Options):
 
 
 class GanGame(Game):
-    """Wasserstein GAN with gradient penalty (Gulrajani et al. 2017).
-
-    The arm samples with a running average of the player's weights, which is smoother
-    than the player late in a short training.
-    """
+    """Wasserstein GAN with gradient penalty (Gulrajani et al. 2017)."""
 
     def __init__(self, arm: "Generator"):
         super().__init__(arm)
+        # The arm samples with a running average of the player's weights: late in a
+        # short training the two players still move each other about.
         self.player = copy.deepcopy(arm.net)
         self.critic = make_critic(arm.shape, arm.options.width)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """Adam without much memory of the mean, for both players."""
+        """For both players; a short memory of the mean, for the other one moves on."""
         players = [*self.player.parameters(), *self.critic.parameters()]
         lr = self.arm.options.lr
         return torch.optim.Adam(players, lr=lr, betas=(0.5, 0.9), fused=True)
@@ -65,11 +64,13 @@ class GanGame(Game):
 
     @torch.no_grad()
     def follow(self, count: int) -> None:
-        """Move the average; its BatchNorms measure what it makes itself."""
+        """Move the average towards the player."""
         share = 1 - self.arm.options.average
         pairs = zip(self.arm.net.parameters(), self.player.parameters(), strict=True)
         for mean, weight in pairs:
             mean.lerp_(weight, share)
+        # The player's running statistics are not those of averaged weights, so that
+        # the BatchNorms measure their own, on images that are thrown away.
         self.arm.draw(count, self.arm.net)
 
     def teach_critic(self, real: Tensor, turn: int) -> dict[str, Tensor]:
@@ -79,6 +80,8 @@ class GanGame(Game):
             fake = self.arm.draw(len(real), self.player)
         distance = self.critic(real).mean() - self.critic(fake).mean()
         seen, loss = {"distance": distance}, -distance
+        # A gradient through a gradient costs as much as the rest: at every few updates,
+        # with so much more weight, it is the same penalty on average.
         if turn % options.penalty_every == 0:
             seen["penalty"] = self.penalise(real, fake)
             loss = loss + options.penalty_every * options.penalty * seen["penalty"]
@@ -101,8 +104,6 @@ class Generator(Trained):
     the GAN matches the distribution of images, partial swaps cannot: coordinates of two
     unrelated images are not correlated as those of one. A fresh z for every sample.
 
-    rescale: bring pixels of the tanh, in [-1, 1], into the normalised space of images;
-    False leaves them as they are, as the released code does.
     """
 
     name = "generator"

@@ -19,7 +19,6 @@ def solve_s(covariance: Tensor) -> Tensor:
     covariance: [p, p], positive definite; returned: float64 [p], in its units. The s
     with the least trace of the inverse joint covariance, on the correlation scale
     (minimum variance-based reconstructability, Spector & Janson 2022).
-    ValueError: not symmetric, or singular.
     """
     # Along (X - X~, X + X~) / sqrt 2 the joint covariance is diag(S, 2 Sigma - S): a
     # small s makes X~ a copy, a large one makes 2 Sigma - S singular, so that some
@@ -59,8 +58,8 @@ class GaussianKnockoffs:
     """Knockoffs of N(mean, covariance), or second-order knockoffs of anything else.
 
     mean: [p]; covariance: [p, p], positive definite; s: [p] as from `solve_s`.
-    ValueError: shapes that do not fit, a singular covariance, or an s outside 0 <= s,
-    2 Sigma - S >= 0 by more than rounding.
+    ValueError: shapes that do not fit, or an s that is out of bounds by more than
+    rounding.
     """
 
     def __init__(self, mean: Tensor, covariance: Tensor, s: Tensor):
@@ -72,7 +71,14 @@ class GaussianKnockoffs:
                 f"mean and s: expected shape {list(size)} to go with the covariance, "
                 f"got {list(self.mean.shape)} and {list(self.s.shape)}"
             )
-        self._check_feasible()
+        margin = ROUNDING * float(self.covariance.diagonal().max())
+        least = torch.linalg.eigvalsh(2 * self.covariance - self.s.diag())[0]
+        if not (float(self.s.min()) >= -margin and float(least) >= -margin):
+            raise ValueError(
+                "s: expected 0 <= s and 2 covariance - diag(s) without negative "
+                f"eigenvalue, got least s {float(self.s.min()):.3g} and least "
+                f"eigenvalue {float(least):.3g}"
+            )
         # Candes et al. 2018, eq. 3.2: the law of X~ given X = x
         solved = torch.linalg.solve(self.covariance, self.s.diag())
         joint = 2 * self.s.diag() - self.s[:, None] * solved
@@ -82,21 +88,10 @@ class GaussianKnockoffs:
         values, vectors = torch.linalg.eigh(self.conditional_covariance)
         self._factor = vectors * values.clamp(min=0).sqrt()
 
-    def _check_feasible(self) -> None:
-        margin = ROUNDING * float(self.covariance.diagonal().max())
-        least = torch.linalg.eigvalsh(2 * self.covariance - self.s.diag())[0]
-        if not (float(self.s.min()) >= -margin and float(least) >= -margin):
-            raise ValueError(
-                "s: expected 0 <= s and 2 covariance - diag(s) without negative "
-                f"eigenvalue, got least s {float(self.s.min()):.3g} and least "
-                f"eigenvalue {float(least):.3g}"
-            )
-
     def conditional_mean(self, x: Tensor) -> Tensor:
         """E[X~ | X = x] = x - (x - mean) Sigma^-1 S, float64 [n, p], for x [n, p].
 
-        `conditional_covariance` [p, p], 2 S - S Sigma^-1 S, is the other half of the
-        law. ValueError where x has another width.
+        The other half of the law is `conditional_covariance`, 2 S - S Sigma^-1 S.
         """
         if x.dim() != 2 or x.shape[1] != len(self.mean):
             raise ValueError(
@@ -106,21 +101,14 @@ class GaussianKnockoffs:
         return x - (x - self.mean) @ self.coefficients
 
     def sample(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """One knockoff for each row of x [n, p]; same shape, dtype and device.
-
-        Gaussian noise comes from `generator`, wherever it lies.
-        """
+        """One knockoff for each row of x [n, p]; same shape, dtype and device."""
         mean = self.conditional_mean(x)
         noise = draw_normal(*mean.shape, generator).to(mean.device)
         return (mean + noise @ self._factor.T).to(x)
 
 
 def check_covariance(covariance: Tensor) -> Tensor:
-    """The matrix [p, p] in float64 if it is symmetric and positive definite.
-
-    ValueError says what it is instead. Definite means: on the correlation scale the
-    smallest eigenvalue is above 1e-10.
-    """
+    """The matrix [p, p] in float64; ValueError: not symmetric and positive definite."""
     matrix = covariance.detach().double()
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
         raise ValueError(f"covariance: expected [p, p], got {list(matrix.shape)}")

@@ -48,8 +48,7 @@ class DeepOptions(Options):
 class Reduced(Trained):
     """The leading coordinates, whitened; an arm says in `redraw` what becomes of them.
 
-    ValueError: more components than have a variance, or images above 8192 values (the
-    covariance is dense).
+    ValueError: more components than have a variance, images above `LARGEST` values.
     """
 
     def __init__(self, images: ImageSet, options: Options | None = None):
@@ -70,7 +69,6 @@ class Reduced(Trained):
         self.register_buffer("spread", torch.ones(kept))
 
     def prepare(self, images: ImageSet) -> None:
-        """Find the axes."""
         center, axes, variances = find_axes(images, self.options.components)
         if variances[-1] <= 1e-10 * variances[0]:
             found = int((variances > 1e-10 * variances[0]).sum())
@@ -92,6 +90,7 @@ class Reduced(Trained):
 
     def make(self, batch: Tensor) -> Tensor:
         """The image, moved along the leading axes only."""
+        # by the difference: what lies off the axes is copied, not built up again
         u = self.whiten(batch)
         moved = ((self.redraw(u) - u) * self.spread) @ self.axes.T
         return batch + moved.view(batch.shape)
@@ -121,7 +120,7 @@ class DeepGame(Game):
     """Deep Knockoffs' losses (Romano, Sesia, Candes 2020) on whitened coordinates."""
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """SGD with momentum."""
+        """SGD with momentum; the rate falls as the losses are weighted up."""
         o = self.arm.options
         rate = o.lr / max(o.exchange, o.moments, o.decorrelation, 1.0)
         machine = self.arm.machine.parameters()
@@ -169,8 +168,7 @@ class Deep(Reduced):
 def find_axes(images: ImageSet, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [p], leading axes [p, count] and variances [count] of normalised pixels.
 
-    float64, from the covariance of all images, summed in parts. Each axis points to
-    where its largest entry is positive.
+    float64, from the covariance of all images, summed in parts.
     """
     size, where = prod(images.shape), images.images.device
     total = torch.zeros(size, dtype=torch.float64, device=where)
@@ -183,6 +181,7 @@ def find_axes(images: ImageSet, count: int) -> tuple[Tensor, Tensor, Tensor]:
     second.div_(len(images)).addr_(mean, mean, alpha=-1)
     values, axes = torch.linalg.eigh(second)
     values, axes = values[-count:].flip(0), axes[:, -count:].flip(1)
+    # The sign of an eigenvector is the solver's whim; controls should not turn with it.
     peaks = axes.gather(0, axes.abs().argmax(0, keepdim=True))
     return mean, axes * peaks.sign(), values.clamp(min=0)
 
@@ -200,14 +199,18 @@ def make_machine(size: int, width: int) -> nn.Sequential:
 def measure_swaps(u: Tensor, made: Tensor) -> Tensor:
     """MMD of one half of the pairs against the other, fully and partially swapped.
 
-    u, made: [B, k]. The sum of two distances, each the root of the biased statistic;
-    which coordinates change places in the partial swap is drawn anew.
+    u, made: [B, k]. The sum of two distances; which coordinates change places in the
+    partial swap is drawn anew.
     """
+    # The swapped pairs are others than the unswapped ones: an MMD compares independent
+    # samples, and two arrangements of the same rows are not.
     half = len(u) // 2
     pairs = torch.cat([u[:half], made[:half]], 1)
     a, b = u[half : 2 * half], made[half : 2 * half]
     coins = torch.rand(u.shape[1], device=u.device) < 0.5
     others = torch.cat([b, a], 1), torch.cat(exchange(a, b, coins), 1)
+    # Biased, as it is never negative, and its root, whose slope does not fade as the
+    # distance falls; the clamp keeps that slope finite at 0.
     squares = [mmd2(pairs, other, WIDTHS, unbiased=False) for other in others]
     return sum(square.clamp(min=1e-12).sqrt() for square in squares)
 
@@ -216,7 +219,7 @@ def compare_moments(u: Tensor, made: Tensor) -> Tensor:
     """How far mean and covariances of the controls are from those of a knockoff.
 
     Coordinates are whitened: covariance 1 of the controls, and 0 between a coordinate
-    and the control of another one.
+    and the control of another one. Its own control is `decorrelation`'s business.
     """
     count, size = u.shape
     one = torch.eye(size, device=u.device)

@@ -32,9 +32,9 @@ class SwapOptions(Options):
 class SwapGame(Game):
     """A discriminator guesses, block by block, which of two images is the control.
 
-    KnockoffGAN's game (Jordon et al., ICLR 2019) with one swap per block of pixels. The
-    generator is taught towards a guess of 1/2; the source takes the discriminator's
-    negative loss, which has no lower bound.
+    KnockoffGAN's game (Jordon et al., ICLR 2019) with one swap per block of pixels. If
+    no guess can beat a coin, even with the other swaps told, then any set of blocks can
+    change places.
     """
 
     def __init__(self, arm: "SwapGAN"):
@@ -42,7 +42,7 @@ class SwapGame(Game):
         self.judge = Judge(arm.shape, arm.block, arm.options.width)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """Adam for both players."""
+        """For both players, as in `GanGame`."""
         players = [*self.arm.net.parameters(), *self.judge.parameters()]
         lr = self.arm.options.lr
         return torch.optim.Adam(players, lr=lr, betas=(0.5, 0.9), fused=True)
@@ -52,10 +52,17 @@ class SwapGame(Game):
         guess = self.teach_judge(x)
         made = self.arm.make(x)
         coins = self.judge.draw_swap(x)
-        told = torch.zeros_like(coins)
+        told = torch.zeros_like(
+            coins
+        )  # every block has to hide its swap, none is given
         logits = self.judge(*swap_blocks(x, made, coins), told, coins)
+        # Towards a guess of 1/2 rather than away from the right one, as in the source:
+        # the judge's loss turned round has no lower bound, and a generator that makes
+        # it guess wrongly with confidence has given the swap away just as well.
         half = torch.full_like(logits, 0.5)
         confusion = F.binary_cross_entropy_with_logits(logits, half)
+        # A copy of the image confuses every judge: likeness has to cost something. It
+        # is measured where the swaps are, in blocks, over the images of the batch.
         means = (average_blocks(v, self.arm.block) for v in (x, made))
         alike = correlate(*means, eps=1e-6).square().mean()
         self.descend(confusion + self.arm.options.decorrelation * alike, self.arm.net)
@@ -66,6 +73,8 @@ class SwapGame(Game):
         with torch.no_grad():
             made = self.arm.make(x)
         coins = self.judge.draw_swap(x)
+        # With most of the other swaps told, the question about a block is the one that
+        # a knockoff must withstand: was it swapped, given all the rest?
         told = (torch.rand_like(coins) < self.arm.options.hint).float()
         logits = self.judge(*swap_blocks(x, made, coins), told, coins)
         losses = F.binary_cross_entropy_with_logits(logits, coins, reduction="none")
@@ -80,11 +89,10 @@ class SwapGAN(Trained):
 
     Independence holds: G sees the image, never its label. The full swap and partial
     swaps of whole blocks hold as far as the discriminator was beaten; partial swaps
-    within a block are not asked for. G = identity beats every discriminator, so a
-    second loss asks for little correlation between block means of image and control.
-    The two conflict: neighbouring pixels nearly determine one another (a valid
-    second-order knockoff of 32 x 32 CIFAR-10 pixels correlates with the image by 0.997
-    or more), and what is given up for decorrelation is exchangeability.
+    within a block are not asked for. The two losses conflict: neighbouring pixels
+    nearly determine one another (a valid second-order knockoff of 32 x 32 CIFAR-10
+    pixels correlates with the image by 0.997 or more), and what is given up for
+    decorrelation is exchangeability.
     """
 
     name = "swap_gan"
@@ -122,7 +130,7 @@ class Distort(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        halved = halve(x)
+        halved = halve(x)  # a hidden layer sees twice as far for a quarter of the work
         z = torch.randn(len(x), self.noise, *halved.shape[2:], device=x.device)
         change = F.pixel_shuffle(self.change(torch.cat([halved, z], 1)), 2)
         return x + change[:, :, : x.shape[2], : x.shape[3]]
@@ -159,8 +167,7 @@ def halve(x: Tensor) -> Tensor:
 
 
 def pick_block(shape: CHW) -> int:
-    """The usual side of a block, for images (C, H, W): the largest of 4, 2, 1 that
-    divides both sides."""
+    """The largest side of a block out of 4, 2, 1 that divides both sides of images."""
     return next(b for b in (4, 2, 1) if not (shape[1] % b or shape[2] % b))
 
 

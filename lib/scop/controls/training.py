@@ -1,9 +1,9 @@
 """How a control learns: options, one training loop, a checkpoint after every epoch.
 
 A training that was killed takes up after its last whole epoch and, on a CPU, ends with
-bit-identical weights: randomness comes from (seed, epoch). Several processes step
-together, each on its part of every batch; a loss that compares the images of a batch
-with one another then compares those of a part.
+bit-identical weights. Several processes step together, each on its part of every batch;
+a loss that compares the images of a batch with one another then compares those of a
+part.
 """
 
 import math
@@ -21,8 +21,6 @@ from lib.scop.controls.base import Control
 from lib.train import checkpoint, processes, workers
 from lib.train.progress import Report
 from lib.train.recipe import Checked, Recipe, seeded
-
-PARTS = ("modules", "optimizer", "rows")  # of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Game(nn.Module):
         self.count = 1  # images of the step, of this process
 
     def make_optimizer(self) -> torch.optim.Optimizer | None:
-        """For all players together, once the parameters lie on their device."""
+        """For all players together; None for an arm that is only prepared."""
         return None
 
     def step(self, x: Tensor, turn: int) -> dict[str, Tensor]:
@@ -55,7 +53,9 @@ class Game(nn.Module):
         raise NotImplementedError
 
     def descend(self, loss: Tensor, player: nn.Module) -> None:
-        """One step of `player` down `loss`; the optimizer skips who has no gradient."""
+        """One step of `player` down `loss`."""
+        # The optimizer holds both players but skips those without a gradient; `inputs`
+        # keeps this loss from leaving one with the other.
         self.optimizer.zero_grad(set_to_none=True)
         taught = list(player.parameters())
         loss.backward(inputs=taught)
@@ -66,15 +66,14 @@ class Game(nn.Module):
 class Trained(Control):
     """A control that learns from the training images; their labels are never read.
 
-    `options` holds an instance of `Options` of the class; `rows` what each epoch of the
-    training gave. `sampling` names the options that training does not depend on.
+    `rows`: what each epoch of the training gave.
     """
 
     Options: type[Options] = Options
     Game: type[Game] = Game
     epochs = 0
-    least = 2
-    sampling: tuple[str, ...] = ()
+    least = 2  # images that it can learn from
+    sampling: tuple[str, ...] = ()  # options that training does not depend on
 
     def __init__(self, images: ImageSet, options: Options | None = None):
         super().__init__(images.shape)
@@ -98,8 +97,7 @@ def train_control(
     seed: int,
     folder: str | Path | None,
     device: torch.device,
-    label: str,
-    several: int = 1,
+    several: int,
 ) -> Trained:
     """An arm of `arm_type`, trained or read from `folder`; see `build_control`."""
     epochs = arm_type.epochs if epochs is None or not arm_type.epochs else epochs
@@ -112,14 +110,14 @@ def train_control(
     identity = identify(arm_type, images, options, epochs=epochs, seed=seed)
     path = locate(folder, identity)
     images = images.to(device)
-    with seeded(seed, 0, device):
+    with seeded(seed, 0, device):  # stream 0 for the start, epoch e has stream e + 1
         arm = arm_type(images, options)
         game = arm_type.Game(arm).to(device)
         game.optimizer = game.make_optimizer()
         if not take_up(path, identity, game):
             arm.prepare(images)
             save(path, identity, game)
-    rest = game, images, recipe, identity, path, label
+    rest = game, images, recipe, identity, path
     if len(arm.rows) < epochs:
         if several > 1 and device.type == "cpu" and not processes.joined():
             return workers.run(several, play, *rest)
@@ -129,7 +127,7 @@ def train_control(
 
 
 def play(
-    game: Game, images: ImageSet, recipe: Recipe, identity: dict, path, label: str
+    game: Game, images: ImageSet, recipe: Recipe, identity: dict, path: Path | None
 ) -> Trained:
     """Run the epochs that are missing; each ends in a row and a checkpoint."""
     count, least = processes.count(), game.arm.least
@@ -142,9 +140,12 @@ def play(
     steps = count_batches(images, recipe.batch_size, train=True)
     rows = game.arm.rows
     game.train()
+    label = f"{game.arm.name} control"
     with Report(recipe, steps, label, done=len(rows)) as report:
         for epoch in range(len(rows), recipe.epochs):
             start = time.perf_counter()
+            # Seeded anew in every epoch: the draws of this one do not depend on
+            # whether those before it were made here or taken up from a checkpoint.
             own = epoch + 1 + processes.stream()
             with seeded(recipe.seed, own, images.images.device):
                 losses = run_epoch(game, images, recipe, epoch, report)
@@ -220,11 +221,8 @@ def save(path: Path | None, identity: dict, game: Game) -> None:
 
 
 def take_up(path: Path | None, identity: dict, game: Game) -> bool:
-    """Put the last finished epoch into `game`; whether there was one.
-
-    ValueError names a file that is damaged.
-    """
-    state = checkpoint.take_up(path, identity, PARTS)
+    """Put the last finished epoch into `game`; whether there was one."""
+    state = checkpoint.take_up(path, identity, ("modules", "optimizer", "rows"))
     if state is None:
         return False
     with paths.reading(path, "checkpoint"):
