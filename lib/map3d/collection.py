@@ -36,8 +36,7 @@ def collect(
     """Measure every point of `design`; one row a point, columns `COLUMNS`.
 
     Each chain starts from `model`; a point is pruned from the network of the point
-    before (blocks by linear probes on the validation images, then channels by BatchNorm
-    scale, then smaller images) and fine-tuned by `recipe`, the unpruned point too, so
+    before, see `prune_once`, and fine-tuned by `recipe`, the unpruned point too, so
     that all have the same schedule. Shares, MACs and parameters are those of the
     network as it came out, not as asked for; points that the space cannot tell apart
     are measured once a chain. `top1`: validation accuracy in percent after the last
@@ -105,10 +104,11 @@ def prune_once(
     seed: int = 0,
     graph: Graph | None = None,
 ) -> Plan:
-    """The plan that takes `model` to `shape`: probes, scales and sides, in that order.
+    """The plan that takes `model` to `shape`.
 
-    Probes run on the validation images, at `resolution` (None: the native side), and
-    only where blocks must go. `graph`, if given, is that of `model`.
+    Blocks go by linear probes on the validation images, at `resolution` (None: the
+    native side), then channels by BatchNorm scale, then pixels. `graph`, if given, is
+    that of `model`.
     """
     graph = graph or build_graph(model, space.input_shape)
     order: list[str] = []
@@ -123,12 +123,7 @@ def prune_once(
 # -- one chain -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Network:
-    """What the point before left: a network and the side it was trained at."""
-
-    model: nn.Module
-    side: int
+_Network = tuple[nn.Module, int]  # what a point leaves, and the side it was trained at
 
 
 @dataclass(frozen=True)
@@ -141,8 +136,7 @@ class _Collection:
     folder: Path
 
     def measure_chain(self, model: nn.Module, chain: Chain) -> Iterator[dict]:
-        """The rows of one chain."""
-        here, seen, name = _Network(model, self.space.native), set(), _name_chain(chain)
+        here, seen, name = (model, self.space.native), set(), _name_chain(chain)
         for number, asked in enumerate(chain, 1):
             shape = self.space.snap(*asked)
             if shape not in seen:
@@ -159,10 +153,12 @@ class _Collection:
             recipe=replace(self.recipe, resolution=plan.resolution),
             checkpoint=place / "finetune.pt", label=place.name.rpartition("-")[0],
         )  # fmt: skip
-        done, there = place / "point.json", _Network(small, shape.side)
+        done, there = place / "point.json", (small, shape.side)
         # A row is worth its weights: trained anew, they are measured anew.
         if done.is_file() and history.resumed == self.recipe.epochs:
-            return there, _read_row(done)
+            row = paths.read_json(done)
+            with paths.reading(done, "measured point"):
+                return there, {name: row[name] for name in COLUMNS[2:]}
         found = train.evaluate(small, self.sets.val, resolution=plan.resolution)
         row = {
             **self.space.measure(small, shape.side), "top1": found["top1"],
@@ -174,39 +170,35 @@ class _Collection:
 
     def prune(self, here: _Network, shape: Shape, path: Path) -> tuple[Plan, nn.Module]:
         """The plan of a point, stored when it is begun, and the network it makes."""
-        graph = build_graph(here.model, self.space.input_shape)
+        model, side = here
+        graph = build_graph(model, self.space.input_shape)
         if path.is_file():
             plan = Plan.load(path)
         else:
-            side = None if here.side == self.space.native else here.side
             plan = prune_once(
-                here.model, self.space, shape, self.sets,
-                resolution=side, seed=self.recipe.seed, graph=graph,
+                model, self.space, shape, self.sets,
+                resolution=None if side == self.space.native else side,
+                seed=self.recipe.seed, graph=graph,
             )  # fmt: skip
             plan.save(path)
         if plan == Plan():
-            return plan, copy.deepcopy(here.model)
-        return plan, surgery.shrink(
-            here.model, plan, self.space.input_shape, graph=graph
-        )
+            return plan, copy.deepcopy(model)
+        return plan, surgery.shrink(model, plan, self.space.input_shape, graph=graph)
 
     def name_point(self, here: _Network, shape: Shape) -> str:
         """A folder's name: the shape, the seed, and a digest of all that decides."""
+        # By the weights that it is pruned from, not by its place in the chain: chains
+        # of other designs that begin alike share their first points.
+        model, side = here
         identity = {
             "recipe": self.recipe.identity,
             "space": [self.space.width, self.space.multiple],
             "images": [self.sets.train.name, digest_images(self.sets.train)],
             "judged by": digest_images(self.sets.val),
-            "from": [here.side, digest_tensors("", *here.model.state_dict().values())],
+            "from": [side, digest_tensors("", *model.state_dict().values())],
         }
         size = f"{shape.blocks}blocks-width{shape.width}-{shape.side}px"
         return f"{size}-seed{self.recipe.seed}-{digest_identity(identity)}"
-
-
-def _read_row(path: Path) -> dict:
-    row = paths.read_json(path)
-    with paths.reading(path, "measured point"):
-        return {name: row[name] for name in COLUMNS[2:]}
 
 
 def _name_chain(chain: Chain) -> str:

@@ -53,9 +53,9 @@ FORMULA = PowerLaw()  # Wang et al. 2021: C = d w^2 r^2
 def fit_exponents(points) -> PowerLaw:
     """The power law, C(1, 1, 1) = 1, nearest to measured costs in logs.
 
-    points: a table of d, w, r and `share`, all > 0. ValueError: columns missing,
-    numbers not > 0, a share other than 1 at d = w = r = 1, dimensions that do not move
-    or move together, as under compound scaling; an exponent below 0.
+    points: a table of d, w, r and `share`, all > 0. ValueError: a share other than 1 at
+    d = w = r = 1, dimensions that do not move or move together, as under compound
+    scaling; an exponent below 0.
     """
     logs = np.log(read_numbers(points, (*NAMES, "share")))
     x, y = logs[:, :3], logs[:, 3]
@@ -68,8 +68,9 @@ def fit_exponents(points) -> PowerLaw:
         raise ValueError(
             f"{', '.join(still)} never below 1; measure networks where it is"
         )
-    # Only the directions of the columns tell exponents apart, so lengths are taken out;
-    # norm -2 is the least singular value, 0 where one column is the sum of the others.
+    # Least squares would split among exponents what moves together, in a way that no
+    # cost decides. Only the directions of the columns tell them apart, so lengths are
+    # taken out; norm -2 is the least singular value, 0 where one is made of the others.
     if len(x) < 3 or np.linalg.norm(x / np.linalg.norm(x, axis=0), -2) < COLLINEAR:
         raise ValueError(
             f"d, w and r move together in these {len(x)} pruned networks, as under "
@@ -84,7 +85,7 @@ def equal_split(keep: float, cost: PowerLaw = FORMULA) -> tuple[float, float, fl
     """The (d, w, r) at `keep` whose shares would each alone leave the same cost.
 
     For 0.5 of the formula (0.794, 0.891, 0.891). A dimension that costs nothing stays
-    at 1. ValueError: keep outside (0, 1].
+    at 1.
     """
     keep = check_keep(keep)
     e = np.array(cost.exponents)
@@ -99,7 +100,7 @@ def inverse_compound(
 ) -> tuple[float, float, float]:
     """EfficientNet's compound scaling run backwards: `COMPOUND`^-phi with C = keep.
 
-    For 0.5 of the formula (0.824, 0.904, 0.862). ValueError: keep outside (0, 1].
+    For 0.5 of the formula (0.824, 0.904, 0.862).
     """
     keep = check_keep(keep)
     phi = -np.log(keep) / (np.log(COMPOUND) @ cost.exponents)
@@ -112,10 +113,8 @@ def inverse_compound(
 def make_relative(cost: Callable, box: np.ndarray) -> Callable:
     """`cost` over cost(1, 1, 1), for arrays: what an optimum is searched with.
 
-    cost: any function of three numbers d, w, r, in any unit, called point by point.
-    box: low and high (d, w, r), float64 [2, 3], where it is tried on 5 x 5 x 5 points.
-    ValueError: no function, values that are not finite and positive, a cost that falls
-    somewhere as a share grows, or that is the same everywhere.
+    cost: any function of three numbers d, w, r, in any unit, called point by point; it
+    is tried, and refused, on 5 x 5 x 5 points of box, low and high (d, w, r) [2, 3].
     """
     if isinstance(cost, PowerLaw):
         return cost
@@ -177,9 +176,8 @@ def rank_lattice(
     table: d, w, r, `share` and whatever else describes a network, as `Space.lattice`
     makes it. Kept, with their index: rows of a share in [keep - tolerance, keep];
     added: predicted (percent), covered (inside the map's box; a warning where not all
-    are). Of equal predictions the cheaper network is first, of equally cheap ones that
-    higher up in the table. ValueError: keep outside (0, 1], tolerance < 0, no row in
-    reach, columns that are missing or not > 0.
+    are). Of equal predictions the cheaper network is first. ValueError: no row in
+    reach.
     """
     found = _take_affordable(table, keep, tolerance)
     x = read_numbers(found)
@@ -204,15 +202,15 @@ def pick_rivals(
     """The network of the lattice that each rival strategy ends at, indexed by name.
 
     "depth", "width", "resolution": that dimension alone, the network whose MACs come
-    nearest to `keep`, below or above it: where a dimension has coarse steps, none may
-    fit, and a rival that spends a little more is the harder one to beat (see `share`).
-    "equal": all three take the same share of the cost; "compound":
-    EfficientNet's scaling reversed. Both are rounded to the nearest network in the logs
-    of d, w, r whose share lies in [keep - tolerance, keep]. `cost`: the law by which
-    equal and compound reckon (default: fitted to the lattice). ValueError where a
-    strategy cannot meet the budget, a single dimension by a tenth of `keep`.
+    nearest to `keep`, below or above it. "equal", "compound": `equal_split` and
+    `inverse_compound`, rounded to the nearest network in the logs of d, w, r whose
+    share lies in [keep - tolerance, keep]. `cost`: the law by which those two reckon
+    (default: fitted to the lattice). ValueError where a strategy cannot meet the
+    budget, a single dimension by a tenth of `keep`.
     """
     cost = cost or fit_exponents(lattice)
+    # A single dimension has coarse steps, none of which may fit: a rival that spends a
+    # little more than the budget is the harder one to beat.
     rows = {name: _pick_single(lattice, keep, name) for name in SINGLE}
     near = _take_affordable(lattice, keep, tolerance)
     rows["equal"] = _pick_nearest(near, equal_split(keep, cost))

@@ -21,8 +21,7 @@ def find_floors(keep: float, exponents: Sequence[float] = (1.0, 2.0, 2.0)) -> Po
     """The share at which one dimension alone meets the budget, for d, w and r.
 
     `keep`: share of the cost that stays, in (0, 1]; the cost is d^a w^b r^c with
-    `exponents` (a, b, c), all positive. Half of the paper's d w^2 r^2: (.5, .707,
-    .707). ValueError for other values.
+    `exponents` (a, b, c), all positive. Half of the paper's: (.5, .707, .707).
     """
     keep = check_keep(keep)
     if len(exponents) != 3:
@@ -71,6 +70,7 @@ def _walk_axes(floors: Point, rounds: int) -> list[Chain]:
 
 
 def _list_interior(floors: Point) -> list[Chain]:
+    """Points off the axes: those on them cannot tell a product from a sum."""
     pruned = [(1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)]
     return [
         [tuple(f ** (on / sum(row)) for f, on in zip(floors, row, strict=True))]

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 from lib.map3d import solvers
 from lib.map3d.costs import NAMES
 from lib.map3d.predictor import SLACK, Map
-from lib.settings import Rule, check_rule
+from lib.settings import check_int
 
 COLUMNS = (*NAMES, "accuracy")
 RIDGE = 1e-8  # picks a small one among sums of products that fit alike
@@ -45,17 +45,14 @@ def fit(
 
     points: [N, 4], columns d, w, r in (0, 1] and accuracy in percent, or a DataFrame
     with these names ("top1" also serves as accuracy). rank: products in the sum.
-    degree: K. monotone (rank 1): H_m = 1 - sum over k of g_mk u^k with g >= 0, and
-    H_m >= 0 in the box: F never rises there as a share falls; degrees of freedom are
-    counted by the g above 0. A dimension that does not vary gets the factor 1.
-    Where the points determine fewer parameters than the map has, `UnidentifiedWarning`
-    tells how many, and the solution is one of small norm. Refused are fewer distinct
-    points than rank 1 needs: 1 + K per dimension that varies.
-    ValueError: that; another shape, missing columns, shares outside (0, 1], accuracies
-    outside [0, 100] or all 0, K levels or fewer in a dimension that varies, none that
-    varies, options that do not go together.
-    Source: Wang et al. 2021; the basis and the solvers (Levenberg-Marquardt; monotone:
-    alternating nonnegative least squares) are ours.
+    degree: K. monotone (rank 1): F never rises in the box of the data as a share falls.
+    A dimension that does not vary gets the factor 1. Where the points determine fewer
+    parameters than the map has, `UnidentifiedWarning` tells how many, and the solution
+    is one of small norm.
+    ValueError: a table that is none of shares and percents, fewer distinct points than
+    rank 1 needs (1 + K per dimension that varies), K levels or fewer in a dimension
+    that varies, none that varies, options that do not go together.
+    Source: Wang et al. 2021; the basis and the solvers are ours.
 
     Step by step in notebooks/31_map_fit.ipynb.
     """
@@ -77,30 +74,27 @@ def fit_table(table: np.ndarray, rank: int, degree: int, monotone: bool) -> Map:
             UnidentifiedWarning,
             stacklevel=3,
         )
-    scale, bases = np.abs(table[:, 3]).max(), _make_bases(table, degrees)
+    low, high = table[:, :3].min(axis=0), table[:, :3].max(axis=0)
+    spans = [1 - x if k else 1.0 for x, k in zip(low, degrees, strict=True)]
+    units = ((1 - table[:, :3]) / spans).T
+    bases = [polyvander(u, k) for u, k in zip(units, degrees, strict=True)]
+    scale = np.abs(table[:, 3]).max()
     target, held = table[:, 3] / scale, 0
     if monotone:
         factors = solvers.alternate(bases, target)
+        # What the constraint holds at 0 was not free to fit noise.
         held = sum(int((f == 0).sum()) for f in factors)
     else:
         ridge = RIDGE if determined < wanted else 0.0
         factors = solvers.solve_sum(bases, target, rank=rank, ridge=ridge)
     residual = scale * (target - solvers.predict(bases, factors))
+    # By what the points determine, not by what the map has: the rest fits nothing.
     freedom = len(table) - determined + held
     noise = math.sqrt(residual @ residual / freedom) if freedom > 0 else math.nan
     tensor = np.einsum("qi,qj,qk->ijk", *factors)
     coefficients = np.zeros((degree + 1,) * 3)
     coefficients[tuple(map(slice, tensor.shape))] = scale * tensor
-    low, high = table[:, :3].min(axis=0), table[:, :3].max(axis=0)
     return Map(coefficients, low, high, rank, monotone, noise)
-
-
-def _make_bases(table: np.ndarray, degrees: tuple[int, ...]) -> solvers.Matrices:
-    """Powers 0..K_m of u_m at the points, [N, K_m + 1] each."""
-    low = table[:, :3].min(axis=0)
-    spans = [1 - x if k else 1.0 for x, k in zip(low, degrees, strict=True)]
-    unit = (1 - table[:, :3]) / spans
-    return [polyvander(u, k) for u, k in zip(unit.T, degrees, strict=True)]
 
 
 # -- what the points determine ---------------------------------------------------------
@@ -109,15 +103,15 @@ def _make_bases(table: np.ndarray, degrees: tuple[int, ...]) -> solvers.Matrices
 def count_parameters(rank: int | None, degree: int) -> int:
     """Free parameters of a map: R (1 + 3K), or (K + 1)^3 for rank None.
 
-    Of the 3R (K + 1) numbers in R products, 2R only move a constant from one factor to
-    another. ValueError: rank or degree that is no integer of 1 or more, or a rank with
-    as many parameters as the full tensor.
+    ValueError: a rank with as many parameters as the full tensor.
     """
-    check_rule("degree", degree, Rule(int, 1))
+    check_int("degree", degree, 1)
     full = (degree + 1) ** 3
     if rank is None:
         return full
-    count = check_rule("rank", rank, Rule(int, 1)) * (1 + 3 * degree)
+    # Of the 3R (K + 1) numbers in R products, 2R only move a constant from one factor
+    # to another.
+    count = check_int("rank", rank, 1) * (1 + 3 * degree)
     if count >= full:
         raise ValueError(
             f"rank: {rank} has {count} parameters at degree {degree}, the full tensor "
@@ -134,7 +128,6 @@ def jacobian_rank(
     points: [N, 3] or [N, 4] with columns d, w, r, or a DataFrame; accuracies are not
     read, so that a design can be judged before it is measured. Compare
     `count_parameters`; a dimension that does not vary takes its own from both.
-    ValueError: as in `fit` for shares, shapes, rank and degree.
     """
     count_parameters(rank, degree)
     shares = _check_shares(_read_columns(points, NAMES))
@@ -144,11 +137,9 @@ def jacobian_rank(
 def _count_determined(
     table: np.ndarray, degrees: tuple[int, ...], rank: int | None
 ) -> tuple[int, int]:
-    """Parameters that the points determine, and that a full grid would.
-
-    Counted with Legendre polynomials instead of powers of u: they span the same, and
-    are so far from parallel that their rank shows at any degree.
-    """
+    """Parameters that the points determine, and that a full grid would."""
+    # With Legendre polynomials instead of powers of u: they span the same, and are so
+    # far from parallel that their rank shows at any degree.
     low, high = table[:, :3].min(axis=0), table[:, :3].max(axis=0)
     centred = (2 * table[:, :3] - low - high) / np.where(low < high, high - low, 1)
     grid = np.indices([k + 1 for k in degrees]).reshape(3, -1).T
@@ -161,9 +152,10 @@ def _count_determined(
 
 
 def _measure_rank(bases: solvers.Matrices, rank: int | None) -> int:
-    """Rank of the derivatives of F at the points, at factors drawn at random.
+    """Rank of the derivatives of F at the points, which is what they determine of it.
 
-    Almost all factors have this rank, so one draw is as good as any.
+    Of a sum of products it depends on the factors, but is the same for almost all of
+    them: one random draw is as good as any.
     """
     if rank is None:
         jacobian = np.einsum("ni,nj,nk->nijk", *bases).reshape(len(bases[0]), -1)

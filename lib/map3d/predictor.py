@@ -32,11 +32,9 @@ class Map:
     """Accuracy in percent as a polynomial in (d, w, r); `fit` makes it.
 
     coefficients: C, float64 [K+1, K+1, K+1], read-only, in percent. low, high: the box
-    of the data, three shares each; span_m is 1 - low_m, and 1 where low_m = high_m, as
-    F does not depend on such a dimension. rank: products in the sum. monotone: F was
-    fitted so as not to rise inside the box as a share falls.
-    residual_sd: standard deviation of a point's residual in points of accuracy, nan
-    without degrees of freedom. ValueError: entries that do not fit together.
+    of the data, three shares each. rank, monotone: as told to `fit`. residual_sd:
+    standard deviation of a point's residual in points of accuracy, nan without degrees
+    of freedom. ValueError: entries that do not fit together.
     """
 
     coefficients: np.ndarray = field(repr=False)
@@ -71,6 +69,7 @@ class Map:
     @property
     def span(self) -> np.ndarray:
         """The unit of u = (1 - x) / span, float64 [3]."""
+        # 1 where a dimension did not vary: F does not depend on it, 1 - low may be 0
         low, high = np.array(self.low), np.array(self.high)
         return np.where(low < high, 1 - low, 1.0)
 
@@ -79,9 +78,9 @@ class Map:
     def predict(self, d: ArrayLike, w: ArrayLike, r: ArrayLike) -> float | np.ndarray:
         """Accuracy in percent at shares d, w, r that broadcast to one shape.
 
-        A float for three numbers, else float64 of that shape. Nothing is clipped:
-        points outside the box of the data are extrapolated, see `covers`; a warning
-        where that leaves 0..100 % by far, nan at nan. ValueError: what is no number.
+        A float for three numbers, else float64 of that shape, nan at nan. Nothing is
+        clipped: points outside the box of the data are extrapolated, see `covers`; a
+        warning where that leaves 0..100 % by far.
         """
         u, v, t = self._centre(d, w, r)
         found = polyval3d(u, v, t, self.coefficients)

@@ -49,14 +49,12 @@ class Optimum:
     cost: C there, below `keep` where F, not monotone, falls with more of anything.
     multiplier: lambda of F - lambda (C - keep), percent per unit of relative cost: the
     slope of the best accuracy over keep. elasticity: mu = lambda C / F, percent of
-    accuracy per percent of cost. At a corner both are an interval; given is its lower
-    end, what a little more budget buys (its upper end where no dimension can grow).
-    elasticities: G_m / e_m of d, w, r, equal to mu where free (inf where e_m = 0).
-    bounds: "low", "high" or None per dimension.
-    kkt_residual: the largest violation of the conditions, in units of G_m; not small
-    where C has a kink or a step, at which no slope is right.
-    others: inferior points that meet the conditions too, best first; those found, not
-    all that may exist.
+    accuracy per percent of cost; of the interval that both are at a corner, see
+    `_find_price`. elasticities: G_m / e_m of d, w, r, equal to mu where free (inf where
+    e_m = 0). bounds: "low", "high" or None per dimension. kkt_residual: the largest
+    violation of the conditions, in units of G_m; not small where C has a kink or a
+    step, at which no slope is right. others: inferior points that meet the conditions
+    too, best first; those found, not all that may exist.
     """
 
     d: float
@@ -96,8 +94,7 @@ def optimum(
     keep: share of the cost that stays, in (0, 1]; at 1 a monotone F stays unpruned.
     cost: a `PowerLaw`, or any function of three numbers d, w, r that is positive and
     does not fall with any of them; C is its value over that at (1, 1, 1), its slopes
-    are differences. SLSQP climbs from the best peaks of a grid, num x num, on the
-    budget surface and from the best of a coarse one inside it. ValueError: keep
+    are differences. num: of the grid on the budget surface, per side. ValueError: keep
     outside (0, 1] or below the cost of the box's lower corner; a cost that is not so.
 
     Step by step in notebooks/31_map_fit.ipynb.
@@ -162,6 +159,9 @@ def check_conditions(problem: Problem, point: Point) -> dict:
     x, (low, high) = np.array(point[:3]), problem.box
     y, scale = np.log(x), abs(point.accuracy) or 1.0
     gains, e, excess = problem.gains(x, scale), problem.exponents(y), problem.excess(y)
+    # The active set: a bound or a budget that a point lies on pushes back, so only the
+    # directions that are open have to gain nothing. A budget that is not used up has
+    # no price.
     falls, rises = x > low * (1 + ACTIVE), x < high * (1 - ACTIVE)
     mu = _find_price(gains, e, falls, rises) if excess > -ACTIVE else 0.0
     pull = gains - mu * e  # gained by growing at price mu: 0 where free to move
@@ -185,11 +185,13 @@ def _find_price(gains, e, falls, rises) -> float:
     """The mu >= 0 that meets all three conditions, or comes nearest.
 
     Every dimension that can still grow asks for mu >= G / e, or growing it would pay;
-    every one that can still fall asks for mu <= G / e. At a corner an interval is left.
+    every one that can still fall asks for mu <= G / e. At a corner an interval is left:
+    its lower end is what a little more budget buys, the upper end where none can grow.
     """
     rises, falls = rises & (e > 0), falls & (e > 0)
     least = max(gains[rises] / e[rises], default=0.0)
     most = min(gains[falls] / e[falls], default=least)
+    # least > most only away from an optimum: the middle violates both the least
     mu = (least + most) / 2 if least > most else least if rises.any() else most
     return max(0.0, float(mu))
 
@@ -210,8 +212,10 @@ def trace_budget(
 
 
 def _trace_surface(problem: Problem, num: int):
+    # The dimension that the others leave to the budget must cost something; a cost need
+    # not say which do, so each is tried by itself at its low.
     low, high = np.log(problem.box)
-    shorter = np.where(np.eye(3, dtype=bool), low, high)  # one dimension at its low
+    shorter = np.where(np.eye(3, dtype=bool), low, high)
     costly = problem.excess(shorter.T) < problem.excess(high) - ROUNDING
     last = int(max(np.flatnonzero(costly), default=2))
     axes = [m for m in range(3) if m != last]
@@ -266,11 +270,9 @@ def _drop_copies(points: list[Point]) -> list[Point]:
 
 
 def _climb(problem: Problem, start: Point) -> Point:
-    """The local maximum above `start`: SLSQP again and again, while it gains.
-
-    Nothing below the start is taken, so a cost with steps, on which SLSQP is lost,
-    still ends at the best point of the grids.
-    """
+    """The local maximum above `start`: SLSQP again and again, while it gains."""
+    # Nothing below the start is taken, so a cost with steps, on which SLSQP is lost,
+    # still ends at the best point of the grids.
     best, before = start, -np.inf
     while best.accuracy > before + 1e-13 * abs(best.accuracy):
         before = best.accuracy
@@ -284,6 +286,7 @@ def _climb(problem: Problem, start: Point) -> Point:
 
 def _run_slsqp(problem: Problem, start: Point) -> np.ndarray:
     """Where SLSQP ends in y = ln (d, w, r), in which a power law's budget is linear."""
+    # Of slope 1 at the start: SLSQP's tolerance is absolute.
     bounds = np.log(problem.box)
     scale = float(np.abs(problem.gains(np.array(start[:3]), 1.0)).max()) or 1.0
 

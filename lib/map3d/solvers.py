@@ -58,13 +58,14 @@ def solve_sum(
 ) -> Matrices:
     """R products by Levenberg-Marquardt.
 
-    One product ends at the same place from wherever it starts; a sum does not, so the
-    best of `STARTS` around the best product is taken. ridge: added to the squares times
-    those of all coefficients, for points that do not determine them.
+    ridge: added to the squares times those of all coefficients, for points that do not
+    determine them.
     """
     best, _ = _descend(bases, target, start_flat(bases), 0.0, EXACT)
     if rank == 1:
         return best
+    # One product ends at the same place from wherever it starts; a sum does not, so the
+    # best of several starts around the best product is taken.
     rng, found = np.random.default_rng(0), []
     for _ in range(STARTS):
         start = [SPREAD * rng.standard_normal((rank, f.shape[1])) for f in best]
@@ -77,17 +78,15 @@ def solve_sum(
 def _descend(
     bases: Matrices, target: np.ndarray, start: Matrices, ridge: float, tolerance: float
 ) -> tuple[Matrices, float]:
-    """Levenberg-Marquardt from `start`, and half the squares it ends at.
-
-    The rows of the ridge, zeros where it is 0, also make up for coefficients that
-    outnumber the points, which MINPACK refuses.
-    """
+    """Levenberg-Marquardt from `start`, and half the squares it ends at."""
     shapes, root = [factor.shape for factor in start], math.sqrt(ridge)
     ends = np.cumsum([factor.size for factor in start])
     theta = np.concatenate([factor.ravel() for factor in start])
     free = np.ones(len(theta), dtype=bool)
     if len(start[0]) == 1:
         free[ends[:2]] = False  # the gauge of a single product: H_w = H_r = 1 at u = 0
+    # The ridge as rows of their own; zeros where it is 0, since MINPACK refuses more
+    # coefficients than rows.
     tail = root * np.eye(free.sum())
 
     def split(moved):
@@ -116,8 +115,7 @@ def _descend(
 def alternate(bases: Matrices, target: np.ndarray) -> Matrices:
     """One falling product, one factor at a time, the other two held: never uphill.
 
-    Each factor is b_0 + sum over k of b_k (1 - u^k), with b >= 0 by nnls: at least 0
-    and falling over u from 0 to 1. Warns where the squares still fall after `SWEEPS`.
+    Warns where the squares still fall after `SWEEPS`.
     """
     factors = start_flat(bases)
     last = math.inf
@@ -137,6 +135,8 @@ def alternate(bases: Matrices, target: np.ndarray) -> Matrices:
 
 
 def _solve_falling(design: np.ndarray, target: np.ndarray) -> np.ndarray:
+    # In the basis 1, 1 - u, 1 - u^2, ... weights >= 0 are enough for a curve that falls
+    # over u and stays at 0 or above, and nnls asks for nothing but weights >= 0.
     change = -np.eye(design.shape[1])
-    change[0] = 1  # columns 1, 1 - u, 1 - u^2, ...
+    change[0] = 1
     return change @ nnls(design @ change, target)[0]

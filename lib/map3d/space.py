@@ -48,8 +48,7 @@ def score_channels(
     Slimming's criterion (Liu et al. 2017). Behind a convolution with its own BatchNorm
     this is `baselines.bn_scale`; a dense layer's channels are read by the BatchNorms of
     all layers after it, through concatenations. Layers that no BatchNorm reads score
-    nothing. `graph`, if given, is that of the model. Raises `ValueError` where there is
-    no score at all.
+    nothing. `graph`, if given, is that of the model. ValueError: no score at all.
     """
     graph = graph or build_graph(model, input_shape)
     modules = dict(model.named_modules())
@@ -81,8 +80,8 @@ class Space:
     (cost ~ w^2), "inner" only what lies inside residual branches (cost ~ w), "scatter"
     every convolution of a branch, the last one written back full-width (between them).
     Resolution: side of the square input, a multiple of `multiple` pixels: sizes that
-    halve without a rest cost what r^2 says, others more. `input_shape` is (C, H, W);
-    `graph`, if given, is that of `build_graph(model, input_shape)`.
+    halve without a rest cost what r^2 says, others more. `graph`, if given, is that of
+    the model.
     """
 
     def __init__(
@@ -169,11 +168,15 @@ class Space:
 
         The paper's order: blocks first, those at the head of `order`; then, in every
         layer that is left, the channels with the lowest `scores`; then the side.
-        `graph`, if given, is that of `model`.
-        `ValueError` where `model` is smaller than `shape` already, where `shape` is
-        not of the space, and for a layer that must be narrowed and has no scores.
+        `graph`, if given, is that of `model`. ValueError: a `model` that is smaller
+        than `shape` already, a `shape` that is not of the space, a layer that must be
+        narrowed and has no scores.
         """
-        self._check_shape(shape)
+        low = (self.fewest, 1, 1)
+        high = (len(self.blocks), self.steps, self.native)
+        limits = zip(Shape._fields, shape, low, high, strict=True)
+        for name, value, least, most in limits:
+            check_int(name, value, least, most + 1)
         present = self.find_present(model)
         if len(present) < shape.blocks:
             raise ValueError(
@@ -209,14 +212,6 @@ class Space:
             if not isinstance(modules[block.name], nn.Identity)
         ]
 
-    def _check_shape(self, shape: Shape) -> None:
-        low = (self.fewest, 1, 1)
-        high = (len(self.blocks), self.steps, self.native)
-        for name, value, least, most in zip(
-            Shape._fields, shape, low, high, strict=True
-        ):
-            check_int(name, value, least, most + 1)
-
     def _narrow(
         self, model: nn.Module, width: int, scores, drop: list[str], graph: Graph | None
     ) -> Plan:
@@ -232,7 +227,9 @@ class Space:
                 raise ValueError(
                     f"'{name}' has {now} channels left, {wanted} are wanted"
                 )
-            if wanted < now:  # a little more, so that the last bits cannot lose one
+            # a quarter of a channel more, so that the last bits of a rate, which is
+            # rounded down to whole channels, cannot lose one
+            if wanted < now:
                 rates[name] = (now - wanted + 0.25) / now
         if not rates:
             return Plan()
@@ -277,10 +274,9 @@ class Space:
     ) -> pd.DataFrame:
         """Every network of the space with its exact MACs, without building one.
 
-        `model` is the unpruned network; blocks go in `order` (default: evenly over the
-        stages, see `spread_removal`; it matters where blocks differ in cost). Widths
-        and sides from one half on. Columns d, w, r, blocks, width (in steps), side,
-        macs, share.
+        `model` is the unpruned network; blocks go in `order` (default: as
+        `spread_removal` says). Widths and sides from one half on. Columns d, w, r,
+        blocks, width (in steps), side, macs, share.
         """
         order = self.spread_removal() if order is None else order
         widths = range(max(math.ceil(LEAST * self.steps), 1), self.steps + 1)
@@ -306,10 +302,10 @@ class Space:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Of P networks: units kept, channels made by a layer, layers that are there.
 
-        bool [P, units], int64 [P, layers], bool [P, layers].
-        P goes over depths, then widths. Which channels of a layer stay makes no
-        difference to the work, so those of a made-up score do.
+        bool [P, units], int64 [P, layers], bool [P, layers]; P goes over depths, then
+        widths.
         """
+        # Which channels of a layer stay makes no difference to the work.
         even = {n: torch.arange(count).double() for n, count in self.channels.items()}
         kept, made, lost, there = [], [], [], []
         for width in widths:

@@ -30,10 +30,9 @@ def leave_one_out(
 ) -> np.ndarray:
     """Prediction less measurement at each point, from a fit of all others: [N].
 
-    In points of accuracy; arguments as in `fit`. A point that alone has the lowest
-    share of a dimension is extrapolated. Duplicates of a point stay in; average them
-    first for an honest error. What the points do not determine is warned of once.
-    ValueError: as in `fit`, also for the points without one of them, which it names.
+    In points of accuracy; arguments and errors as in `fit`. A point that alone has the
+    lowest share of a dimension is extrapolated. Duplicates of a point stay in; average
+    them first for an honest error.
     """
     table = check_points(points)
     fit(table, rank=rank, degree=degree, monotone=monotone)
@@ -61,8 +60,7 @@ def bootstrap_maps(
     points, degree, monotone: as in `fit`. repeats: how many. sd: standard deviation of
     the noise in points of accuracy, e.g. over training seeds; None takes the residual
     one of the fit, which is itself rough with few degrees of freedom. seed: of the
-    noise. ValueError: as in `fit`; repeats below 1, a negative sd, none where the fit
-    has no degrees of freedom.
+    noise. ValueError: as in `fit`; no sd where the fit has no degrees of freedom.
     """
     check_int("repeats", repeats, 1)
     table = check_points(points)
@@ -73,6 +71,8 @@ def bootstrap_maps(
             f"sd: expected 0 or more points of accuracy, got {sd}; a fit without "
             "degrees of freedom has none, pass that over training seeds"
         )
+    # Not by drawing points again: with a dozen of them most draws miss a level of some
+    # dimension, and determine no product.
     rng, fitted, maps = np.random.default_rng(seed), base.predict(*table.T[:3]), []
     for _ in range(repeats):
         drawn = fitted + sd * rng.standard_normal(len(table))
@@ -93,7 +93,7 @@ def bootstrap_optimum(
     """The optimum of each of many maps, as fitted to resampled or noisy points.
 
     One row a map: d, w, r, accuracy (percent), cost, and d_low, d_high, w_low, ...,
-    whether that share is at a bound of the box. Errors as in `optimum`.
+    whether that share is at a bound of the box.
     """
     rows = []
     for fitted in maps:
@@ -111,7 +111,7 @@ def regret(
     """Accuracy lost by taking each point for the optimum of `truth`: percent, [N].
 
     points: a table with columns d, w, r, as `bootstrap_optimum` returns. ValueError:
-    points outside the box of the map or over the budget, what `optimum` refuses.
+    points outside the box of the map or over the budget.
     """
     best, x = optimum(truth, keep, cost), read_numbers(points)
     whole = cost(1.0, 1.0, 1.0)
@@ -152,6 +152,8 @@ def find_misfit(points: pd.DataFrame, form: str = "product") -> dict[str, float]
     if form == "product":
         value, scale = np.log(measured), measured.mean()
         shares = pd.get_dummies(shares.astype(str), drop_first=True)
+    # In logs a product is a sum, and a base's factor a constant. Networks are the unit
+    # of the test: what is left of their means, against how bases disagree about them.
     means = value.mean(axis=1)
     design = np.column_stack([np.ones(len(means)), shares.to_numpy(float)])
     left = means - design @ np.linalg.lstsq(design, means, rcond=None)[0]
