@@ -1,8 +1,6 @@
 """Batches drawn from an image set: cropped, flipped, normalised, resized as a whole.
 
-For a set in memory no per-image Python and no worker processes. Every random choice of
-an epoch comes from `(seed, epoch)` alone, so a resumed run sees the batches it would have
-seen.
+For a set in memory no per-image Python and no worker processes.
 """
 
 from collections.abc import Iterator
@@ -46,16 +44,15 @@ def batches(
 
     train: shuffle, zero-padded random crop, random flip, and drop the last partial
     batch (unless it is the only one); otherwise in order, unchanged, to the last image.
-    `augment` overrides that default. start: the batch to begin with;
-    nothing is read or decoded of those before. resolution: bilinear,
-    antialiased resize to a square of that many pixels; None or the native size is no
-    resize. The order and every crop depend on (seed, epoch) only, not on the batch
-    size, the device or the number of workers; torch's own generators are not touched.
-    Keep the set on `device` (`images.to(device)`) to spare a copy per epoch. Of a set
-    of ImageNet the random crops are of 8 to 100 % of the picture, by (seed, epoch,
-    picture). share: (i, n) gives part i of n of every batch, cut as evenly as it can
-    be, or with `whole` every n-th batch from the i-th on. ValueError: an empty set, an
-    argument out of range, too many broken files.
+    `augment` overrides that default. start: the batch to begin with; nothing is read or
+    decoded of those before. resolution: bilinear, antialiased resize to a square of
+    that many pixels; None or the native size is no resize. The order and every crop
+    depend on (seed, epoch) only, not on the batch size, the device or the number of
+    workers; torch's own generators are not touched. Keep the set on `device`
+    (`images.to(device)`) to spare a copy per epoch. Of a set of ImageNet the random
+    crops are of 8 to 100 % of the picture. share: (i, n) gives part i of n of every
+    batch, cut as evenly as it can be, or with `whole` every n-th batch from the i-th
+    on. ValueError: an empty set, an argument out of range, too many broken files.
     """
     batch_size = check_int("batch_size", batch_size, 1)
     start = check_int("start", start, 0)
@@ -66,14 +63,14 @@ def batches(
         raise ValueError(f"dtype must be a floating type, got {dtype}")
     augment = train if augment is None else augment
     draws = draw_epoch(images, shuffle=train, augment=augment, seed=seed, epoch=epoch)
+    # Drawn for the whole set at once and cut afterwards: an image has the same crop in
+    # whatever batch, process or worker it comes up.
     steps = range(start * batch_size, count * batch_size, batch_size)
     parts = list(cut_batches(steps, len(images), share, whole))
     key = (seed, epoch) if augment else None
     cut = _generate(images, device, parts, draws, key)
-    return (
-        (resize(x, resolution).to(dtype).contiguous(memory_format=torch.channels_last), y)
-        for x, y in cut
-    )
+    layout = {"memory_format": torch.channels_last}
+    return ((resize(x, resolution).to(dtype).contiguous(**layout), y) for x, y in cut)
 
 
 def batches_for(
@@ -91,7 +88,7 @@ def _generate(
     draws: Draws,
     key: tuple[int, int] | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised pixels and labels of each part; `key` is that of an augmented epoch."""
+    """Normalised pixels and labels of each part; `key`: of an augmented epoch."""
     images = images.to(device)
     order, *offsets = (draw.to(images.labels.device) for draw in draws)
     # Whole rows rather than 3 channels: a loop long enough to vectorise.
@@ -139,6 +136,7 @@ def draw_epoch(
     state = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]))
     n = len(images)
+    # The order first, so that it is the same with and without augmentation.
     order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
     if not augment:
         zeros = torch.zeros(n, dtype=torch.int64)
@@ -153,9 +151,10 @@ def crop_flip(
 ) -> Tensor:
     """Crop each zero-padded image at (top, left), 0..2 pad, and mirror the flipped.
 
-    batch: uint8 [B, H, W, C]; top, left: int64 [B]; flipped: bool [B]; returns
-    [B, H, W, C]. One gather over whole pixels for crop and flip of the batch.
+    batch: uint8 [B, H, W, C]; top, left: int64 [B]; flipped: bool [B].
     """
+    # Crop and flip in one gather over whole pixels: row and column of each one in the
+    # padded batch, laid out flat.
     count, height, width, channels = batch.shape
     padded = F.pad(batch, (0, 0, pad, pad, pad, pad))
     rows = top[:, None] + torch.arange(height, device=batch.device)

@@ -78,8 +78,9 @@ def measure(
 ) -> ImageSet:
     """A train split with its own mean and population s.d. per channel.
 
-    Exact, from counts of the 256 values; ValueError for a constant channel.
+    ValueError: a constant channel.
     """
+    # From counts of the 256 values: exact, and no copy of the pixels in floats.
     channels = images.flatten(0, 2).T
     counts = torch.stack([channel.bincount(minlength=256) for channel in channels])
     shares = counts.double() / channels.shape[1]
@@ -115,6 +116,7 @@ def read_shards(folder: Path, split: str, *, like: ImageSet | None = None) -> Im
     files = find_shards(folder, split)
     if not files:
         raise FileNotFoundError(f"{folder}: no {split}*.npz or {split}/ folder in it")
+    # before reading: a machine out of memory ends the process without a word
     hint = "; image folders and tar shards are streamed"
     check_memory(folder, sum(map(inflated_size, files)), hint)
     parts = map_threads(read_npz, files)
@@ -223,6 +225,7 @@ def read_pictures(
     pixels: Any = images if stream else images.load()
     told = how.transforms or (IMAGENET if imagenet else None)
     if told is not None:
+        # a random crop by area, which only a stream can make, takes the padding's place
         pad = 0 if stream and fit.area else fit.height // 8
         rest = told.mean, told.std, pad, True
         return ImageSet(pixels, labels, classes, folder.name, *rest)
@@ -270,6 +273,8 @@ def find_fit(
     if imagenet:
         size = how.size or (224 if like is None else like.images.shape[1])
         return Fit(size, size, 3, round(size * 256 / 224), area=True)
+    # A sample tells what the headers of a million pictures would; but grey ones have to
+    # be grey without exception, and without `size` all must have one size.
     count, size = len(faults.source), how.size
     shapes = scan(faults, np.linspace(0, count - 1, min(64, count)).astype(int))
     channels = max((shape[2] for shape in shapes.values()), default=1)

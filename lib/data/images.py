@@ -63,10 +63,7 @@ class ImageSet:
         return channels, height, width
 
     def fingerprint(self) -> Tensor:
-        """What tells its pictures from others: the pixels, or names and sizes of files.
-
-        So a streamed set is another one than the same pictures in memory.
-        """
+        """What tells its pictures from others: the pixels, or what a stream says."""
         return self.images.fingerprint() if self.streamed else self.images
 
     @property
@@ -92,12 +89,13 @@ class ImageSet:
     def take(self, n: int, seed: int = 0) -> "ImageSet":
         """A stratified subset of `n` images, in the set's order, fixed by `seed`.
 
-        Each class gets its share of `n`, rounded down or up. ValueError: `n` outside
-        1..N.
+        Each class gets its share of `n`, rounded down or up.
         """
         n = check_int(f"{self.name}: the number of images", n, -math.inf)
         if not 1 <= n <= len(self):
             raise ValueError(f"{self.name}: cannot take {n} of {len(self)} images")
+        # In whole numbers, the largest remainders rounded up: floats would let the
+        # last bits decide which class gets one more.
         groups = shuffle_classes(self, seed)
         shares = np.array([n * len(group) for group in groups])
         counts = shares // len(self)
@@ -109,16 +107,16 @@ class ImageSet:
         """The set with images of `side` x `side` pixels, and so much in its name.
 
         Bilinear, antialiased, rounded to uint8; the padding of crops goes along. The
-        very set where there is nothing to do. ValueError: `side` below 1.
+        very set where there is nothing to do.
         """
         side = check_int(f"{self.name}: the side in pixels", side, 1)
         if self.shape[1:] == (side, side):
             return self
-        scale = self.images.scale if self.streamed else partial(scale_pixels, self.images)
-        pad = round(self.pad * side / self.shape[1])
-        return replace(
-            self, images=scale(side), name=f"{self.name}-{side}px", pad=pad
+        scale = (
+            self.images.scale if self.streamed else partial(scale_pixels, self.images)
         )
+        pad = round(self.pad * side / self.shape[1])
+        return replace(self, images=scale(side), name=f"{self.name}-{side}px", pad=pad)
 
 
 def split_validation(
@@ -127,8 +125,8 @@ def split_validation(
     """Split into (train, validation): disjoint, covering, stratified, fixed by `seed`.
 
     Each class gives `fraction` of its images, rounded, to validation; at least one
-    image stays on either side. Both parts keep the set's order. ValueError: fraction
-    outside (0, 1), or a class with fewer than 2 images.
+    image stays on either side. Both parts keep the set's order. ValueError: a class
+    with fewer than 2 images.
     """
     fraction = check_float(f"{images.name}: fraction", fraction, ABOVE_ZERO, 1.0)
     groups = shuffle_classes(images, seed)

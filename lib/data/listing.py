@@ -1,8 +1,4 @@
-"""Which pictures there are: folders of classes, tar shards, ImageNet's flat `val`.
-
-Names are one array of bytes: listing a million peaks at 70 MiB
-(`tests/benchmarks/streaming.csv`).
-"""
+"""Which pictures there are: folders of classes, tar shards, ImageNet's flat `val`."""
 
 import io
 import os
@@ -16,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
 from lib import paths
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -26,7 +23,12 @@ TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
 class Names:
-    """Many names in little memory."""
+    """Many names, as one array of bytes.
+
+    A million strings would take more memory than their characters, and be copied into
+    every worker as reference counts touch them. Listing a million peaks at 70 MiB
+    (`tests/benchmarks/streaming.csv`).
+    """
 
     def __init__(self, names: Iterable[str]):
         text, ends = bytearray(), array("q")
@@ -139,10 +141,10 @@ def list_flat(
 ) -> tuple[Files, tuple[str, ...]]:
     """`val/ILSVRC2012_val_*.JPEG`, labelled by the devkit, and the classes.
 
-    The devkit's numbers follow `meta.mat`; classes are the synsets in the order of the
-    alphabet, as torchvision's weights have them, or those given. ValueError: no devkit,
-    or a picture that it does not know.
+    ValueError: no devkit, or a picture that it does not know.
     """
+    # The devkit numbers classes as `meta.mat` does; weights, torchvision's too, have
+    # them in the order of the alphabet of the synsets.
     synsets = read_truth(folder.parent)
     found = sorted(name for name in walk(folder) if is_image(name))
     ids = [re.search(r"_val_(\d{8})\.", name) for name in found]
@@ -198,10 +200,11 @@ def read_truth(root: Path) -> list[str]:
 def list_shards(folder: Path, files: list[Path]) -> Files:
     """The samples `KEY.jpg` (or another image) with `KEY.cls`, in the shards' order.
 
-    The layout is WebDataset's; other members are left alone. Tars are read once, from
-    header to header, and then from the middle, which the library cannot: it has one
-    order a shard. ValueError names the file and the member that does not fit.
+    The layout is WebDataset's; other members are left alone. ValueError names the file
+    and the member that does not fit.
     """
+    # Read once, from header to header, and then from the middle, which the library
+    # `webdataset` cannot: it has one order a shard.
     labels, places = array("i"), array("q")
 
     def find() -> Iterator[str]:

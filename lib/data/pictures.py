@@ -1,8 +1,6 @@
 """One picture: from the bytes of a file to uint8 pixels of the size that is asked for.
 
-The same for sets in memory and for streamed ones. JPEG is decoded by torchvision
-(`decode_jpeg`: a few grey levels from PIL here and there, faster), the rest by PIL;
-scaling is torchvision's, antialiased.
+The same for sets in memory and for streamed ones.
 """
 
 import io
@@ -61,6 +59,7 @@ def decode(content: bytes, channels: int) -> Tensor:
     """uint8 [channels, H, W] of a file's bytes, whatever its name says it is."""
     with Image.open(io.BytesIO(content)) as image:
         describe_image(image)
+        # torchvision is faster than PIL, and a few grey levels off here and there
         if image.format == "JPEG" and image.mode in ("L", "RGB"):
             from torchvision import io as vision
 
@@ -93,6 +92,7 @@ def crop_area(pixels: Tensor, fit: Fit, key: tuple[int, ...]) -> Tensor:
     from torchvision.transforms import RandomResizedCrop
     from torchvision.transforms.v2 import functional as F
 
+    # torchvision draws from the global generator alone: it is lent out and put back
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(state[0]))

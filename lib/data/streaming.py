@@ -1,8 +1,7 @@
 """Images that stay on disk: what a set has in place of its tensor of pixels.
 
 `Stream` has the few properties of a tensor uint8 [N, H, W, C] that sets and batches
-use. Nothing is decoded before a batch is asked for; which pictures a batch has is known
-before, so a stream can begin anywhere and a batch can be shared out.
+use. Nothing is decoded before a batch is asked for.
 """
 
 import contextlib
@@ -110,6 +109,7 @@ class Stream:
 
     def fingerprint(self) -> Tensor:
         """What tells these pictures from others: names, order, content of a hundred."""
+        # of all of them it would take as long as an epoch
         names, some = self.source.names, np.linspace(0, len(self) - 1, 100).astype(int)
         digest = hashlib.sha256(repr(self.fit).encode())
         for part in (names.text, names.ends, self.source.labels, self.index):
@@ -164,9 +164,7 @@ class Stream:
             return check_int("PRUNING_WORKERS", number, 0)
         return torch.get_num_threads() if self.workers is None else self.workers
 
-    def _show(
-        self, at: int, key: tuple[int, int] | None
-    ) -> tuple[Tensor, Broken]:
+    def _show(self, at: int, key: tuple[int, int] | None) -> tuple[Tensor, Broken]:
         """The picture at a position, or the next readable one of its class."""
         broken: Broken = []
         for i in self._list_stand_ins(at):
@@ -181,6 +179,8 @@ class Stream:
         return torch.zeros(self.fit.shape, dtype=torch.uint8), broken
 
     def _list_stand_ins(self, at: int) -> Iterator[int]:
+        # Within this part of the set: the picture of a validation image must not come
+        # from the training images. In order of position, so that it is always the same.
         yield int(self.index[at])
         same = self.source.labels[self.index] == self.source.labels[self.index[at]]
         for other in np.roll(np.flatnonzero(same), -np.count_nonzero(same[: at + 1])):

@@ -48,12 +48,14 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time calls in turns, each turn as many calls as take `least` CPU seconds.
 
-    Every turn goes round all of them, in the opposite order to the one before, so what
-    the machine does meanwhile meets all alike. ValueError for fewer than one turn.
+    ValueError for fewer than one turn.
     """
     if turns < 1 or not calls:
         raise ValueError(f"need a call and turns >= 1, got {len(calls)} and {turns}")
     found: dict[str, list] = {name: [] for name in calls}
+    # In turns, so that what the machine does meanwhile meets all alike, and each turn
+    # in the opposite order to the one before: who comes first finds colder caches and
+    # clocks, and would pay for it every time.
     with one_thread():
         counts = {name: _warm_up(call, least) for name, call in calls.items()}
         for turn in range(turns):
@@ -64,14 +66,17 @@ def interleave(
 
 def _warm_up(call: Call, least: float) -> int:
     """How many calls one turn takes."""
-    for _ in range(WARMUP):
+    for _ in range(WARMUP):  # the first ones allocate, compile and pick algorithms
         call()
+    # By the slower clock: on a GPU the CPU has next to nothing to do.
     cpu, wall = _time(call, 1)
     return max(1, round(1e3 * least / max(cpu, wall, 1e-3)))
 
 
 def _time(call: Call, count: int) -> tuple[float, float]:
     """CPU and wall milliseconds of one of `count` calls."""
+    # The clock of the process stands still while other programs run, the wall's does
+    # not; it has ticks of its own, hence many calls between two looks.
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(count):
         call()
@@ -128,10 +133,9 @@ def compare(
 ) -> dict:
     """What a results table says of time, as columns of a row, in a second or less.
 
-    ms: milliseconds of `pruned` for 8 images, `side` pixels wide where it
-    says so; time_share: those over the model's, the median over turns; timed: what
-    on (runtime, batch, model name of the CPU or GPU). Eager, one thread; the clock is
-    that of `measure`.
+    ms: milliseconds of `pruned` for 8 images, of `side` pixels if told; time_share:
+    those over the model's; timed: what on (runtime, batch, model name of the CPU or
+    GPU). Eager, one thread; the clock is that of `measure`.
     """
     small_shape = (input_shape[0], side, side) if side else input_shape
     calls = {
@@ -141,6 +145,7 @@ def compare(
     times = interleave(calls, turns=7)
     on_gpu = next(model.parameters()).is_cuda
     clock = "wall" if on_gpu else "cpu"
+    # Turn by turn, then the median: both calls of a turn met the same machine.
     ratio = getattr(times["pruned"], clock) / getattr(times[ORIGINAL], clock)
     machine = settings.device_name() if on_gpu else settings.cpu_model()
     return {

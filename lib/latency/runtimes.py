@@ -75,9 +75,8 @@ def version_of(runtime: str) -> str:
 def prepare(model: nn.Module, x: Tensor, runtime: str) -> Call:
     """A call without arguments that runs `model` in evaluation on the batch `x`.
 
-    It returns the first output, as a tensor or an array. A copy is run: the model is
-    left as found. Raises `ValueError` for a runtime that is unknown or not installed,
-    and for a network that it cannot read.
+    It returns the first output, as a tensor or an array; a copy is run. ValueError: a
+    runtime that is unknown or not installed, a network that it cannot read.
     """
     check_runtime(runtime)
     if runtime in NEEDS:
@@ -100,15 +99,13 @@ def prepare(model: nn.Module, x: Tensor, runtime: str) -> Call:
 
 
 def _compile(model: nn.Module, x: Tensor) -> Callable:
-    """Compiled for the shape of `x`, weights frozen into the code.
-
-    torch gives up on a forward that it has compiled for eight networks and runs it as
-    it is; here the number is no limit.
-    """
+    """Compiled for the shape of `x`, weights frozen into the code."""
     from torch._dynamo import config as limits
     from torch._inductor import config
 
     compiled = torch.compile(model, dynamic=False)
+    # torch gives up on a forward that it has compiled for eight networks and runs it
+    # as it is, in silence: pruned nets share the forward of their class.
     many = {"recompile_limit": 10**6, "accumulated_recompile_limit": 10**6}
     try:
         with config.patch(freezing=True), limits.patch(many), torch.inference_mode():
@@ -127,9 +124,8 @@ def _compile(model: nn.Module, x: Tensor) -> Callable:
 def export_onnx(model: nn.Module, path: str | Path, input_shape: CHW) -> Path:
     """Write `model` in evaluation as an ONNX file for images [N, C, H, W], any N.
 
-    `input_shape` is (C, H, W). The model is left as found, wherever its tensors lie.
-    Raises `ValueError` where onnx and onnxscript are not installed, and where torch
-    cannot trace the network.
+    The model is left as found, wherever its tensors lie. ValueError: onnx and
+    onnxscript are not installed, torch cannot trace the network.
     """
     require("onnx", "onnxscript")
     twin = copy_model(model).cpu().eval()

@@ -34,10 +34,10 @@ FRESH = 4  # times that both networks are prepared anew before a share counts as
 class Table:
     """CPU milliseconds of a network by layer, timed as they are asked for.
 
-    `batch` images of `input_shape` (C, H, W) in one of `RUNTIMES`; layers of `compile`
-    are timed as eager ones, since compiling each takes seconds. `full` is the time of
-    the whole network as measured, `known` the layers timed so far. A table answers the
-    same question with the same number, so plans made with it repeat.
+    `batch` images of `input_shape` in one of `RUNTIMES`; layers of `compile` are timed
+    as eager ones, since compiling each takes seconds. `full`: the time of the whole
+    network as measured; `known`: the layers timed so far. A table answers the same
+    question with the same number, so plans made with it repeat.
 
     Step by step in notebooks/50_latency.ipynb.
     """
@@ -134,11 +134,9 @@ def meet(
     """A plan whose network takes `share` of the time of `model`, met within 5 %.
 
     The table proposes, the clock decides: networks are shrunk and timed beside the
-    original, and the table's target moved by what it missed. What is near is timed
-    again, both networks prepared anew, or one timing would be chosen with its noise.
-    `table` is that of the model; `options` go on to `plan.from_scores`. Raises
-    `ValueError` where 5 % is not met, with the nearest that was. How far a second
-    clock is off: `tests/benchmarks/meet.csv`.
+    original, and the table's target moved by what it missed. `table` is that of the
+    model; `options` go on to `plan.from_scores`. ValueError: 5 % is not met, with the
+    nearest that was. How far a second clock is off: `tests/benchmarks/meet.csv`.
     """
     check_float("latency, the share of time to keep", share, ABOVE_ZERO, ABOVE_ONE)
     tried = [(1.0, 1.0)]  # shares of the table's time, of the clock's
@@ -158,6 +156,7 @@ def meet(
             break  # the table knows no plan for what the clock would need
         reached = _time_share(model, small, input_shape, share, table)
         best = min(best, (abs(reached / share - 1), reached, plan), key=lambda b: b[0])
+        # Half of what is promised, for the clock of whoever asks again is another.
         if best[0] <= MET / 2:
             break
         tried.append((goal, reached))
@@ -174,6 +173,9 @@ def _time_share(
     model: nn.Module, small: nn.Module, shape: CHW, share: float, table: Table
 ) -> float:
     """Of `small` in `model`, the median over turns; of more of them near `share`."""
+    # What comes near is timed again, with both prepared anew: out of several attempts
+    # the one is taken whose noise happened to help, and where tensors come to lie in
+    # memory is a noise that more turns do not average.
     ratios = np.empty(0)
     for _ in range(FRESH):
         x = torch.randn(table.batch, *shape, dtype=table.dtype)
@@ -188,6 +190,8 @@ def _time_share(
 
 def _next_goal(tried: list[tuple[float, float]], share: float) -> float:
     """Between the nearest of what was tried above and below, else in proportion."""
+    # The clock moves in steps where widths cross a multiple, so that proportion alone
+    # may go to and fro across the goal for ever.
     above = [t for t in tried if t[1] >= share]
     below = [t for t in tried if t[1] < share]
     if not above or not below:

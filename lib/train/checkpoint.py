@@ -26,6 +26,7 @@ def digest_tensors(text: str, *tensors: Tensor) -> str:
     """A short hash of a text and of tensors, their shapes included."""
     digest = hashlib.sha256(text.encode())
     for tensor in tensors:
+        # The shape between the bytes: [2, 8] and [4, 4] of the same numbers differ.
         digest.update(str(tuple(tensor.shape)).encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy())
@@ -52,24 +53,21 @@ def save(path: str | Path | None, identity: dict, **parts) -> None:
     """
     if path is None:
         return
-    with processes.first_ahead():
-        if processes.rank() == 0:
-            _write(path, {"identity": identity, **parts})
 
-
-def _write(path: str | Path, state: dict) -> None:
     def write(tmp: Path) -> None:
         with open(tmp, "wb") as file:  # torch's own files lose the cause of an error
-            torch.save(state, file)
+            torch.save({"identity": identity, **parts}, file)
 
-    paths.write_atomic(path, write)
+    with processes.first_ahead():
+        if processes.rank() == 0:
+            paths.write_atomic(path, write)
 
 
 def load(path: str | Path, parts: Iterable[str] = ()) -> dict:
     """Read what `save` wrote, on the CPU; pickled code is never run.
 
-    Raises `FileNotFoundError` or `ValueError`, naming the file, where it is missing,
-    damaged (a single bit is enough), or lacks the identity or one of `parts`.
+    FileNotFoundError or ValueError, naming the file: missing, damaged (a single bit is
+    enough), without an identity or one of `parts`.
     """
     path = Path(path)
     if not path.is_file():
@@ -105,35 +103,26 @@ def take_up(
 ) -> dict | None:
     """The state that `save` wrote for this identity; None where there is none yet.
 
-    Another's file is renamed to `NAME.old1` (`.old2`, ...), which is said together with
-    what differs. Raises as `load` for a damaged one, which stays where it is. Several
-    processes come to the same end, and the first says so.
+    Another's file is renamed to the first free `NAME.old1`, `NAME.old2`, ..., which is
+    said together with what differs. Errors as of `load`; a damaged file stays.
     """
     if path is None:
         return None
-    with processes.first_ahead():  # the others find what it has left there
-        return _take_up(path, identity, parts)
-
-
-def _take_up(path: str | Path, identity: dict, parts: Iterable[str]) -> dict | None:
-    if not Path(path).is_file():
+    path = Path(path)
+    # The first process may rename the file; the others then find none, as it did.
+    with processes.first_ahead():
+        if not path.is_file():
+            return None
+        state = load(path, parts)
+        # Only what is asked for: a file may know more facts, of a later version of lib.
+        differs = [k for k, v in identity.items() if state["identity"].get(k) != v]
+        if not differs:
+            return state
+        names = (path.with_name(f"{path.name}.old{i}") for i in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        os.replace(path, aside)
+        print(
+            f"{paths.shown(path)} was made with another {', '.join(differs)}; "
+            f"kept as {aside.name}, starting afresh"
+        )
         return None
-    state = load(path, parts)
-    # Only what is asked for: a file may know more facts, of a later version of lib.
-    differs = [k for k, v in identity.items() if state["identity"].get(k) != v]
-    if not differs:
-        return state
-    aside = put_aside(Path(path))
-    print(
-        f"{paths.shown(path)} was made with another {', '.join(differs)}; "
-        f"kept as {aside.name}, starting afresh"
-    )
-    return None
-
-
-def put_aside(path: Path) -> Path:
-    """Rename a file to the first free `NAME.old1`, `NAME.old2`, ...; that path."""
-    names = (path.with_name(f"{path.name}.old{i}") for i in itertools.count(1))
-    aside = next(name for name in names if not name.exists())
-    os.replace(path, aside)
-    return aside

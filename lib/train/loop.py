@@ -1,10 +1,8 @@
-"""Training, evaluation and recalibration: one `fit` for every stage.
+"""The training loop: one `fit` for every stage.
 
-A checkpoint is written after every epoch; a run that was killed takes up there and, on
-a CPU, ends with bit-identical weights. On a GPU the whole step is one CUDA graph and
-nothing is synchronised before the epoch's end. Several processes train on the batches
-that one would see, each on its part (`lib.train.processes`); on GPUs they do so with
-NCCL and without a graph, which has not been run yet.
+A run that was killed takes up after its last whole epoch and, on a CPU, ends with
+bit-identical weights. On a GPU the whole step is one CUDA graph and nothing is
+synchronised before the epoch's end.
 """
 
 import copy
@@ -96,11 +94,12 @@ def fit(
     `distill`. `ValueError`: bad settings, a loss that is not finite.
 
     Several `processes` of a recipe are started here, as children with as many threads
-    each as torch has now (gloo on the CPU, NCCL on GPUs); in a process group that is
-    there already, such as torchrun's, its own number counts. They step together down
-    the gradient of the whole batch, as one process does, to rounding; but BatchNorms
-    take the statistics of their process's part, and `dropout` is drawn for each. What
-    they are handed must be importable, not defined in a notebook.
+    each as torch has now (gloo on the CPU, NCCL on GPUs, not yet run there); in a
+    process group that is there already, such as torchrun's, its own number counts. They
+    step together down the gradient of the whole batch, as one process does, to
+    rounding; but BatchNorms take the statistics of their process's part, and `dropout`
+    is drawn for each. What they are handed must be importable, not defined in a
+    notebook.
     """
     recipe = _pick_recipe(recipe, epochs, settings)
     _check_processes(recipe, train_set, pick_device(device))
@@ -160,7 +159,14 @@ def _fit_here(
     steps = count_batches(train_set, recipe.batch_size, train=True)
     report = Report(recipe, steps, label, done=history.resumed)
     train_set = train_set.to(device)
-    everything = checkpoint, identity, model, optimizer, history
+
+    def keep() -> None:
+        checkpoints.save(
+            checkpoint, identity, model=model.state_dict(),
+            optimizer=optimizer.state_dict(), rows=history.rows,
+            made_with=history.made_with,
+        )  # fmt: skip
+
     norms = processes.norms_synchronised(model, recipe.sync_norms)
     with report, _tuned_convolutions(), norms, modes_kept(model):
         for epoch in range(history.resumed, recipe.epochs):
@@ -170,10 +176,10 @@ def _fit_here(
                 row["val_top1"] = measured["top1"]
             row |= watch(model) if watch else {}
             history.rows.append(row)
-            _keep(*everything)
+            keep()
             report.epoch_done(row)
-    if not history.rows:
-        _keep(*everything)
+    if not history.rows:  # what comes after a recipe of no epochs looks for its file
+        keep()
     return history
 
 
@@ -191,6 +197,11 @@ def load_checkpoint(path: str | Path) -> dict:
 def _identify(
     model: nn.Module, recipe: Recipe, train_set: ImageSet, precision: str
 ) -> dict:
+    """What a checkpoint must agree on to be taken up.
+
+    The weights at the start too: a run names a network, but not what was done to it,
+    and one that was pruned by another plan may have the same name and shapes.
+    """
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     state = model.state_dict()
     return {
@@ -202,14 +213,6 @@ def _identify(
     }
 
 
-def _keep(checkpoint, identity: dict, model, optimizer, history: History) -> None:
-    checkpoints.save(
-        checkpoint, identity, model=model.state_dict(),
-        optimizer=optimizer.state_dict(), rows=history.rows,
-        made_with=history.made_with,
-    )  # fmt: skip
-
-
 def _resume(
     checkpoint: str | Path | None, identity: dict, model: nn.Module, optimizer
 ) -> tuple[list[dict], dict]:
@@ -217,7 +220,9 @@ def _resume(
     state = checkpoints.take_up(checkpoint, identity, PARTS)
     if state is None:
         return [], {}
-    own = ("lr", "fused", "foreach", "capturable")  # belong to the device, not the run
+    # A file says how the optimizer ran where it was written; these belong to the device
+    # and stay as they were made here (on a GPU the rate is a tensor).
+    own = ("lr", "fused", "foreach", "capturable")
     groups = [{k: g[k] for k in own if k in g} for g in optimizer.param_groups]
     with paths.reading(checkpoint, "checkpoint"):
         model.load_state_dict(state["model"])
@@ -241,14 +246,17 @@ def _run_epoch(train_set: ImageSet, update: Update, epoch: int, report: Report) 
     update.model.train()
     update.start_epoch()
     start = time.perf_counter()
-    # The same dropout, whether or not the run was taken up before this epoch.
+    # Seeded anew in every epoch, or dropout would depend on whether those before it
+    # were trained here or taken up. Each process has a stream of its own: its images
+    # are others, and the same masks on all parts would make them alike.
     with seeded(recipe.seed, epoch + processes.stream(), device):
         for i, (x, y) in enumerate(stream):
             rate = rate_at(recipe, epoch + i / steps)
             update.set_rate(rate)
             update(x, y)
             report.step_done(update)
-    # the epoch's only synchronisation on a GPU
+    # The epoch's only synchronisation on a GPU, and within the time: before it the
+    # kernels are launched, not done.
     loss, top1, seen = update.totals(everywhere=True)
     processes.average_buffers(update.model)
     seconds = time.perf_counter() - start

@@ -32,11 +32,11 @@ def evaluate(
 ) -> dict[str, float]:
     """`top1`, `top5` in percent and mean cross-entropy `loss`, in its own precision.
 
-    Every image counts once, whatever the size of the last batch. The model's device
-    and train/eval mode stay; with fewer than 6 classes top5 is 100 by definition.
-    ValueError: outputs that are not numbers, with the tensor that is to blame.
+    With fewer than 6 classes top5 is 100 by definition. ValueError: outputs that are
+    not numbers, with the tensor that is to blame.
     """
-    outputs = _forward(model, images, resolution, batch_size, processes.share())
+    how = {"batch_size": batch_size, "share": processes.share()}
+    outputs = forward(model, images, resolution=resolution, **how)
     found = [_count_batch(output, y) for output, y in outputs]
     totals = torch.zeros(3, dtype=torch.float64)
     found = list(torch.stack(found).cpu()) if found else []
@@ -57,7 +57,8 @@ def find_hits(
     batch_size: int = 500,
 ) -> Tensor:
     """Which images are classified rightly, bool [N] on the CPU; else as `evaluate`."""
-    outputs = _forward(model, images, resolution, batch_size, processes.share())
+    how = {"batch_size": batch_size, "share": processes.share()}
+    outputs = forward(model, images, resolution=resolution, **how)
     hits = [(output.argmax(1) == y).cpu() for output, y in outputs]
     return torch.cat(processes.gather(hits))
 
@@ -68,14 +69,20 @@ def forward(
     *,
     resolution: int | None = None,
     batch_size: int = 500,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Run every image through `model` once, in order: (output, labels) batch by batch.
 
     In evaluation mode, without gradients, on the model's device and in its precision;
-    each module's own mode is put back when the iteration ends or is left. Every process
-    goes through all images.
+    each module's own mode is put back when the iteration ends or is left. share (i, n):
+    every n-th batch from the i-th on.
     """
-    return _forward(model, images, resolution, batch_size, (0, 1))
+    layout = pick_layout(model, next(model.parameters()).device)
+    how = {"resolution": resolution, "share": share, "whole": True}
+    with modes_kept(model), torch.inference_mode():
+        model.eval()
+        for x, y in batches_for(model, images, batch_size, **how):
+            yield model(x.contiguous(memory_format=layout)), y
 
 
 def watch(
@@ -97,22 +104,6 @@ def watch(
                 rows.clear()
 
 
-def _forward(
-    model: nn.Module,
-    images: ImageSet,
-    resolution: int | None,
-    batch_size: int,
-    share: tuple[int, int],
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """`forward` over this share of the batches."""
-    layout = pick_layout(model, next(model.parameters()).device)
-    how = {"resolution": resolution, "share": share, "whole": True}
-    with modes_kept(model), torch.inference_mode():
-        model.eval()
-        for x, y in batches_for(model, images, batch_size, **how):
-            yield model(x.contiguous(memory_format=layout)), y
-
-
 def recalibrate(
     model: nn.Module,
     images: ImageSet,
@@ -126,10 +117,9 @@ def recalibrate(
     """Measure the running statistics of every BatchNorm anew, over one pass.
 
     The exact average over the batches of one epoch (or of `num_batches`), under the
-    training augmentation: plain images give statistics that training never saw. Only
-    BatchNorms are put in training mode, weights stay bit-identical. A BatchNorm that
-    does not run keeps what it has; so do all of them if this is interrupted, or comes
-    to a statistic that is not finite (ValueError, by name).
+    training augmentation: plain images give statistics that training never saw. A
+    BatchNorm that does not run keeps what it has; so do all of them if this is
+    interrupted, or comes to a statistic that is not finite (ValueError, by name).
     """
     if num_batches is not None:
         num_batches = check_int("num_batches", num_batches, 1)
@@ -144,12 +134,16 @@ def recalibrate(
     )  # fmt: skip
     rank, count = processes.share()
     own = num_batches and len(range(rank, num_batches, count))
+    # torch.optim.swa_utils.update_bn would do, but that it also sets dropout to work
+    # and leaves half a measurement behind when it is stopped.
     with modes_kept(model), torch.no_grad(), _statistics_measured(momenta):
         model.eval()
         for norm in momenta:
             norm.train()
         for x, _ in itertools.islice(stream, own):
             model(x.contiguous(memory_format=layout))
+        # Batches are dealt out whole, so that a mean weighted by their number is what
+        # one process would have measured.
         for norm in momenta:
             seen = norm.get_buffer("num_batches_tracked")
             measured = [norm.get_buffer(f"running_{what}") for what in ("mean", "var")]

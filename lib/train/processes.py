@@ -49,7 +49,7 @@ def stream() -> int:
 def join(rank: int, count: int, store: str | Path) -> Iterator[None]:
     """Be one of the processes that meet at the file `store`, while inside.
 
-    gloo on the CPU; on GPUs NCCL, one process for each GPU (not yet run on any).
+    gloo on the CPU; on GPUs NCCL, one process for each GPU.
     """
     backend = None if torch.cuda.is_available() else "gloo"
     if backend is None:
@@ -114,10 +114,11 @@ def add(*tensors: Tensor) -> None:
 def average(tensors: list[Tensor], weight: float = 1.0) -> None:
     """Average each over the processes, in place; `weight`: of this one's.
 
-    What is the same everywhere stays as it is. With no weight anywhere nothing changes.
+    With no weight anywhere nothing changes.
     """
     if count() == 1 or not tensors:
         return
+    # in float64, so that what is the same everywhere comes out as it went in
     flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
     flat = torch.cat([flat.mul_(weight), flat.new_tensor([weight])])
     dist.all_reduce(flat)
@@ -136,11 +137,14 @@ def average_buffers(module: nn.Module) -> None:
 def merge_gradients(parameters: list[nn.Parameter], images: int) -> None:
     """Each gradient becomes that of the mean over the images of all processes.
 
-    images: how many the present ones are the mean over. One sum of one flat buffer; a
-    parameter without a gradient counts as zeros where another process has one.
+    images: how many the present ones are the mean over. A parameter without a gradient
+    counts as zeros where another process has one.
     """
+    # Not DistributedDataParallel: it weighs all processes alike, however few images
+    # the last batch left one of them, and wants a gradient of every parameter.
     if count() == 1 or not parameters:
         return
+    # In one sum, of one flat buffer, with the counts that it is to be divided by.
     own = [p.grad is not None for p in parameters]
     sizes = [p.numel() for p in parameters]
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

@@ -34,9 +34,7 @@ class Report:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.bar.total = (
-            self.bar.n
-        )  # else a run that is stopped leaves a red bar behind
+        self.bar.total = self.bar.n  # else a run that is stopped leaves a red bar
         shown = not self.bar.disable  # a closed bar says that it is disabled
         self.bar.close()
         if self.last and shown:
@@ -59,8 +57,9 @@ class Report:
     def tell(self, what: str, images_per_s: float) -> None:
         """One more epoch is done, and `what` came of it."""
         self.done += 1
-        line = f"{self.label}: epoch {self.done}/{self.recipe.epochs}  {what}"
-        self.last = line
+        line = self.last = (
+            f"{self.label}: epoch {self.done}/{self.recipe.epochs}  {what}"
+        )
         if self.silent:
             return
         if self.bar.disable:

@@ -1,8 +1,4 @@
-"""One update of the weights, eager or as a CUDA graph, with running totals.
-
-Several processes give each its part of a batch; their gradients are summed before the
-step, which makes it that of the whole batch.
-"""
+"""One update of the weights, eager or as a CUDA graph, with running totals."""
 
 import copy
 import warnings
@@ -48,7 +44,7 @@ class Update:
         self.seen = 0
 
     def set_rate(self, rate: float) -> None:
-        """Set the learning rate; a rate held as a tensor is filled in place."""
+        """Set the learning rate, in place where it is the tensor that a graph reads."""
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
@@ -98,6 +94,7 @@ class Update:
 
     def _imitate(self, logits: Tensor, told: Tensor) -> Tensor:
         """T^2 KL(teacher || student) of the answers softened by T, in nats."""
+        # T^2, for the slopes of softened answers are as much smaller
         heat = self.recipe.temperature
         own = F.log_softmax(at_least_float32(logits) / heat, 1)
         wanted = F.log_softmax(at_least_float32(told) / heat, 1)
@@ -130,13 +127,12 @@ def at_least_float32(output: Tensor) -> Tensor:
 class GraphUpdate(Update):
     """The same, captured once and replayed: no launch overhead, no waiting.
 
-    The first batches are trained on eagerly, on a side stream as capture requires. A
-    network that cannot be captured stays eager, which is said once, or is an error if
+    A network that cannot be captured stays eager, which is said once, or is an error if
     capture is a `must`.
     """
 
     cheap_to_read = False
-    WARMUP = 3
+    WARMUP = 3  # batches trained eagerly, on a side stream as capture requires
 
     def __init__(self, *arguments, must: bool = False):
         super().__init__(*arguments)
@@ -151,6 +147,7 @@ class GraphUpdate(Update):
             self._try_capture(x, y)
         if self.eager:
             return super().__call__(x, y)
+        # a batch of another size, such as a last one, cannot go through the graph
         if self.graph is None or x.shape != self.x.shape:
             self._train_beside(x, y, watched=self.calls == self.WARMUP)
         else:
@@ -197,11 +194,9 @@ class GraphUpdate(Update):
 
 
 def _waits(train) -> bool:
-    """Whether the call makes the host wait for the GPU: no capture survives that.
-
-    Asked before capturing, because a capture that failed half-way leaves CUDA's
-    allocator and generators in its own mode.
-    """
+    """Whether the call makes the host wait for the GPU: no capture survives that."""
+    # Asked before capturing, because a capture that failed half-way leaves CUDA's
+    # allocator and generators in its own mode.
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -225,14 +220,13 @@ def make_update(
 ) -> Update:
     """The update for the model's device: captured on a GPU, unless not wanted.
 
-    The outputs must have room for the classes of `images`. Several processes step
-    eagerly: where one of them could not capture its step, the others would wait in
-    theirs.
+    The outputs must have room for the classes of `images`.
     """
     check_choice("cuda_graph", cuda_graph, ("auto", True, False))
     on_gpu = next(model.parameters()).device.type == "cuda"
     if cuda_graph is True and not on_gpu:
         raise ValueError("cuda_graph=True needs a GPU")
+    # Were one process not able to capture its step, the others would wait in theirs.
     several = processes.count() > 1
     if cuda_graph is True and several:
         raise ValueError(

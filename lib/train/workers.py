@@ -77,6 +77,8 @@ def _start(folder: Path, rank: int) -> subprocess.Popen:
 
 def _wait(children: list[subprocess.Popen], folder: Path) -> None:
     """Print the first one's lines until all are done; raise what ended one of them."""
+    # When one fails, gloo tells the others within moments, and they end with errors of
+    # their own; one that hangs instead is not waited for beyond `late`.
     late = float("inf")
     with open(folder / "lines0", "rb") as lines:
         while any(child.poll() is None for child in children):
