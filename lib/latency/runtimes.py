@@ -105,7 +105,7 @@ def _compile(model: nn.Module, x: Tensor) -> Callable:
 
     compiled = torch.compile(model, dynamic=False)
     # torch gives up on a forward that it has compiled for eight networks and runs it
-    # as it is, in silence: pruned nets share the forward of their class.
+    # as it is: pruned nets share the forward of their class.
     many = {"recompile_limit": 10**6, "accumulated_recompile_limit": 10**6}
     try:
         with config.patch(freezing=True), limits.patch(many), torch.inference_mode():
