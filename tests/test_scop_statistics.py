@@ -532,6 +532,8 @@ def test_threshold_of_small_cases():
     w = torch.tensor([5.0, 4, 3, 2, -1])
     assert find(w, 0.25) == 2 and find(w, 0.24) == math.inf
     assert find(torch.zeros(3), 0.5) == math.inf
+    exactly = torch.tensor([2.0] * 300 + [-2.0] * 62)  # 63 / 300 is .21, .21 * 300 less
+    assert find(exactly, 0.21) == 2
     for bad, q in ((w[None], 0.1), (w / 0, 0.1), (w, 0.0), (w, 1.0)):
         with pytest.raises(ValueError, match=r"expected finite|q must lie"):
             find(bad, q)

@@ -40,7 +40,8 @@ def knockoff_threshold(w: Tensor, q: float) -> float:
     levels = w[w != 0].abs().unique()
     wrong = (w <= -levels[:, None]).sum(1) + 1
     right = (w >= levels[:, None]).sum(1).clamp(min=1)
-    fitting = levels[wrong <= q * right]
+    # Divided, not multiplied: a share of exactly q is then the same float as q.
+    fitting = levels[wrong.double() / right <= q]
     return float(fitting[0]) if len(fitting) else float("inf")
 
 
