@@ -52,13 +52,11 @@ class SwapGame(Game):
         guess = self.teach_judge(x)
         made = self.arm.make(x)
         coins = self.judge.draw_swap(x)
-        told = torch.zeros_like(
-            coins
-        )  # every block has to hide its swap, none is given
+        told = torch.zeros_like(coins)  # no swap is given away, each has to be hidden
         logits = self.judge(*swap_blocks(x, made, coins), told, coins)
-        # Towards a guess of 1/2 rather than away from the right one, as in the source:
-        # the judge's loss turned round has no lower bound, and a generator that makes
-        # it guess wrongly with confidence has given the swap away just as well.
+        # Towards a guess of 1/2. The source takes the judge's loss with the other sign,
+        # which has no lower bound: whoever makes it guess wrongly with confidence has
+        # given the swap away just as well.
         half = torch.full_like(logits, 0.5)
         confusion = F.binary_cross_entropy_with_logits(logits, half)
         # A copy of the image confuses every judge: likeness has to cost something. It
