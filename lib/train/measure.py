@@ -35,8 +35,10 @@ def evaluate(
     With fewer than 6 classes top5 is 100 by definition. ValueError: outputs that are
     not numbers, with the tensor that is to blame.
     """
-    how = {"batch_size": batch_size, "share": processes.share()}
-    outputs = forward(model, images, resolution=resolution, **how)
+    outputs = forward(
+        model, images, resolution=resolution, batch_size=batch_size,
+        share=processes.share(),
+    )  # fmt: skip
     found = [_count_batch(output, y) for output, y in outputs]
     totals = torch.zeros(3, dtype=torch.float64)
     found = list(torch.stack(found).cpu()) if found else []
@@ -57,8 +59,10 @@ def find_hits(
     batch_size: int = 500,
 ) -> Tensor:
     """Which images are classified rightly, bool [N] on the CPU; else as `evaluate`."""
-    how = {"batch_size": batch_size, "share": processes.share()}
-    outputs = forward(model, images, resolution=resolution, **how)
+    outputs = forward(
+        model, images, resolution=resolution, batch_size=batch_size,
+        share=processes.share(),
+    )  # fmt: skip
     hits = [(output.argmax(1) == y).cpu() for output, y in outputs]
     return torch.cat(processes.gather(hits))
 
