@@ -568,6 +568,21 @@ SCATTERED = {
         conv(8, 8),
         False,
     ),
+    "rows of pixels, then a sigmoid": (
+        between(lambda x: x.flatten(2).sigmoid().view_as(x)),
+        conv(8, 8),
+        False,
+    ),
+    "a norm that mixes channels": (
+        lambda s, x: F.relu(s.b(s.a(x) + s.g(s.c(F.relu(s.a(x)))))),
+        conv(8, 8),
+        False,
+    ),
+    "rows of pixels and back": (
+        between(lambda x: x.flatten(2).relu().view_as(x)),
+        conv(8, 8),
+        True,
+    ),
     "nothing": (between(lambda x: x), conv(8, 8), True),
     "relu": (between(F.relu), conv(8, 8), True),
     "scaled and clamped at zero": (
@@ -588,7 +603,8 @@ class Larger(nn.Module):
 @pytest.mark.parametrize("kind", SCATTERED)
 def test_scatter_where_zero_stays_zero_up_to_the_addition(kind):
     forward, layer, possible = SCATTERED[kind]
-    model = net(forward, c=layer, n=nn.BatchNorm2d(8), split=Larger())
+    norms = {"n": nn.BatchNorm2d(8), "g": nn.GroupNorm(2, 8)}
+    model = net(forward, c=layer, split=Larger(), **norms)
     plan = Plan({"c": [1, 3]}, scatter={"c"})
     if possible:
         assert_same(model, plan)

@@ -118,9 +118,10 @@ def freeze_attention(found: "Trace") -> None:
 def find_mixers(record: DryRun, lossy: set[str]) -> frozenset[str]:
     """Modules that lose track of channels inside, but hand on as many as they read.
 
-    They have parameters, vectors alone (a LayerNorm, a GroupNorm, a norm of responses),
-    one input and one output of the same shape: run at full width, with zeros in the
-    place of what is gone, they need not be understood. Of nested ones the outermost.
+    They have parameters, vectors alone (a LayerNorm, a GroupNorm), or hold torch's own
+    LocalResponseNorm, and one input and one output of the same shape: run at full
+    width, with zeros in the place of what is gone, they need not be understood. Of
+    nested ones the outermost.
     """
     fits: dict[str, bool] = {}
     for event in record.events:
@@ -131,10 +132,12 @@ def find_mixers(record: DryRun, lossy: set[str]) -> frozenset[str]:
             fits[event.module] = fits.get(event.module, True) and same
     found: set[str] = set()
     for name in sorted(n for n, same in fits.items() if n and same):
-        tensors = list(record.modules[name].parameters())
+        module = record.modules[name]
+        tensors = list(module.parameters())
         vectors = all(sum(n > 1 for n in t.shape) <= 1 for t in tensors)
+        responses = any(type(m) is nn.LocalResponseNorm for m in module.modules())
         outer = any(name.startswith(f"{other}.") for other in found)
-        if tensors and vectors and not outer:
+        if vectors and (tensors or responses) and not outer:
             found.add(name)
     return frozenset(found)
 

@@ -9,8 +9,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 
 LAYERS = (_ConvNd, nn.Linear)
-LEAVES = (*LAYERS, _BatchNorm, nn.LocalResponseNorm, nn.PReLU, _DropoutNd)
-OWN = ("lib.surgery.movers", "GappedLRN")  # surgery's leaf, known by name
+LEAVES = (*LAYERS, _BatchNorm, nn.PReLU, _DropoutNd)
 
 # What a subclass may have of its own: nothing of it decides what the module computes.
 HARMLESS = set(
@@ -41,7 +40,7 @@ def is_leaf(module: nn.Module) -> bool:
 def is_overridden(module: nn.Module) -> bool:
     """Has it, or its class, something of its own that the class of torch's runs?"""
     kind, own = type(module), vars(module)
-    base = next((k for k in kind.__mro__ if _is_known(k)), nn.Module)
+    base = next(k for k in kind.__mro__ if k.__module__.startswith("torch.nn.modules."))
     tensors = module._parameters.keys() | module._buffers.keys()
     needed = ("weight", "bias") if hasattr(module, "bias") else ("weight",)
     if any(name not in tensors for name in needed if hasattr(module, name)):
@@ -54,12 +53,6 @@ def is_overridden(module: nn.Module) -> bool:
         for each in inherited
         for name in vars(each)
         if not name.startswith("__") or name in {"__call__", "__getattr__"}
-    )
-
-
-def _is_known(kind: type) -> bool:
-    return kind.__module__.startswith("torch.nn.modules.") or (
-        (kind.__module__, kind.__name__) == OWN
     )
 
 

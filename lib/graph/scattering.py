@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from lib.graph.dry_run import Node
-from lib.graph.tags import ADDITIONS, ELEMENTWISE, SPATIAL
+from lib.graph.tags import ADDITIONS, ELEMENTWISE, MOVES, REDUCTIONS, SPATIAL
 from lib.graph.trace import Trace
 
 # Zero in the first operand is zero in the result, whatever the others are.
 KEEP_ZERO = set("mul mul_ div div_ clone detach alias contiguous to _to_copy".split())
-PASS_ON = SPATIAL | {"PReLU", "LocalResponseNorm", "GappedLRN"}
+# What makes zeros of zeros and of nothing else: positions move, maps are averaged.
+PASS_ON = SPATIAL | MOVES | REDUCTIONS | {"PReLU", "cat"}
 
 
 def find_readers(nodes: list[Node]) -> dict[int, list[Node]]:
@@ -61,18 +62,23 @@ def _find_end(found: Trace, node: Node, norm: str) -> int | None:
 
 
 def _stays_zero(found: Trace, readers: dict[int, list[Node]], start: int) -> bool:
+    """Follow a value to the additions and layers that end its way, over zeros alone.
+
+    What has no rule, a GroupNorm say, may make anything of zeros.
+    """
+    made = {value for values in found.made.values() for value in values}
     waiting, seen = [start], {start}
     while waiting:
         value = waiting.pop()
         for node in readers[value]:
             others = [v for v in node.inputs if v != value]
-            if node.op in ADDITIONS and others:
-                continue  # the addition itself
-            if node.op in ELEMENTWISE and not _keeps_zero(node, value):
+            if (node.op in ADDITIONS and others) or not made.isdisjoint(node.outputs):
+                continue
+            plain = node.op in PASS_ON or node.op.startswith("Dropout")
+            if not plain and not (node.op in ELEMENTWISE and _keeps_zero(node, value)):
                 return False
-            if node.op in ELEMENTWISE | PASS_ON or node.op.startswith("Dropout"):
-                waiting += [v for v in node.outputs if v not in seen]
-                seen.update(node.outputs)
+            waiting += [v for v in node.outputs if v not in seen]
+            seen.update(node.outputs)
     return True
 
 

@@ -220,14 +220,11 @@ class _Grouping:
 
     def _fix_wide_channels(self) -> None:
         """Layers can stand between a pick and a scatter; what mixes channels cannot."""
-        graph, modules = self.graph, self.record.record.modules
+        graph = self.graph
         mixers = {
             name: [move.inputs, move.outputs]
             for name, move in (graph.moves | graph.shuffles | graph.mixes).items()
         }
-        for name, tags in graph.norms.items():
-            if isinstance(modules[name], nn.LocalResponseNorm):
-                mixers[name] = [tags]
         for name, layer in graph.layers.items():
             if not self.record.is_whole(name):
                 mixers[name] = [layer.inputs, layer.outputs]

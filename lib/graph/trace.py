@@ -179,7 +179,7 @@ class Trace:
         return layer
 
     def read_norm(self, name: str, value: Value) -> Tensor | None:
-        """A norm, a PReLU or a response normalisation hands channels on in place."""
+        """A BatchNorm or a PReLU hands channels on in place."""
         where = self.record.locate(name)
         row = self.ledger.row(value, 1, value.shape[1], where)
         known = self.norms.setdefault(name, row)

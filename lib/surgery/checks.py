@@ -22,7 +22,7 @@ from lib.surgery.movers import Bridge, PinnedShuffleUnit, Remap
 # Operations that hand on what they read, and names for one and the same.
 COPIES = {"clone", "contiguous", "alias", "detach", "lift_fresh", "lift"}
 VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_alias", "expand"}
-ALIKE = dict.fromkeys(VIEWS, "view") | {"GappedLRN": "LocalResponseNorm"}
+ALIKE = dict.fromkeys(VIEWS, "view")
 
 # Arguments that are sizes: these follow the channels, and what is made shows them.
 SIZES = {

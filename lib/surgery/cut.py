@@ -17,7 +17,6 @@ from lib.surgery.checks import check_result
 from lib.surgery.copying import copy_model
 from lib.surgery.movers import (
     Bridge,
-    GappedLRN,
     PinnedShuffleUnit,
     Remap,
     Scatter,
@@ -193,11 +192,6 @@ def _replace_movers(
         read, write = _ends(graph, kept, move)
         if not (read.all() and write.all()):
             replace(small, name, Remap(modules[name], read, write, move.dim))
-    for name, tags in graph.norms.items():
-        if isinstance(modules[name], nn.LocalResponseNorm):
-            alive = kept.units[graph.unit_of(tags)]
-            if not alive.all():
-                replace(small, name, GappedLRN(modules[name], alive))
     for name, move in graph.shuffles.items():
         _pin_shuffle(modules[name], *_ends(graph, kept, move))
 

@@ -62,36 +62,6 @@ class Remap(nn.Module):
         return moved.index_select(self.dim, self.write)
 
 
-class GappedLRN(nn.LocalResponseNorm):
-    """Local response normalisation over the original channel neighbourhoods.
-
-    Channels that were removed count as zero, so the others keep their responses.
-    """
-
-    alive: Tensor
-    kept: Tensor
-    source: Tensor
-
-    def __init__(self, whole: nn.LocalResponseNorm, alive: Tensor):
-        super().__init__(whole.size, whole.alpha, whole.beta, whole.k)
-        if isinstance(whole, GappedLRN):
-            alive = _restore(on_cpu(whole.alive), alive)
-        self.register_buffer("alive", alive)
-        self.register_buffer("kept", positions(alive))
-        source = inverse(self.kept, len(alive))
-        self.register_buffer("source", source)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, kept, ...] -> the same shape."""
-        full = take(x.square(), self.source).flatten(2).unsqueeze(1)
-        before, after = self.size // 2, (self.size - 1) // 2
-        mean = F.avg_pool2d(
-            F.pad(full, (0, 0, before, after)), (self.size, 1), stride=1
-        )
-        mean = mean.squeeze(1).index_select(1, self.kept).view_as(x)
-        return x / (self.k + self.alpha * mean).pow(self.beta)
-
-
 class Gate(nn.Module):
     """Zero the silenced channels before a module that reads across channels."""
 
@@ -195,13 +165,6 @@ def take(x: Tensor, source: Tensor, dim: int = 1) -> Tensor:
     """Pick channels of `x`; an index behind the last picks a channel of zeros."""
     padding = [0, 0] * (x.ndim - 1 - dim % x.ndim) + [0, 1]
     return F.pad(x, padding).index_select(dim, source)
-
-
-def _restore(alive: Tensor, within: Tensor) -> Tensor:
-    """`within` thins out the kept places of `alive`."""
-    result = torch.zeros_like(alive)
-    result[positions(alive)[within]] = True
-    return result
 
 
 def device_of(module: nn.Module, otherwise: str | torch.device = "cpu") -> torch.device:

@@ -34,10 +34,10 @@ def mask(
     with torch.no_grad():
         _zero_rows(graph, _rows_when_masked(graph, kept), modules)
         _zero_columns(graph, kept, modules)
-    for name, (tags, dim) in _readers(graph, modules).items():
-        alive = kept.units[graph.unit_of(tags)]
+    for name, move in (graph.moves | graph.mixes).items():
+        alive = kept.units[graph.unit_of(move.inputs)]
         if not alive.all():
-            replace(masked, name, Gate(modules[name], alive, dim))
+            replace(masked, name, Gate(modules[name], alive, move.dim))
     for block in kept.dropped:
         if not len(dropped_units(graph, block)):  # a residual block
             replace(masked, block, nn.Identity())
@@ -67,7 +67,7 @@ def _zero_rows(graph: Graph, rows: dict[str, Tensor], modules: dict[str, Any]) -
         dead[graph.layers[name].outputs[~alive]] = True
     for name, tags in graph.norms.items():
         module = modules[name]
-        if isinstance(module, nn.LocalResponseNorm | nn.PReLU):
+        if isinstance(module, nn.PReLU):
             continue  # nothing in, nothing out
         # Without a scale a norm of zeros is zero if its mean is, or has no mean kept.
         shift = (module.running_mean,) if module.weight is None else ()
@@ -84,13 +84,3 @@ def _zero_columns(graph: Graph, kept: Kept, modules: dict[str, Any]) -> None:
         blocks = filters_of(modules[name]).chunk(layer.groups)
         for block, part in zip(blocks, alive.chunk(layer.groups), strict=True):
             block[:, ~part] = 0
-
-
-def _readers(graph: Graph, modules: dict[str, Any]) -> dict[str, tuple[Tensor, int]]:
-    """Modules beside the layers that read several channels at once, and along what."""
-    moves = graph.moves | graph.mixes
-    readers = {name: (move.inputs, move.dim) for name, move in moves.items()}
-    for name, tags in graph.norms.items():
-        if isinstance(modules[name], nn.LocalResponseNorm):
-            readers[name] = tags, 1
-    return readers
