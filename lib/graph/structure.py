@@ -8,6 +8,7 @@ convolution that writes into one residual stream.
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -309,25 +310,16 @@ def _meet_blocks(units: Tensor, partitions: list[Tensor]) -> tuple[Tensor, str |
 def find_components(count: int, edges: list[Tensor]) -> tuple[Tensor, int]:
     """Component of each of `count` items under `edges` [2, n], and how many there are.
 
-    Components are numbered by their smallest members. Every item points to a smaller
-    or equal one of its component; each round points the ends of an edge to the smaller
-    of their two roots and then follows all pointers to their ends.
+    Components are numbered by their smallest members.
     """
-    a, b = torch.cat([torch.empty(2, 0, dtype=torch.long), *edges], 1)
-    root = torch.arange(count)
-    while True:
-        ends = root.index_select(0, a), root.index_select(0, b)  # quicker than root[a]
-        apart = torch.nonzero(ends[0] != ends[1]).flatten()
-        if not len(apart):
-            break
-        a, b = a.index_select(0, apart), b.index_select(0, apart)
-        low = torch.minimum(*ends).index_select(0, apart)
-        for end in (a, b):
-            root = root.scatter_reduce(0, root.index_select(0, end), low, "amin")
-        while not torch.equal(further := root.index_select(0, root), root):
-            root = further
-    number = (root == torch.arange(count)).cumsum(0)  # of the roots, from 1 on
-    return number[root] - 1, int(number[-1]) if count else 0
+    # Imported when needed: it takes as long as half of the import of torch.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    ends = torch.cat([torch.empty(2, 0, dtype=torch.long), *edges], 1).numpy()
+    matrix = coo_array((np.ones(ends.shape[1]), tuple(ends)), shape=(count, count))
+    found, labels = connected_components(matrix, directed=False)
+    return torch.from_numpy(labels).long(), found
 
 
 # -- blocks that may go ----------------------------------------------------------------

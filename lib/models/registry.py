@@ -18,19 +18,14 @@ from lib.settings import CHW, check_int
 LARGEST_TRIED = 512
 
 
-def list_resnets() -> dict[str, Callable[..., nn.Module]]:
-    """`resnet20` and so on; with `_b`, projection shortcuts."""
-    return {
-        f"resnet{depth}{ending}": partial(CifarResNet, depth, projection=bool(ending))
-        for ending in ("", "_b")
-        for depth in DEPTHS
-    }
-
-
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "lenet": LeNet,
     "cifarnet": CifarNet,
-    **list_resnets(),
+    **{  # "_b": with projection shortcuts
+        f"resnet{depth}{ending}": partial(CifarResNet, depth, projection=bool(ending))
+        for ending in ("", "_b")
+        for depth in DEPTHS
+    },
     "densenet40": CifarDenseNet,
     "mobilenet_v2_cifar": vision.build_mobilenet,
     "caffenet": CaffeNet,

@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from lib import cost
 from lib.graph import Graph, Group, build_graph, list_prunable
+from lib.messages import check_choice
 from lib.plan.record import Plan
 from lib.plan.requests import (
     Rate,
     Scores,
     Timetable,
-    check_manner,
     check_rates,
-    check_request,
     check_scores,
+    check_target,
 )
 from lib.plan.resolve import resolve
 from lib.plan.sparing import find_partial, spare
 from lib.plan.targets import meet
-from lib.settings import CHW
+from lib.settings import CHW, check_int
 
 
 def from_scores(
@@ -67,20 +67,20 @@ def from_scores(
     why (`surgery.prunable` lists all). Warns when nothing is removed. `graph`: that of
     `build_graph(model, input_shape)`, if known. In steps: notebooks/02_surgery.ipynb.
     """
-    check_request(rate, macs, latency, table, scope)
-    check_manner(residual, multiple)
-    check_rates(rate, scores)
+    check_choice("scope", scope, ("layer", "global"))
+    check_choice("residual", residual, ("tie", "scatter", "keep"))
+    check_int("multiple", multiple, 1)
+    check_target(rate, macs, latency, table)
+    check_rates(rate, scores, scope)
     graph = graph or build_graph(model, input_shape)
     if skip_fixed:
         scores = _leave_fixed(graph, scores, model, residual)
     check_scores(graph, scores, model)
     pools = _make_pools(graph, scores, residual, multiple)
-    if macs is None and latency is None:
+    if rate is not None:
         removed = _meet_rate(pools, rate, scope)
     else:
-        cost_of = _make_cost(graph, pools, table)
-        if macs is not None and graph.has_other_work:
-            cost_of = _add_other_work(cost_of, len(pools), model, input_shape)
+        cost_of = _make_cost(graph, pools, table, model, input_shape)
         removed = _meet_share(pools, macs, latency, scope, cost_of)
     plan = _make_plan(pools, removed)
     if not plan.keep:
@@ -90,31 +90,31 @@ def from_scores(
 
 
 def _make_cost(
-    graph: Graph, pools: list["_Pool"], table: Timetable | None
+    graph: Graph,
+    pools: list["_Pool"],
+    table: Timetable | None,
+    model: nn.Module,
+    input_shape: CHW,
 ) -> Callable[[list[int]], float]:
     """What a plan costs by the steps removed per pool: MACs, or a table's time."""
+    other = 0  # MACs that no layer owns, those of functional convolutions
 
     def cost_of(counts: list[int]) -> float:
         kept = resolve(graph, _make_plan(pools, counts), check=False)
         if table is not None:
             return table(graph, kept)
-        return graph.count_macs(kept.rows, kept.units)
+        return other + graph.count_macs(kept.rows, kept.units)
 
+    if table is None and graph.has_other_work:
+        whole = cost_of([0] * len(pools))
+        other = cost.count(model, input_shape).macs - int(whole)
     return cost_of
 
 
-def _add_other_work(
-    cost_of: Callable[[list[int]], float], size: int, model: nn.Module, input_shape: CHW
-) -> Callable[[list[int]], float]:
-    """The same with the MACs that no layer owns (functional convolutions)."""
-    other = cost.count(model, input_shape).macs - int(cost_of([0] * size))
-    return lambda counts: other + cost_of(counts)
-
-
-def _meet_rate(pools: list["_Pool"], rate: Rate | None, scope: str) -> list[int]:
+def _meet_rate(pools: list["_Pool"], rate: Rate, scope: str) -> list[int]:
     """Steps removed per pool for a share of the channels."""
-    if scope == "global" and rate is not None and not isinstance(rate, Mapping):
-        return _lowest(_global_order(pools), pools, rate)
+    if scope == "global" and not isinstance(rate, Mapping):
+        return _lowest(_order_steps(pools, scope), pools, rate)
     return [pool.round(_rate_of(pool, rate)) for pool in pools]
 
 
@@ -137,7 +137,7 @@ class _Pool:
     group: Group
     layers: tuple[str, ...]
     order: Tensor
-    scores: Tensor
+    scores: list[float]
     stops: list[int]
     scatter: bool
 
@@ -153,10 +153,6 @@ class _Pool:
             return min(count_share(rate, ranks), self.most)
         ends = enumerate(self.stops)
         return min(ends, key=lambda end: (abs(end[1] - rate * ranks), end[0]))[0]
-
-    def steps(self) -> list[tuple[int, int]]:
-        """The ranks, from and to, that each step removes."""
-        return list(itertools.pairwise(self.stops))
 
 
 def _make_pools(
@@ -192,15 +188,15 @@ def _find_refused(graph: Graph, scores: Scores, residual: str) -> dict[str, str]
     for group in graph.groups:
         if residual == "keep" and group.joined:
             continue
+        alone = residual == "scatter" and group.joined
         for name in group.layers:
             if name in scores and group.fixed:
                 refused[name] = group.fixed
-            elif name in scores and residual == "scatter" and group.joined:
-                if name not in group.scatterable:
-                    refused[name] = (
-                        "cannot be scattered, something other than its own BatchNorm "
-                        "stands between it and the addition"
-                    )
+            elif name in scores and alone and name not in group.scatterable:
+                refused[name] = (
+                    "cannot be scattered, something other than its own BatchNorm "
+                    "stands between it and the addition"
+                )
     return refused
 
 
@@ -263,7 +259,8 @@ def _make_pool(
     else:
         written = names if scatter else group.layers
         order, stops = _order_in_multiples(group, blocks, written, multiple)
-    return _Pool(group, names, order, total[order].sum(1), stops, scatter)
+    worth = total[order].sum(1).tolist()
+    return _Pool(group, names, order, worth, stops, scatter)
 
 
 def _order_in_multiples(
@@ -303,30 +300,33 @@ def _order_in_multiples(
     return torch.cat([*steps, *last]), sorted(set(stops))
 
 
-def _rate_of(pool: _Pool, rate: Rate | None) -> float:
+def _rate_of(pool: _Pool, rate: Rate) -> float:
     if not isinstance(rate, Mapping):
-        return rate or 0.0
+        return rate
     given = {rate[n] for n in pool.layers if n in rate}
     if len(given) > 1:
         raise ValueError(f"tied layers need one rate: {', '.join(pool.layers)}")
     return given.pop() if given else 0.0
 
 
-def _global_order(pools: list[_Pool]) -> list[int]:
-    """Pools in the order in which a rising threshold removes their next step."""
-    entries = []
-    for i, pool in enumerate(pools):
-        scores = pool.scores.tolist()
-        entries += [(sum(scores[a:b]) / (b - a), i) for a, b in pool.steps()]
-    return [i for _, i in sorted(entries, key=lambda e: e[0])]
+def _order_steps(pools: list[_Pool], scope: str) -> list[int]:
+    """Pools in the order in which they lose their next step.
 
+    "global": as a rising threshold removes them, "layer": as a rising uniform rate.
+    """
 
-def _share_order(pools: list[_Pool]) -> list[int]:
-    """The same for a rising uniform rate."""
+    def place(pool: _Pool, start: int, stop: int) -> float:
+        if scope == "global":
+            return sum(pool.scores[start:stop]) / (stop - start)
+        return stop / len(pool.order)
+
     entries = [
-        (stop / len(p.order), i) for i, p in enumerate(pools) for stop in p.stops[1:]
+        (place(pool, *step), i)
+        for i, pool in enumerate(pools)
+        for step in itertools.pairwise(pool.stops)
     ]
-    return [i for _, i in sorted(entries, key=lambda e: e[0])]
+    # By the place alone and stably: of equals the earlier layer goes first.
+    return [i for _, i in sorted(entries, key=lambda entry: entry[0])]
 
 
 def _lowest(order: list[int], pools: list[_Pool], rate: float) -> list[int]:
@@ -351,7 +351,7 @@ def _meet_share(
     cost_of: Callable[[list[int]], float],
 ) -> list[int]:
     """Remove steps in order until the cost is near its share of the full one."""
-    order = _global_order(pools) if scope == "global" else _share_order(pools)
+    order = _order_steps(pools, scope)
     name, share, near, unit = "macs", macs or 0.0, 0.01, "MACs"
     if latency is not None:
         name, share, near, unit = "latency", latency, 0.02, "time in the table"
