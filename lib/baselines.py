@@ -74,6 +74,7 @@ def trace_with_fx(model: nn.Module, advice: str = "") -> torch.fx.GraphModule:
 
 def _find_pairs(model: nn.Module) -> dict[str, str]:
     """Each module with the BatchNorm that alone reads it, without an input's shape."""
+    # By torch.fx, as a dry run needs the images' shape, which a score of weights lacks.
     nodes = trace_with_fx(model, "; give `graph`, or use another score").graph.nodes
     modules = dict(model.named_modules())
     return {

@@ -90,9 +90,8 @@ def score_channels(
         scores = nisp.score_layers(
             criterion, model, sets.train, num_images=num_images, seed=seed, graph=graph
         )
-        seen = (
-            seen if criterion in {"nisp", "nisp-norm", "nisp-sharp", "layerwise"} else 0
-        )
+        if criterion not in {"nisp", "nisp-norm", "nisp-sharp", "layerwise"}:
+            seen = 0  # of weights alone
     lacking = [name for name in layers if name not in scores]
     if lacking:
         raise ValueError(f"criterion '{criterion}' has no score for {lacking[0]}")
@@ -147,7 +146,7 @@ def _silence_each(
 
     def rerun(site: fx.Node, value: Tensor) -> Tensor:
         order = iter(known)
-        before = {}
+        before = {}  # values behind the site are left out, so that they are made anew
         for node in order:
             before[node] = known[node]
             if node is site:
@@ -165,6 +164,7 @@ def _silence_each(
             silent[:, channel] = 0
             found[channel] = rerun(site, silent) - loss
         risen[name] = found
+        # A step that works in place has written over values that are kept for all runs.
         if not torch.equal(rerun(site, value), loss):
             raise ValueError(f"the forward works in place behind '{name}'")
     return risen

@@ -90,6 +90,7 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.results: list[int] = []
         self.has_other_work = False
         self._known: dict[int, int] = {}
+        # Ids tell tensors apart, so none may die and leave its id to another.
         self._alive: list[Tensor] = []
         self._within: tuple[str, ...] = ()
         self._failed: tuple[str, ...] | None = None
@@ -133,6 +134,8 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kind = type(module)
             if isinstance(module, SCRIPT) or kind.forward is nn.Module.forward:
                 continue  # a script is not run by Python, a list of modules not at all
+            # Torch's own layers are known by type and their shapes are guessed: through
+            # ATen and its meta kernels, slow Python, a trace takes twice as long.
             wrap = self._wrap_leaf if is_leaf(module) else self._wrap_module
             module.__dict__["forward"] = wrap(name, module, module.forward)
 
@@ -188,7 +191,7 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _put(self, tensor: Tensor, constant: bool = False) -> int:
         self._known[id(tensor)] = len(self.values)
-        self._alive.append(tensor)  # keeps the id from being used again
+        self._alive.append(tensor)
         self.values.append(Value(tuple(tensor.shape), None, constant))
         return len(self.values) - 1
 
@@ -217,6 +220,7 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operands = [self._read(t) for t in tensors_in((*args, *kwargs.values()))]
         inputs = tuple(x.place for x in operands if not x.constant)
         made = tuple(self._put(t, not inputs) for t in tensors_in((output,)))
+        # A linear layer reads its weight transposed: the transpose keeps the name.
         if name == "t" and not inputs and operands[0].value is None:
             self.values[made[0]].parameter = operands[0].parameter
         rest, within = tuple(without_tensors(args)), self._within or ("",)

@@ -47,6 +47,8 @@ def is_overridden(module: nn.Module) -> bool:
         return True  # a parametrization or a hook computes it
     if not own.keys().isdisjoint(tensors) or any(hasattr(base, name) for name in own):
         return True
+    # What a forward of torch's calls changes between versions, so that a list of what
+    # matters would grow old: every name that torch has counts, but for the harmless.
     inherited = kind.__mro__[: kind.__mro__.index(base)]
     return any(
         name not in HARMLESS and (hasattr(base, name) or name in own or name in tensors)

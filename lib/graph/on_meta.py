@@ -31,7 +31,7 @@ def meta_tensors(modules: dict[str, nn.Module]) -> Iterator[dict[int, str]]:
     among them, is taken back afterwards.
     """
     own = {n: m for n, m in modules.items() if not isinstance(m, SCRIPT)}
-    made: dict[int, Tensor] = {}
+    made: dict[int, Tensor] = {}  # a shared tensor has one stand-in: it stays shared
     names: dict[int, str] = {}
     with contents_kept(list(own.values())):
         for path, module in own.items():
@@ -90,6 +90,8 @@ def run_operation(name: str, func: Function, args: Args, kwargs: Kwargs) -> Any:
     """
     tensors = tensors_in((*args, *kwargs.values()))
     devices = {t.device for t in tensors}
+    # No kernel takes tensors of two devices: shapes alone go to meta, but an operation
+    # on constants must keep their numbers, by which channels may be picked later.
     if len(devices) > 1:
         place = "meta" if any(t.is_meta for t in tensors) else "cpu"
         args, kwargs = move_all(args, place), move_all(kwargs, place)
@@ -186,6 +188,8 @@ def contents_kept(modules: list[nn.Module]) -> Iterator[None]:
     Also into lists, dictionaries and objects that these hold, at any depth, and into
     those that the hooks of a module see.
     """
+    # A copy of the model would not do in its place: hooks and closures would go on
+    # writing into the objects of the original, and not every model can be copied.
     kept: list[tuple[Any, Any]] = []
     seen: set[int] = set()
     for module in modules:
@@ -240,6 +244,7 @@ def _put_back(holder: Any, content: Any) -> None:
     if isinstance(holder, types.CellType):
         if content is not EMPTY:
             holder.cell_contents = content
+    # Untouched holders are left alone: one of a class of its own may not be cleared.
     elif len(holder) != len(content) or not _are_same(holder, content):
         holder.clear()
         if isinstance(holder, (list, deque)):

@@ -81,6 +81,7 @@ class Graph:
         self.readers = find_readers(self.nodes)
         self.pairs: dict[str, str] = find_pairs(record, self.readers)
         found, self.num_units = find_components(ledger.count, ledger.ties)
+        # The tag of constants is -1, which as an index is the last place.
         self._units = torch.cat([found, torch.tensor([self.num_units])])
         self.rows = {n: self.unit_of(x.outputs) for n, x in self.layers.items()}
         self.columns = {n: self.unit_of(x.inputs) for n, x in self.layers.items()}
@@ -175,12 +176,15 @@ class _Grouping:
     def _find_reasons(self) -> Tensor:
         """For each unit the position of the first reason to leave it alone, or -1."""
         found = torch.full((self.graph.num_units + 1,), -1)
+        # The first reason is nearest to the cause; written last, it stands.
         for i, (tags, _) in reversed(list(enumerate(self.record.ledger.frozen))):
             found[self.graph.unit_of(tags)] = i
         return found
 
     def _find_strangers(self) -> Tensor:
         """Is a tag read by other norms and the like than its own layer's BatchNorm?"""
+        # A norm that is not the layer's own would shift the zeros written back for it.
+        # A tag that norms read more often than layers' own norms do has such a reader.
         norms, places = self.graph.norms, self.graph.num_tags + 1
         own = [norms[x] for n, x in self.graph.pairs.items() if n in self.joined]
         count, expected = (  # constants share the last place
@@ -191,6 +195,7 @@ class _Grouping:
 
     def _make_groups(self) -> list[Group]:
         """Layers are in one group if a unit is in both, or through other layers."""
+        # To join all layers that have a unit it takes one edge from each to the first.
         first = torch.full((self.graph.num_units,), len(self.names))
         first.scatter_reduce_(0, self.units, self.owners, "amin")
         edges = torch.stack([self.owners, first[self.units]])
@@ -202,7 +207,7 @@ class _Grouping:
         members: list[list[str]] = [[] for _ in range(count)]
         for name, number in zip(self.names, group_of.tolist(), strict=True):
             members[number].append(name)
-        self._fix_mixed_groups(member)
+        self._fix_mixed_groups(member)  # both add reasons, so before any group is made
         self._fix_wide_channels()
         blocks = self._read_blocks()
         pairs = zip(members, units[:count], strict=True)
@@ -298,6 +303,7 @@ class _Grouping:
 
 def _meet_blocks(units: Tensor, partitions: list[Tensor]) -> tuple[Tensor, str | None]:
     """The common refinement of several partitions of the units into equal blocks."""
+    # As many kept in each block of the refinement are as many in each of the coarser.
     if not partitions:
         return torch.zeros(len(units), dtype=torch.long), None
     _, blocks = torch.unique(torch.stack(partitions, 1), dim=0, return_inverse=True)

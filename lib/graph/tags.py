@@ -117,7 +117,8 @@ class Ledger:
         if a is b or torch.equal(a, b):
             return
         pairs = torch.stack([a, b])
-        if pairs.numel() and int(pairs.min()) < 0:  # constants stay, and who meets them
+        # A constant has no layer to cut it in, so it stays, and who is tied to it.
+        if pairs.numel() and int(pairs.min()) < 0:
             self.freeze(pairs[:, (pairs < 0).any(0)], "they are tied to constants")
             pairs = pairs[:, (pairs >= 0).all(0)]
         self.ties.append(pairs)
@@ -160,6 +161,7 @@ class Ledger:
         self, name: str, operands: Sequence[Operand], shape: Sequence[int], where: str
     ) -> Tensor | None:
         """Operands broadcast against one another; channels keep their places."""
+        # Activations say where the channels are; parameters beside them follow.
         rows = [x.tags for x in operands if x.tags is not None and not x.constant]
         vectors = [x.tags for x in operands if x.tags is not None and x.constant]
         if not rows and not vectors:
@@ -185,6 +187,7 @@ class Ledger:
         if len(rows) == 1:
             return rows[0]
         widest = max(rows, key=lambda row: row.numel())
+        # One number for all channels cannot follow any of them.
         for row in rows:
             if row.numel() == 1 and widest.numel() > 1:
                 self.freeze(row, f"{where} spreads it over all channels")
@@ -195,6 +198,8 @@ class Ledger:
             return widest
         if all(torch.equal(r, widest) for r in rows):
             return widest
+        # A sum has tags of its own: what binds the sum further on must not count as
+        # binding the layers in front of it, which may yet be scattered one by one.
         result = self.fresh(widest.numel()).view(widest.shape) if added else widest
         constant = torch.stack([r < 0 for r in rows])
         if not added or not bool(constant.any()):
@@ -301,10 +306,11 @@ class Ledger:
         dim %= ndim
         constant = torch.full([1] * ndim, CONSTANT)
         tags = [constant if x.tags is None else x.tags for x in operands]
-        for i, x in enumerate(operands):
+        for i, x in enumerate(operands):  # unknown is not constant: it freezes
             if x.tags is None and not x.constant:
                 along = [x.shape[d] if d == dim else 1 for d in range(ndim)]
                 tags[i] = self.unknown(x.shape[dim], where).view(along)
+        # Joined along tokens or pixels: channel i of every piece is channel i of all.
         if all(
             t.shape[dim] == 1 < t.numel() and t.shape == tags[0].shape for t in tags
         ):
@@ -335,6 +341,8 @@ def move_tags(
     The flag says whether removing channels before the operation gives the same as
     removing them after it: true for flattening, false for picking and shuffling.
     """
+    # The operation itself says where channels go: it is run on tags in the place of
+    # values, at full size, since a view may mix dimensions in which they do not vary.
     full = tags.expand(tuple(shape))
     if name == "constant_pad_nd":
         return _pad(tags, shape, args[1])
@@ -354,6 +362,7 @@ def _pad(
     tags = before_padding
     for i, dim in enumerate(range(tags.ndim - 1, -1, -1)[: len(amounts) // 2]):
         before, after = amounts[2 * i], amounts[2 * i + 1]
+        # Size 1 means "does not vary", but a single channel beside new ones does.
         if tags.shape[dim] > 1 or (dim == 1 and shape[1] == 1):
             widths = [0] * (2 * (tags.ndim - 1 - dim)) + [before, after]
             tags = torch.nn.functional.pad(tags, widths, value=CONSTANT)
@@ -387,6 +396,7 @@ def _keeps_order(before: Tensor, after: Tensor) -> bool:
     before, after = before.flatten(), after.flatten()
     if before.numel() <= 1:
         return True
+    # Flattening repeats each tag for the pixels in a row, spreading the row of tags.
     times, rest = divmod(after.numel(), before.numel())
     if rest or not times:
         return False

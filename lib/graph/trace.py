@@ -101,7 +101,7 @@ class Trace:
         self.calls: dict[str, tuple[int, int]] = {}
         self.uses: dict[str, str] = {}
         self.mixes: dict[str, Move] = {}
-        self.lossy: dict[str, str] = {}
+        self.lossy: set[str] = set()  # modules inside which channels were lost
         self.attending: set[str] = set()
         self._moving: dict[str, list[Tensor]] = {}
         for value in self.values:
@@ -162,13 +162,12 @@ class Trace:
     def _read_layer(
         self, name: str, module: _ConvNd | nn.Linear, value: Value
     ) -> Layer:
-        linear = isinstance(module, nn.Linear)
         filters = filters_of(module)
         out, channels = filters.shape[:2]
-        groups = 1 if isinstance(module, nn.Linear) else module.groups
-        dim, where = -1 if linear else 1, self.record.locate(name)
+        dim, groups = (-1, 1) if isinstance(module, nn.Linear) else (1, module.groups)
+        where = self.record.locate(name)
         inputs = self.ledger.row(value, dim, channels * groups, where)
-        if name in self.layers:  # it runs a second time
+        if name in self.layers:  # it runs a second time, with the same weight
             self.ledger.tie(self.layers[name].inputs, inputs)
             return self.layers[name]
         kernel = filters[0, 0].numel()
@@ -314,18 +313,20 @@ class Trace:
         elif name == "cat":
             dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
             row = ledger.cat(operands, dim, where)
+        # An index that the pass itself computed has no values to follow.
         elif (
             name in MOVES
             and operands[0].tags is not None
             and all(x.content is not None for x in node.operands[1:])
-        ):  # an index that the pass itself computed has no values to follow
+        ):
             return self._move(node, operands)
         else:
             for x in operands:
                 ledger.freeze(x.tags, f"{where} uses '{name}', {_why_frozen(name)}")
+        # Everything around an operation that loses channels may be a norm over them,
+        # which `find_mixers` then takes as a whole.
         if row is None and any(x.tags is not None for x in operands):
-            for module in node.within:
-                self.lossy.setdefault(module, name)
+            self.lossy.update(node.within)
             if is_product(name):
                 self.attending.add(node.module)
         return [row] * len(node.outputs)
@@ -366,7 +367,9 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Trace:
     """What the passes of `run_dry` do with channels; its errors."""
     record = run_dry(model, input_shape)
     found = Trace(record)
-    mixers = find_mixers(record, set(found.lossy))
+    # Only a first reading shows what loses track of channels; the second one, with
+    # those modules taken as a whole, forgets what the first froze because of them.
+    mixers = find_mixers(record, found.lossy)
     if mixers:
         found = Trace(record, mixers)
     freeze_attention(found)

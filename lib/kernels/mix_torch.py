@@ -32,7 +32,7 @@ class MixNormRelu(torch.autograd.Function):
         y, mean, rstd = torch.native_batch_norm(
             mixed, weight, bias, None, None, True, 0.0, eps
         )
-        y = y.relu_() if relu else y
+        y = y.relu_() if relu else y  # in place: of y only the sign is needed again
         ctx.save_for_backward(
             mixed, delta, share, weight, mean, rstd, y if relu else None
         )

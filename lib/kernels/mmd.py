@@ -80,6 +80,7 @@ class TiledMMD(torch.autograd.Function):
             from lib.kernels.mmd_triton import sum_kernel
 
             return sum_kernel(z, n, pairs, rates, diagonal=not unbiased).to(z.dtype)
+        # n^2 terms nearly cancel: what is left drowns in float32's rounding of the sum.
         total = z.new_zeros((), dtype=torch.float64)
         for start, stop, squares in _walk_tiles(z, n, len(z)):
             kernel = _sum_exps(squares, [(rate, 1.0) for rate in rates])
@@ -138,6 +139,7 @@ def _walk_tiles(z: Tensor, n: int, last: int) -> Iterator[tuple[int, int, Tensor
     for start in starts:
         stop = min(start + step, n if start < n else len(z))
         squares = torch.addmm(norms[start:], z[start:stop], z[start:].T, alpha=-2)
+        # |a|^2 + |b|^2 - 2ab can round to below 0, and to above it for equal rows.
         squares.add_(norms[start:stop, None]).clamp_(min=0).diagonal().zero_()
         yield start, stop, squares
 

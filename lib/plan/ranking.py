@@ -73,7 +73,7 @@ def from_scores(
     check_target(rate, macs, latency, table)
     check_rates(rate, scores, scope)
     graph = graph or build_graph(model, input_shape)
-    if skip_fixed:
+    if skip_fixed:  # before the scores are checked: what stays whole may be anything
         scores = _leave_fixed(graph, scores, model, residual)
     check_scores(graph, scores, model)
     pools = _make_pools(graph, scores, residual, multiple)
@@ -244,6 +244,7 @@ def _make_pool(
     parts: list[Tensor],
     scatter: bool,
 ) -> _Pool:
+    # In float64: sums of half precision overflow, and round until scores are equal.
     total = torch.zeros(group.size, dtype=torch.float64)
     for name in names:
         values = scores[name].detach().to("cpu", torch.float64)
@@ -251,6 +252,7 @@ def _make_pool(
     blocks = group.unit_blocks
     if scatter:  # alone, so only its own convolution's groups count
         blocks = list(group.index[names[0]].chunk(graph.layers[names[0]].groups))
+    # Stable, so that of equal scores the lower index goes, on every machine.
     blocks = [b[torch.sort(total[b], stable=True).indices] for b in blocks]
     if multiple == 1:
         blocks, spared = spare(blocks, [] if scatter else parts, group.size)
@@ -336,7 +338,7 @@ def _lowest(order: list[int], pools: list[_Pool], rate: float) -> list[int]:
     for i in order:
         now, then = pools[i].stops[removed[i] : removed[i] + 2]
         units = (then - now) * pools[i].order.shape[1]
-        if gone + units > goal:
+        if gone + units > goal:  # no later step instead: a threshold lets none pass
             break
         removed[i] += 1
         gone += units
@@ -371,6 +373,8 @@ def _meet_share(
 
 
 def _make_plan(pools: list[_Pool], removed: list[int]) -> Plan:
+    # Every layer of a group is written down, also those without scores: a plan says
+    # what it means without the network at hand, and `resolve` can check the ties.
     keep: dict[str, list[int]] = {}
     scatter: set[str] = set()
     for pool, count in zip(pools, removed, strict=True):

@@ -32,6 +32,10 @@ def resolve(
     if check:
         _check_names(graph, plan)
         _check_blocks(graph, plan, model)
+    # The order matters. Ties are checked on what the plan itself says of each layer:
+    # afterwards, in units, all members of a group agree. Dropped blocks take their
+    # units along, then layers those that they give up, but for scattered ones, whose
+    # stream stays. Only then is it known what is left of layers that nobody named.
     marks = {n: _mark(kept, len(graph.rows[n])) for n, kept in plan.keep.items()}
     for group in graph.groups if check else ():
         if not marks.keys().isdisjoint(group.layers):

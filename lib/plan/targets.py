@@ -25,7 +25,7 @@ def meet(
     of the order, then later steps that do not overshoot, then exchanges of up to two
     steps, which matter where steps are coarse.
     """
-    known: dict[tuple[int, ...], float] = {}
+    known: dict[tuple[int, ...], float] = {}  # a cost is asked twice, and takes long
 
     def ask(counts: Counts) -> float:
         key = tuple(counts)

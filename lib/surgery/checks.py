@@ -131,6 +131,8 @@ class _Comparison:
                 yield event
 
     def _is_copy(self, node: Node, values: list[Value], side: int) -> bool:
+        # Whether `reshape` copies depends on the layout, and the layout on how many
+        # channels are left: one of two equal forwards may have a step more.
         if node.op not in COPIES | VIEWS or node.operands[0].place < 0:
             return False
         source, target = node.operands[0].place, node.outputs[0]
@@ -188,6 +190,8 @@ class _Comparison:
         """Are they the same value, or made inside of what surgery put in?"""
         if old is None or new is None:
             return old is new
+        # Unknown ones were made inside of a module that stands for a whole step: where
+        # they meet first they become a pair.
         a, b = self._root(old, 0), self._root(new, 1)
         return self.same.setdefault(a, b) == b
 
@@ -203,7 +207,7 @@ class _Comparison:
         alive: Tensor = self.left[self.graph.unit_of(tags)]
         left = list(value.shape)
         for dim, size in enumerate(tags.shape):
-            if size > 1:
+            if size > 1:  # in a tensor of tags a place lives if any along it does
                 others = [d for d in range(tags.ndim) if d != dim]
                 left[dim] = int((alive.any(others) if others else alive).sum())
         return tuple(left)

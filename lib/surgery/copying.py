@@ -22,6 +22,7 @@ def copy_model(model: nn.Module, instead: dict[int, Tensor] | None = None) -> nn
         if _copies_plainly(type(module)):
             twin = memo[id(module)] = object.__new__(type(module))
             twins.append((module, twin))
+    # All twins are known before any is filled: modules may refer to one another.
     for module, twin in twins:
         state: dict[str, Any] = module.__getstate__()
         for key, value in state.items():

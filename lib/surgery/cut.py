@@ -60,7 +60,10 @@ def cut_out(model: nn.Module, graph: Graph, kept: Kept) -> nn.Module:
     """The smaller copy itself, not yet checked."""
     norms = _norm_rows(graph, kept)
     cuts = _cut_tensors(graph, kept, norms, dict(model.named_modules()))
+    # Cut first and copied around the cuts: nothing is copied to be thrown away, and a
+    # parameter that two modules share is one parameter in the copy, too.
     small = copy_model(model, cuts)
+    # Names are those of the trace: what is put in below wraps modules and renames them.
     modules = dict(small.named_modules())
     _resize_modules(graph, kept, norms, modules)
     _replace_movers(graph, kept, small, modules)
@@ -93,6 +96,8 @@ def shrunk_from(
 
 def _norm_rows(graph: Graph, kept: Kept) -> dict[str, Tensor]:
     """Channels left at every norm; behind a scattered layer, those of that layer."""
+    # Channels that code picks by number stay in the tensors, with whatever a norm makes
+    # of them: nobody reads them any more.
     left = kept.units | graph.wide
     alive = {n: left[graph.unit_of(x)] for n, x in graph.norms.items()}
     for name in kept.scatter & graph.pairs.keys():
@@ -136,6 +141,7 @@ def _cut_weight(weight: Tensor, layer: Layer, rows: Tensor, columns: Tensor) -> 
         return _cut(_cut(weight, _choose(rows), 0), _choose(columns), 1)
     if layer.depthwise:
         return _cut(weight, _choose(rows), 0)
+    # Columns are numbered within a group, so each group is cut on its own.
     parts = zip(*(x.chunk(layer.groups) for x in (weight, rows, columns)), strict=True)
     return torch.cat([_cut(_cut(w, _choose(r), 0), _choose(c), 1) for w, r, c in parts])
 
@@ -212,6 +218,8 @@ def _pin_shuffle(module: Any, read: Tensor, write: Tensor) -> None:
     else:
         left = len(read) // 2
         order = torch.arange(len(write)).view(2, -1).t().flatten()
+    # `order` picks from the concatenation; numbers of what is left of that come from
+    # counting, in its order, the channels that are kept.
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
     joined = write[place]  # kept channels in the order of the concatenation
@@ -244,7 +252,7 @@ def _insert_bridges(graph: Graph, kept: Kept, small: nn.Module) -> None:
         if not made.all() and name not in kept.scatter:
             source = inverse(positions(made), len(made))
         if source is not None or not read.all():
-            inner = small.get_submodule(name)
+            inner = small.get_submodule(name)  # a scatter may stand there by now
             dim = -1 if isinstance(inner, nn.Linear) else 1
             replace(small, name, Bridge(inner, _choose(read), source, dim))
 

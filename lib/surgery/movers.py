@@ -163,6 +163,10 @@ def layout_of(x: Tensor) -> torch.memory_format:
 
 def take(x: Tensor, source: Tensor, dim: int = 1) -> Tensor:
     """Pick channels of `x`; an index behind the last picks a channel of zeros."""
+    # One gather over an extra channel of zeros: nothing is written in place, so that
+    # autograd, export and meta tensors follow it. The indices are buffers because no
+    # slice says which channels are left, and a buffer goes with the network to a
+    # device, into its state and into what is exported.
     padding = [0, 0] * (x.ndim - 1 - dim % x.ndim) + [0, 1]
     return F.pad(x, padding).index_select(dim, source)
 
@@ -178,6 +182,7 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
     It takes over the mode of the old one, and its device.
     """
+    # The instance may be registered under several names, of which the trace saw one.
     old = model.get_submodule(name)
     module.train(old.training).to(device_of(old, device_of(model)))
     for path, found in list(model.named_modules(remove_duplicate=False)):

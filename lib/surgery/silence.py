@@ -27,6 +27,8 @@ def mask(
     """
     graph = graph or build_graph(model, input_shape)
     kept = resolve(graph, plan, model)
+    # What shrinking would refuse is refused here as well: a mask stands for a network
+    # that can be built.
     small = cut_out(model, graph, kept)
     check_result(graph, kept, small, input_shape, plan.resolution)
     masked = copy_model(model)
