@@ -31,9 +31,7 @@ def l1(model: nn.Module) -> dict[str, Tensor]:
 
     Step by step in notebooks/03_criteria.ipynb.
     """
-    layers = prunable_layers(model)
-    filters = {name: filters_of(m).detach().flatten(1) for name, m in layers.items()}
-    return _checked({name: w.abs().sum(1) for name, w in filters.items()})
+    return _checked({name: w.abs().sum(1) for name, w in _list_filters(model).items()})
 
 
 def bn_scale(model: nn.Module, *, graph: Graph | None = None) -> dict[str, Tensor]:
@@ -53,6 +51,12 @@ def bn_scale(model: nn.Module, *, graph: Graph | None = None) -> dict[str, Tenso
     if not scores:
         raise ValueError("no convolution with a BatchNorm behind it; use another score")
     return _checked(scores)
+
+
+def _list_filters(model: nn.Module) -> dict[str, Tensor]:
+    """The filters of each layer as rows [output channels, weights of one]."""
+    layers = prunable_layers(model)
+    return {name: filters_of(m).detach().flatten(1) for name, m in layers.items()}
 
 
 def _checked(scores: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -93,9 +97,8 @@ def fpgm(model: nn.Module) -> dict[str, Tensor]:
 
     Step by step in notebooks/03_criteria.ipynb.
     """
-    layers = prunable_layers(model)
-    flat = {name: filters_of(m).detach().flatten(1) for name, m in layers.items()}
-    return _checked({name: torch.cdist(w, w).sum(1) for name, w in flat.items()})
+    filters = _list_filters(model).items()
+    return _checked({name: torch.cdist(w, w).sum(1) for name, w in filters})
 
 
 def taylor(
@@ -163,18 +166,13 @@ def _project(value: Tensor, layer: _ConvNd | nn.Linear | None) -> Tensor:
 def random(model: nn.Module, seed: int) -> dict[str, Tensor]:
     """Uniform random scores in [0, 1), from `seed` alone."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.rand(len(filters_of(module)), generator=generator)
-        for name, module in prunable_layers(model).items()
-    }
+    filters = _list_filters(model).items()
+    return {name: torch.rand(len(w), generator=generator) for name, w in filters}
 
 
 def uniform(model: nn.Module) -> dict[str, Tensor]:
     """Equal scores: a plan then removes the first channels of each layer."""
-    return {
-        name: torch.ones(len(filters_of(module)))
-        for name, module in prunable_layers(model).items()
-    }
+    return {name: torch.ones(len(w)) for name, w in _list_filters(model).items()}
 
 
 def rank_agreement(

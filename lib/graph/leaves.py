@@ -97,24 +97,10 @@ def guess_output(module: nn.Module, x: Tensor) -> Tensor | None:
     with torch._C._DisableTorchDispatch():  # nobody need see how the shape is made
         if isinstance(module, _BatchNorm):
             return x.detach() if _norm_fits(module, x) else None
-        if not isinstance(module, LAYERS) or isinstance(module, _ConvTransposeNd):
-            return None
-        if not _is_plain(module, x):
-            return None
-        shape = (
-            _shape_of_linear(module, x)
-            if isinstance(module, nn.Linear)
-            else _shape_of_convolution(module, x)
-        )
+        shape = _guess_shape(module, x)
         if shape is None:
             return None
         return torch.empty(shape, dtype=x.dtype, device="meta")
-
-
-def _is_plain(module: _ConvNd | nn.Linear, x: Tensor) -> bool:
-    weight, bias = module.weight, module.bias
-    whole = x.is_contiguous() and weight.is_contiguous() and x.dtype == weight.dtype
-    return whole and (bias is None or bias.shape == weight.shape[:1])
 
 
 def _norm_fits(module: _BatchNorm, x: Tensor) -> bool:
@@ -124,13 +110,17 @@ def _norm_fits(module: _BatchNorm, x: Tensor) -> bool:
     return enough and all(r is None or r.ndim == 0 or r.shape == width for r in rows)
 
 
-def _shape_of_linear(module: nn.Linear, x: Tensor) -> tuple[int, ...] | None:
-    out, inputs = module.weight.shape
-    return (*x.shape[:-1], out) if x.shape[-1] == inputs else None
-
-
-def _shape_of_convolution(module: _ConvNd, x: Tensor) -> tuple[int, ...] | None:
-    out, inputs, *kernel = module.weight.shape
+def _guess_shape(module: nn.Module, x: Tensor) -> tuple[int, ...] | None:
+    """The shape behind a linear layer, or a convolution with zeros around the image."""
+    if not isinstance(module, LAYERS) or isinstance(module, _ConvTransposeNd):
+        return None
+    weight, bias = module.weight, module.bias
+    whole = x.is_contiguous() and weight.is_contiguous() and x.dtype == weight.dtype
+    if not whole or (bias is not None and bias.shape != weight.shape[:1]):
+        return None
+    out, inputs, *kernel = weight.shape
+    if isinstance(module, nn.Linear):
+        return (*x.shape[:-1], out) if x.shape[-1] == inputs else None
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         return None
     if x.ndim != len(kernel) + 2 or x.shape[1] != inputs * module.groups:

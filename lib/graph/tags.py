@@ -4,13 +4,12 @@ A *tag* is the number of an output channel of a layer. The tags of a tensor are 
 int64 tensor of as many dimensions, of size 1 along every dimension in which they do not
 vary: those of an activation [N, C, H, W] have the shape [1, C, 1, 1]. An element-wise
 operation keeps them, an addition ties two rows of them, a concatenation joins them,
-`view` and `transpose` act on the tags themselves. What has no rule freezes the tags
-it reads, with the reason, so that nothing is pruned on a guess.
+`view` and `transpose` act on the tags themselves (`lib.graph.moves`). What has no rule
+freezes the tags it reads, with the reason, so that nothing is pruned on a guess.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -301,7 +300,7 @@ class Ledger:
         return tags.reshape([n for d, n in enumerate(tags.shape) if d not in gone])
 
     def cat(self, operands: Sequence[Operand], dim: int, where: str) -> Tensor:
-        """Labels one behind the other along `dim`."""
+        """Tags one behind the other along `dim`."""
         ndim = len(operands[0].shape)
         dim %= ndim
         constant = torch.full([1] * ndim, CONSTANT)
@@ -328,47 +327,6 @@ class Ledger:
         return compress(torch.cat(full, dim))
 
 
-def move_tags(
-    name: str,
-    function: Callable[..., Any],
-    tags: Tensor,
-    shape: Sequence[int],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[list[Tensor], bool]:
-    """Labels after a reshaping or indexing operation, one per output.
-
-    The flag says whether removing channels before the operation gives the same as
-    removing them after it: true for flattening, false for picking and shuffling.
-    """
-    # The operation itself says where channels go: it is run on tags in the place of
-    # values, at full size, since a view may mix dimensions in which they do not vary.
-    full = tags.expand(tuple(shape))
-    if name == "constant_pad_nd":
-        return _pad(tags, shape, args[1])
-    if name in {"view", "_unsafe_view", "_reshape_alias", "reshape"}:
-        moved = full.reshape(args[1])
-    else:
-        moved = function(full, *args[1:], **kwargs)
-    pieces = list(moved) if isinstance(moved, (list, tuple)) else [moved]
-    pieces = [compress(piece) for piece in pieces]
-    return pieces, all(_keeps_order(tags, piece) for piece in pieces)
-
-
-def _pad(
-    before_padding: Tensor, shape: Sequence[int], amounts: Sequence[int]
-) -> tuple[list[Tensor], bool]:
-    """Zero padding: new constants along the channels, nothing new along the pixels."""
-    tags = before_padding
-    for i, dim in enumerate(range(tags.ndim - 1, -1, -1)[: len(amounts) // 2]):
-        before, after = amounts[2 * i], amounts[2 * i + 1]
-        # Size 1 means "does not vary", but a single channel beside new ones does.
-        if tags.shape[dim] > 1 or (dim == 1 and shape[1] == 1):
-            widths = [0] * (2 * (tags.ndim - 1 - dim)) + [before, after]
-            tags = torch.nn.functional.pad(tags, widths, value=CONSTANT)
-    return [tags], tags is before_padding
-
-
 def _is_constant(tags: Tensor | None) -> bool:
     return tags is not None and bool((tags < 0).all())
 
@@ -387,19 +345,3 @@ def compress(tags: Tensor, *, only: int | None = None) -> Tensor:
             if tags.stride(dim) == 0 or torch.equal(tags, first.expand_as(tags)):
                 tags = first
     return tags
-
-
-def _keeps_order(before: Tensor, after: Tensor) -> bool:
-    """Dropping channels before the move equals dropping them after it."""
-    if sum(n > 1 for n in after.shape) > 1:
-        return False
-    before, after = before.flatten(), after.flatten()
-    if before.numel() <= 1:
-        return True
-    # Flattening repeats each tag for the pixels in a row, spreading the row of tags.
-    times, rest = divmod(after.numel(), before.numel())
-    if rest or not times:
-        return False
-    return torch.equal(after, before.repeat(times)) or torch.equal(
-        after, before.repeat_interleave(times)
-    )

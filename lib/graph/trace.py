@@ -24,6 +24,7 @@ from lib.graph.cases import (
 )
 from lib.graph.dry_run import BATCH, Call, DryRun, Node, run_dry
 from lib.graph.leaves import filters_of, is_leaf
+from lib.graph.moves import move_tags
 from lib.graph.tags import (
     CONSTANT,
     CONSTANTS,
@@ -35,7 +36,6 @@ from lib.graph.tags import (
     Ledger,
     Operand,
     Value,
-    move_tags,
 )
 
 __all__ = ["BATCH", "Layer", "Move", "Node", "Trace", "trace"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lib import paths
 from lib.messages import check_known
 from lib.models.layers import set_input_channels
-from lib.models.weights import download, read_checked
+from lib.models.weights import find_or_fetch
 
 # expansion, channels, blocks, stride (Sandler et al. 2018, table 2); the 24-channel
 # stage keeps the size, as usual at 32 pixels
@@ -108,15 +108,11 @@ def read_published(weights: Any) -> dict[str, Tensor]:
     fetched to the former. ValueError on a wrong digest, FileNotFoundError where the
     file can be neither found nor fetched; one line that names it.
     """
-    file = weights.url.rpartition("/")[2]
     folders = [Path(torch.hub.get_dir()) / "checkpoints"]
     with suppress(ValueError):  # no checkout, so no data root
         folders.append(paths.data_root() / "weights")
-    (digest,) = re.findall(r"-([0-9a-f]{8,})\.pth$", file)
-    found = [folder / file for folder in folders if (folder / file).is_file()]
-    if not found:
-        download(weights.url, folders[0] / file, digest)
-    return read_checked((found or [folders[0] / file])[0], digest)
+    (digest,) = re.findall(r"-([0-9a-f]{8,})\.pth$", weights.url)
+    return find_or_fetch(weights.url, digest, folders)
 
 
 def build_mobilenet(

@@ -7,6 +7,7 @@ top-1 91.73, 92.63 and 93.39 % on images normalised by mean (.485, .456, .406) a
 
 import hashlib
 import io
+from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,22 @@ def load_weights(name: str) -> dict[str, Tensor]:
     The file is `<data root>/weights/<file>`, fetched on first use. Raises ValueError
     on a wrong digest, FileNotFoundError where it can be neither found nor fetched.
     """
-    path = paths.data_root() / "weights" / FILES[name]
-    if not path.is_file():
-        download(URL + FILES[name], path, SHA256[name])
-    published = read_checked(path, SHA256[name])["state_dict"]
+    folders = [paths.data_root() / "weights"]
+    published = find_or_fetch(URL + FILES[name], SHA256[name], folders)["state_dict"]
     # Saved from a DataParallel net.
     return {key.removeprefix("module."): value for key, value in published.items()}
 
 
-def read_checked(path: Path, digest: str) -> Any:
-    """Load what torch saved, on the CPU; ValueError unless its SHA-256 begins so."""
+def find_or_fetch(url: str, digest: str, folders: Sequence[Path]) -> Any:
+    """What torch saved in the file of `url`, on the CPU.
+
+    From the first of `folders` that has it, else fetched to the first of all.
+    ValueError unless the file's SHA-256 begins with `digest`.
+    """
+    places = [folder / url.rpartition("/")[2] for folder in folders]
+    path = next((place for place in places if place.is_file()), places[0])
+    if not path.is_file():
+        download(url, path, digest)
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if not found.startswith(digest):
