@@ -103,9 +103,10 @@ def comparison(profile, against="l1", shares=()):
     half = rows[rows["share"].isin([0.5, 1.0])]
     lengths = sorted(half["length"].unique())
     last = half[half["length"] == lengths[-1]]
-    order = last.groupby("method")["after"].mean().sort_values(ascending=False).index
-    order = order.append(pd.Index(half["method"].unique()).difference(order))
     counts = half.groupby("length")["base_id"].nunique()
+    order = last.groupby("method").agg(n=("base_id", "nunique"), top=("after", "mean"))
+    order = order.sort_values(["n", "top"], ascending=False).index  # the whole first
+    order = order.append(pd.Index(half["method"].unique()).difference(order))
     lines = []
     for method in order:
         own = half[half["method"] == method]

@@ -26,7 +26,7 @@ def hash_notebooks(root=ROOT):
 def hash_notebook(path, rooms):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"
-               and c.get("id") != "bootstrap"]  # fmt: skip
+               and "bootstrap" not in c["metadata"].get("tags", ())]  # fmt: skip
     reached = reach(set().union(*map(list_rooms, sources)), rooms)
     parts = [describe(source) for source in sources]
     parts += [part for room in sorted(reached) for part in rooms[room][0]]

@@ -69,7 +69,8 @@ def measure(path):
     taught = list_taught(book)
     words = len(re.findall(r"\w[\w'-]*", read_text(book)))
     cells = sum(c.cell_type == "code" and not course.tag_of(c)
-                and c.id != "bootstrap" for c in book.cells)  # fmt: skip
+                and "bootstrap" not in c.metadata.get("tags", [])
+                for c in book.cells)  # fmt: skip
     figures = count_figures(book)
     return {
         "prose": 1 - len(list_bare(book)) / max(len(taught), 1),
