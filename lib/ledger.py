@@ -223,10 +223,9 @@ def compare_losses(files: str, question: str, margin: float) -> dict[str, Any]:
     found: dict[tuple, dict] = {}
     for length, part in rows.groupby("length") if len(rows) else ():
         left, right, _ = ARMS.findall(question)[0]
-        if right == ANY:  # networks drawn by lot are told apart by their number
-            lot = part["select_seed"].astype(str).where(part["method"] == "lattice", "")
-            part = part.assign(method=part["method"] + lot)
-            right = "|".join(set(part["method"]) - {left})
+        if right == ANY:
+            part = verdicts.list_networks(part, left)
+            right = "|".join(sorted(set(part["method"]) - {left}))
         left, right = (verdicts.pick_best(part, side) for side in (left, right))
         paired = ("net", "dataset", "length")
         n = verdicts.count_common(part, left, right)

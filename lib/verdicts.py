@@ -165,6 +165,22 @@ def pick_best(rows: pd.DataFrame, methods: str) -> str:
     return str(measured.groupby("method")["val"].mean().idxmax())
 
 
+def list_networks(rows: pd.DataFrame, left: str) -> pd.DataFrame:
+    """Rows with networks in place of methods: those of `left`, and all others once.
+
+    Networks drawn by lot are others on every base, and two methods may end at one. A
+    network is told by its shares and MACs; kept are those that all bases of `left`
+    have, under that name, but for what equals `left` itself.
+    """
+    own = rows["method"] == left
+    name = rows[["d", "w", "r", "macs"]].astype(str).agg(" ".join, axis=1)
+    others = rows.assign(method=name)[~own & ~name.isin(name[own])]
+    others = others.drop_duplicates(["method", "base_id"])
+    bases = others.groupby("method")["base_id"].transform("nunique")
+    whole = others[bases == rows[own]["base_id"].nunique()]
+    return pd.concat([rows[own], whole])
+
+
 def pack_hits(hits: np.ndarray) -> str:
     """Which images were classified rightly, bool [N], as text: a bit an image."""
     return base64.b85encode(np.packbits(np.asarray(hits, bool)).tobytes()).decode()

@@ -1,6 +1,5 @@
 """The versions of a notebook, the grader, and what every course notebook has."""
 
-import ast
 import copy
 import json
 import re
@@ -352,9 +351,11 @@ def test_every_notebook_makes_both_versions(path):
     exercises = course.find_exercises(book, path.stem)
     nbformat.validate(course.make_student(book))
     nbformat.validate(course.make_teacher(book, exercises))
-    for cell in course.make_otter(book, exercises).cells:
-        if cell.cell_type == "code" and "redirect_stdout" in cell.source:
-            ast.parse(cell.source)
+    cells = course.make_otter(book, exercises).cells
+    kinds = [cell.source.partition("\n")[0] for cell in cells]
+    asked = [kinds.count(f"# {word} QUESTION") for word in ("BEGIN", "END")]
+    checks = sum(len(exercise.checks) for exercise in exercises)
+    assert asked == [len(exercises)] * 2 and kinds.count("# HIDDEN") == checks
     for link in course.list_files(book):
         assert (path.parent / link).exists(), link
 

@@ -284,12 +284,16 @@ def test_a_loss_is_judged_at_any_cost(loss, verdict, monkeypatch, tmp_path):
 def test_a_pick_is_judged_against_the_best_network_of_all(results):
     noise = np.array([-0.1, 0.1, 0.0, -0.05, 0.05, 0.02]) / 80
     rows = [
-        {"method": method, "select_seed": lot, "base_id": base, "length": 5, "net": "n",
-         "dataset": "d", "macs": 10, "val": val, "after": after + noise[base] * val}
+        {"method": method, "d": d, "w": 1.0, "r": 1.0, "base_id": base, "length": 5,
+         "net": "n", "dataset": "d", "macs": 10, "val": val, "select_seed": lot,
+         "after": after + noise[base] * val}
         for base in range(6)
-        for method, lot, val, after in (
-            ("map", 0, 81, 80.0), ("depth", 0, 79, 90.0), ("lattice", 0, 70, 70.0),
-            ("lattice", 1, 82, 80.9))
+        for method, lot, d, val, after in (
+            ("map", 0, 0.8, 81, 80.0), ("depth", 0, 0.5, 79, 90.0),
+            ("lattice", base, 0.7, 70, 70.0),  # its number differs from base to base
+            ("lattice", 5 - base, 0.6, 82, 80.9), ("equal", 0, 0.6, 82, 80.9),
+            ("lattice", 8, 0.8, 99, 99.0),  # the pick itself
+            ("lattice", 9, 0.1 + base, 98, 99.0))  # others on every base
     ]  # fmt: skip
     file = results / "allocate_16_cpu.csv"
     pd.DataFrame(rows).to_csv(file, index=False)

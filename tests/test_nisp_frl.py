@@ -144,6 +144,25 @@ def test_a_convolution_that_classifies_reads_mean_channels(images):
     assert errors["retained"] == 3 and errors["mae"] < 1e-5
 
 
+def test_a_linear_gate_is_not_the_classifier(images):
+    class Gated(ConvHead):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x).relu()
+            gate = self.gate(x.mean((2, 3))).sigmoid()
+            return self.head(x * gate[..., None, None]).mean((2, 3))
+
+    net, x = Gated().eval(), pixels(images, 20, 0)
+    with torch.no_grad():
+        maps = net.conv(x).relu()
+        gate = net.gate(maps.mean((2, 3))).sigmoid()
+    found = nisp.collect_responses(net, images, num_images=20)
+    torch.testing.assert_close(found, maps.mean((2, 3)) * gate)
+
+
 class FoldedBatch(nn.Module):
     """Its classifier reads one row per pixel column, not one per image."""
 

@@ -89,7 +89,8 @@ class ImageSet:
     def take(self, n: int, seed: int = 0) -> "ImageSet":
         """A stratified subset of `n` images, in the set's order, fixed by `seed`.
 
-        Each class gets its share of `n`, rounded down or up.
+        Each class gets its share of `n`, rounded down or up. ValueError: `n` outside
+        1..N.
         """
         n = check_int(f"{self.name}: the number of images", n, -math.inf)
         if not 1 <= n <= len(self):
@@ -107,7 +108,7 @@ class ImageSet:
         """The set with images of `side` x `side` pixels, and so much in its name.
 
         Bilinear, antialiased, rounded to uint8; the padding of crops goes along. The
-        very set where there is nothing to do.
+        very set where there is nothing to do. ValueError: `side` below 1.
         """
         side = check_int(f"{self.name}: the side in pixels", side, 1)
         if self.shape[1:] == (side, side):
@@ -125,8 +126,8 @@ def split_validation(
     """Split into (train, validation): disjoint, covering, stratified, fixed by `seed`.
 
     Each class gives `fraction` of its images, rounded, to validation; at least one
-    image stays on either side. Both parts keep the set's order. ValueError: a class
-    with fewer than 2 images.
+    image stays on either side. Both parts keep the set's order. ValueError: fraction
+    outside (0, 1), a class with fewer than 2 images.
     """
     fraction = check_float(f"{images.name}: fraction", fraction, ABOVE_ZERO, 1.0)
     groups = shuffle_classes(images, seed)

@@ -124,7 +124,7 @@ def _compile(model: nn.Module, x: Tensor) -> Callable:
 def export_onnx(model: nn.Module, path: str | Path, input_shape: CHW) -> Path:
     """Write `model` in evaluation as an ONNX file for images [N, C, H, W], any N.
 
-    The model is left as found, wherever its tensors lie. ValueError: onnx and
+    `input_shape` is (C, H, W). The model is left as found. ValueError: onnx and
     onnxscript are not installed, torch cannot trace the network.
     """
     require("onnx", "onnxscript")

@@ -53,9 +53,9 @@ FORMULA = PowerLaw()  # Wang et al. 2021: C = d w^2 r^2
 def fit_exponents(points) -> PowerLaw:
     """The power law, C(1, 1, 1) = 1, nearest to measured costs in logs.
 
-    points: a table of d, w, r and `share`, all > 0. ValueError: a share other than 1 at
-    d = w = r = 1, dimensions that do not move or move together, as under compound
-    scaling; an exponent below 0.
+    points: a table of d, w, r and `share`, all > 0. ValueError: another table, a share
+    other than 1 at d = w = r = 1, dimensions that do not move or move together, as
+    under compound scaling; an exponent below 0.
     """
     logs = np.log(read_numbers(points, (*NAMES, "share")))
     x, y = logs[:, :3], logs[:, 3]
@@ -85,7 +85,7 @@ def equal_split(keep: float, cost: PowerLaw = FORMULA) -> tuple[float, float, fl
     """The (d, w, r) at `keep` whose shares would each alone leave the same cost.
 
     For 0.5 of the formula (0.794, 0.891, 0.891). A dimension that costs nothing stays
-    at 1.
+    at 1. ValueError: keep outside (0, 1].
     """
     keep = check_keep(keep)
     e = np.array(cost.exponents)
@@ -100,7 +100,7 @@ def inverse_compound(
 ) -> tuple[float, float, float]:
     """EfficientNet's compound scaling run backwards: `COMPOUND`^-phi with C = keep.
 
-    For 0.5 of the formula (0.824, 0.904, 0.862).
+    For 0.5 of the formula (0.824, 0.904, 0.862). ValueError: keep outside (0, 1].
     """
     keep = check_keep(keep)
     phi = -np.log(keep) / (np.log(COMPOUND) @ cost.exponents)
@@ -176,8 +176,8 @@ def rank_lattice(
     table: d, w, r, `share` and whatever else describes a network, as `Space.lattice`
     makes it. Kept, with their index: rows of a share in [keep - tolerance, keep];
     added: predicted (percent), covered (inside the map's box; a warning where not all
-    are). Of equal predictions the cheaper network is first. ValueError: no row in
-    reach.
+    are). Of equal predictions the cheaper network is first. ValueError: keep
+    outside (0, 1], tolerance < 0, no row in reach, another table.
     """
     found = _take_affordable(table, keep, tolerance)
     x = read_numbers(found)

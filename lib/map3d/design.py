@@ -22,6 +22,7 @@ def find_floors(keep: float, exponents: Sequence[float] = (1.0, 2.0, 2.0)) -> Po
 
     `keep`: share of the cost that stays, in (0, 1]; the cost is d^a w^b r^c with
     `exponents` (a, b, c), all positive. Half of the paper's: (.5, .707, .707).
+    ValueError for other values.
     """
     keep = check_keep(keep)
     if len(exponents) != 3:

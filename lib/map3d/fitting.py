@@ -103,7 +103,8 @@ def fit_table(table: np.ndarray, rank: int, degree: int, monotone: bool) -> Map:
 def count_parameters(rank: int | None, degree: int) -> int:
     """Free parameters of a map: R (1 + 3K), or (K + 1)^3 for rank None.
 
-    ValueError: a rank with as many parameters as the full tensor.
+    ValueError: rank or degree below 1, a rank with as many parameters as the full
+    tensor.
     """
     check_int("degree", degree, 1)
     full = (degree + 1) ** 3
@@ -127,7 +128,8 @@ def jacobian_rank(
 
     points: [N, 3] or [N, 4] with columns d, w, r, or a DataFrame; accuracies are not
     read, so that a design can be judged before it is measured. Compare
-    `count_parameters`; a dimension that does not vary takes its own from both.
+    `count_parameters`; a dimension that does not vary takes its own from both. Errors
+    as in `fit`.
     """
     count_parameters(rank, degree)
     shares = _check_shares(_read_columns(points, NAMES))

@@ -80,7 +80,7 @@ class Map:
 
         A float for three numbers, else float64 of that shape, nan at nan. Nothing is
         clipped: points outside the box of the data are extrapolated, see `covers`; a
-        warning where that leaves 0..100 % by far.
+        warning where that leaves 0..100 % by far. ValueError: what is no number.
         """
         u, v, t = self._centre(d, w, r)
         found = polyval3d(u, v, t, self.coefficients)

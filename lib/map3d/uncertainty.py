@@ -60,7 +60,8 @@ def bootstrap_maps(
     points, degree, monotone: as in `fit`. repeats: how many. sd: standard deviation of
     the noise in points of accuracy, e.g. over training seeds; None takes the residual
     one of the fit, which is itself rough with few degrees of freedom. seed: of the
-    noise. ValueError: as in `fit`; no sd where the fit has no degrees of freedom.
+    noise. ValueError: as in `fit`; repeats below 1, a negative sd, none where the fit
+    has no degrees of freedom.
     """
     check_int("repeats", repeats, 1)
     table = check_points(points)

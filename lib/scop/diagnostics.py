@@ -205,7 +205,7 @@ def correlation_floor(covariance: Tensor) -> Tensor:
     """The lowest corr(x_j, x~_j) any second-order knockoff can have, float64 [p].
 
     covariance: [p, p], positive definite. Each bound alone is attained, not all at
-    once.
+    once. ValueError: a singular covariance.
     """
     # The correlation is 1 - s_j / Sigma_jj, and 2 Sigma - S >= 0 gives s_j <= 2 /
     # (Sigma^-1)_jj, twice the variance of x_j given the rest.
@@ -223,7 +223,8 @@ def offdiagonal_energy(weight: Tensor, d: Tensor) -> float:
     weight: [out, in] or [out, in, kh, kw]; d: [in], or one value per weight of a filter
     [in * kh * kw], the diagonal of D = Cov(X) - Cov(X, X~). A linear map takes Cov(A) -
     Cov(A, A~) from D to W D W', so second-order exchangeability survives it iff this is
-    0. A grouped convolution: give one group's rows at a time.
+    0. A grouped convolution: give one group's rows at a time. ValueError: d does not
+    fit.
     """
     check_finite("the map", {"weight": weight, "d": d})
     rows, d = weight.detach().double().flatten(1), d.detach().double().flatten()

@@ -24,7 +24,8 @@ def knockoff_threshold(w: Tensor, q: float) -> float:
 
     w: [p], large and positive where a feature beats its control; the features w >= t
     are reported. The estimate is (1 + #{w <= -t}) / max(1, #{w >= t}) (knockoff+,
-    Barber & Candes 2015, sec. 1.2). inf where no t will do.
+    Barber & Candes 2015, sec. 1.2). inf where no t will do. ValueError: w not [p] and
+    finite, q outside (0, 1).
 
     Step by step in notebooks/10_scop_knockoffs.ipynb.
     """
@@ -50,7 +51,7 @@ def lasso_difference(x: Tensor, knock: Tensor, y: Tensor) -> Tensor:
 
     x, knock: [n, p]; y: [n]. Columns are standardised (a constant one gets 0) and y
     centred; five folds of adjacent rows, 30 penalties down to 2 % of the largest.
-    Source: Candes et al. 2018, eq. 3.7.
+    ValueError: shapes that do not fit. Source: Candes et al. 2018, eq. 3.7.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LassoCV

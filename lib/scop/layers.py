@@ -22,8 +22,9 @@ def block_layers(
     stride-2 blocks do not). `ends=False` leaves out the last convolution of each block.
     A network without additions gives every pair but those that read the images.
 
-    `graph`: the model's, if known. ValueError: no convolution has a BatchNorm with a
-    scale behind it. Source: Tang et al. 2020, official code (by name there).
+    `input_shape` is (C, H, W), `graph` the model's, if known. ValueError: no
+    convolution has a BatchNorm with a scale behind it. Source: Tang et al. 2020,
+    official code (by name there).
     """
     graph = graph or build_graph(model, input_shape)
     pairs = find_pairs(graph, model)

@@ -18,7 +18,8 @@ def solve_s(covariance: Tensor) -> Tensor:
 
     covariance: [p, p], positive definite; returned: float64 [p], in its units. The s
     with the least trace of the inverse joint covariance, on the correlation scale
-    (minimum variance-based reconstructability, Spector & Janson 2022).
+    (minimum variance-based reconstructability, Spector & Janson 2022). ValueError: not
+    symmetric, or singular.
     """
     # Along (X - X~, X + X~) / sqrt 2 the joint covariance is diag(S, 2 Sigma - S): a
     # small s makes X~ a copy, a large one makes 2 Sigma - S singular, so that some
@@ -58,8 +59,8 @@ class GaussianKnockoffs:
     """Knockoffs of N(mean, covariance), or second-order knockoffs of anything else.
 
     mean: [p]; covariance: [p, p], positive definite; s: [p] as from `solve_s`.
-    ValueError: shapes that do not fit, or an s that is out of bounds by more than
-    rounding.
+    ValueError: shapes that do not fit, a singular covariance, an s outside 0 <= s,
+    2 Sigma - S >= 0 by more than rounding.
     """
 
     def __init__(self, mean: Tensor, covariance: Tensor, s: Tensor):
