@@ -61,7 +61,9 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     keys = [key for key in KEYS if key in rows]
     if "epochs" in rows:
         rows = rows.assign(epochs=rows["epochs"].astype("Int64"))
-    grouped = rows.groupby(keys, sort=False, dropna=False)
+    grouped = _average_networks(rows, [*keys, "seed"]).groupby(
+        keys, sort=False, dropna=False
+    )
     clocks = {name: (name, "mean") for name in ("ms", "time_share") if name in rows}
     table = grouped.agg(
         n=("seed", "nunique"), base=("base", "mean"), before=("before", "mean"),
@@ -70,6 +72,12 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     )  # fmt: skip
     table.insert(4, "delta", table["after"] - table["base"])
     return table.reset_index()
+
+
+def _average_networks(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """One row for each seed or base: of several networks on one it has the mean."""
+    grouped = rows.groupby(keys, sort=False, dropna=False, as_index=False)
+    return grouped.mean(numeric_only=True)
 
 
 def list_gaps(rows: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
@@ -127,7 +135,7 @@ def _describe(rows: pd.DataFrame) -> str:
 def _average(rows: pd.DataFrame) -> pd.DataFrame:
     """n, before, after, sd by method, in the order in which methods come."""
     again = "base_id" if "base_id" in rows else "seed"
-    grouped = rows.groupby("method", sort=False)
+    grouped = _average_networks(rows, ["method", again]).groupby("method", sort=False)
     return grouped.agg(
         n=(again, "nunique"), before=("before", "mean"), after=("after", "mean"),
         sd=("after", "std"),

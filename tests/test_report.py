@@ -92,6 +92,21 @@ def test_summary_is_mean_and_deviation_over_seeds():
     assert report.summarise(pd.DataFrame()).empty
 
 
+def test_several_networks_on_one_seed_are_one_sample(tmp_path, monkeypatch):
+    """Of networks drawn by lot a seed has several: their spread is none over seeds."""
+    lot = [make_row(seed=0, after=80.0), make_row(seed=0, after=90.0)]
+    alone = report.summarise(pd.DataFrame(lot)).iloc[0]
+    assert (alone["n"], alone["after"]) == (1, 85.0) and math.isnan(alone["sd"])
+    lot.append(make_row(seed=1, after=87.0))
+    pair = report.summarise(pd.DataFrame(lot)).iloc[0]
+    assert (pair["n"], pair["after"]) == (2, 86.0)
+    assert pair["sd"] == pytest.approx(2**0.5)
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    pd.DataFrame(lot).to_csv(tmp_path / "long.csv", index=False)
+    beside = report.put_beside(lot, "long").loc["l1"].to_numpy()
+    assert beside[[3, 7]] == pytest.approx(2**0.5)
+
+
 def test_times_are_averaged_where_rows_have_them():
     rows = [make_row(seed=seed, ms=ms, time_share=ms / 10)
             for seed, ms in enumerate([4.0, 6.0])]  # fmt: skip
