@@ -220,3 +220,14 @@ def test_hits_come_back_as_they_were_packed(hits):
     assert verdicts.unpack_hits(text, len(hits)).tolist() == hits
     with pytest.raises(ValueError, match="bits do not hold"):
         verdicts.unpack_hits(text, len(hits) + 8)
+
+
+def test_the_best_of_several_is_one_that_all_bases_have():
+    """A method on the luckiest base alone has the highest mean, and stands for none."""
+    rows = make_rows({"one base": [90], "a": [85, 70, 72], "b": [84, 71, 73]})
+    rows["val"] = rows["after"]
+    assert verdicts.pick_best(rows, "one base|a|b") == "b"
+    registered = pd.DataFrame(
+        [{"contrast": "c", "within": 0.1, "left": "one base|a|b", "right": "a"}]
+    )
+    assert verdicts.judge(rows, registered)[["left", "n"]].values.tolist() == [["b", 3]]
