@@ -102,8 +102,10 @@ def build(
 
 def find_builder(name: str) -> Callable[..., nn.Module]:
     """What makes the net `name`; ValueError, with the nearest name, for an unknown."""
+    if name in BUILDERS:
+        return BUILDERS[name]
     check_known("net", [name], [*BUILDERS, *vision.list_classifiers()])
-    return BUILDERS.get(name) or partial(vision.build_torchvision, name)
+    return partial(vision.build_torchvision, name)
 
 
 def call(

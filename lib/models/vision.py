@@ -7,7 +7,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from lib import paths
@@ -29,14 +28,21 @@ CIFAR_STAGES = [
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
 
+def library() -> Any:
+    """`torchvision.models`, imported when first asked for: as slow to load as torch."""
+    import torchvision
+
+    return torchvision.models
+
+
 def list_classifiers() -> list[str]:
     """torchvision's names of image classification nets."""
-    return torchvision.models.list_models(module=torchvision.models)
+    return library().list_models(module=library())
 
 
 def get_published_size(name: str) -> int:
     """Side in pixels that the net's published weights were evaluated at."""
-    weights = torchvision.models.get_model_weights(name).DEFAULT
+    weights = library().get_model_weights(name).DEFAULT
     return weights.transforms().crop_size[0]
 
 
@@ -66,7 +72,7 @@ def build_torchvision(
     if name in WITH_AUXILIARY_HEADS:
         # torchvision warns about, and only when told applies, their initialisation.
         options = {"init_weights": True, "aux_logits": False} | options
-    net = torchvision.models.get_model(name, num_classes=num_classes, **options)
+    net = library().get_model(name, num_classes=num_classes, **options)
     set_input_channels(net, in_channels)
     return net
 
@@ -77,7 +83,7 @@ def find_weights(name: str, which: bool | str = True) -> Any:
     `ResNet18_Weights.IMAGENET1K_V1` or the part behind the dot. What they were
     evaluated with is `.transforms()`. ValueError for another name.
     """
-    known = torchvision.models.get_model_weights(name)
+    known = library().get_model_weights(name)
     if which is True:
         return known.DEFAULT
     names = [*known.__members__, *(f"{known.__name__}.{n}" for n in known.__members__)]
@@ -95,7 +101,7 @@ def load_published(name: str, which: bool | str = True, **options: Any) -> nn.Mo
     state = read_published(weights)
     # Its builders know what else goes with weights, but check only what they download.
     with mock.patch.object(type(weights), "get_state_dict", lambda *_, **__: state):
-        net = torchvision.models.get_model(name, weights=weights, **options)
+        net = library().get_model(name, weights=weights, **options)
     if name == "inception_v3" and not heads:
         net.aux_logits, net.AuxLogits = False, None
     return net
@@ -127,7 +133,7 @@ def build_mobilenet(
     torchvision's class; the stem and the 24-channel stage have stride 1. Source:
     Sandler et al. 2018, table 2.
     """
-    net = torchvision.models.MobileNetV2(
+    net = library().MobileNetV2(
         num_classes=num_classes,
         width_mult=width_mult,
         inverted_residual_setting=CIFAR_STAGES,
