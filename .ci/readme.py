@@ -16,7 +16,7 @@ import pandas as pd
 sys.path.append(str(Path(__file__).parent))
 import hours
 
-from lib import paths, verdicts
+from lib import ledger, paths, verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -43,6 +43,8 @@ NAMES = {
     "width alone, inside the blocks", "width-uniform": "width alone, stream too",
     "lattice": "random networks of this cost, mean",
 }  # fmt: skip
+# the claim that a paper beats what it sets out to replace
+AGAINST_RIVAL = {"SCOP": "S12", "NISP": "N11a", "MAP": "M1a"}
 SHORT = {"l1": "L1", "map": "MAP"}
 
 
@@ -166,26 +168,73 @@ def strategies(profile):
     return f"{describe(rows)}\n\n{markdown(head, lines)}"
 
 
+def read_claims():
+    return pd.read_csv(CLAIMS, dtype=str, keep_default_na=False)
+
+
 def findings():
-    """A sentence per paper on all its claims, then those that bases have decided."""
-    claims = pd.read_csv(CLAIMS, dtype=str, keep_default_na=False)
+    """Five sentences: one per paper, one on what a criterion decides, one on length."""
+    claims = read_claims()
     lines = []
     for paper, part in claims.groupby("paper", sort=False):
-        verdicts = part.groupby("verdict", sort=False)["id"].agg(list)
-        told = [f"{len(ids)} {name}" for name, ids in verdicts.items()]
-        lines.append(f"- **{paper}**, {len(part)} claims: {', '.join(sorted(told))}.")
+        yes, no = ((part["verdict"] == v).sum() for v in ("reproduced", "contradicted"))
+        claim = part.set_index("id").loc[AGAINST_RIVAL[paper]]
+        lines.append(
+            f"**{paper}**: that {claim.form} is {tell(claim)}; of its {len(part)} "
+            f"claims {yes} are reproduced here, {no} contradicted, and "
+            f"{len(part) - yes - no} open."
+        )
+    lines += weigh(read("compare_16_cpu"))
+    return "\n".join(f"{place}. {line}" for place, line in enumerate(lines, 1))
+
+
+def weigh(rows):
+    """What the choice of channels decides beside pruning at all, and beside length."""
+    other = rows["method"].str.contains("scratch|distilled")
+    rows = rows[rows["share"].isin([0.5, 1.0]) & ~other]
+    tops = {}
+    for length, part in rows.groupby("length"):
+        table = part.pivot_table("after", "base_id", "method")
+        if len(table) >= ledger.ENOUGH:
+            tops[length] = table.dropna(axis="columns").mean()
+    last = tops[max(tops)]
+    pruned = last.drop("unpruned")
+    best, least = pruned.idxmax(), pruned.idxmin()
+    first, n = tops[min(tops)], rows[rows["length"] == max(tops)]["base_id"].nunique()
+    yield (
+        f"Of {len(pruned)} ways to choose channels at half of the MACs none ends above "
+        f"{last[best]:.1f} % ({NAMES[best]}) or below {last[least]:.1f} % "
+        f"({NAMES[least]}) after {number(max(tops), 'epoch')} of fine-tuning; unpruned "
+        f"and fine-tuned as long: {last['unpruned']:.1f} % (means of {n} bases)."
+    )
+    if len(tops) > 1:
+        gaps = [top["l1"] - top["random"] for top in (first, last)]
+        yield (
+            f"How long counts as much as which: from {number(min(tops), 'epoch')} to "
+            f"{max(tops)} random channels gain {last['random'] - first['random']:.1f} "
+            f"points, and the lead of the L1 norm over them goes from {gaps[0]:.1f} to "
+            f"{gaps[1]:.1f}."
+        )
+
+
+def tell(claim):
+    """Verdict, effect, interval and bases of a claim that bases have judged."""
+    effect, low, high = map(float, (claim.effect, claim.low, claim.high))
+    return (
+        f"**{claim.verdict}** ({effect:+.2f} {claim.unit}, {low:.2f} to {high:.2f}, "
+        f"{claim.n} bases; {claim.distance.split(';')[0]})"
+    )
+
+
+def decided():
+    """The claims of all papers that several bases have decided."""
+    claims = read_claims()
     measured = claims[claims["kind"].isin(["contrast", "ranks"])]
     measured = measured[measured["n"].replace("", "0").astype(int) > 1]
-    decided = measured[measured["verdict"] != "undecided"]
-    for claim in decided.itertuples():
-        effect, low, high = map(float, (claim.effect, claim.low, claim.high))
-        lines.append(
-            f"- {claim.id}: {claim.form}: **{claim.verdict}** ({effect:+.2f} "
-            f"{claim.unit}, {low:.2f} to {high:.2f}, {claim.n} bases; "
-            f"{claim.distance.split(';')[0]})."
-        )
+    done = measured[measured["verdict"] != "undecided"]
+    lines = [f"- {row.id}: {row.form}: {tell(row)}." for row in done.itertuples()]
     lines.append(
-        f"- Measured on several bases and undecided: {len(measured) - len(decided)} "
+        f"- Measured on several bases and undecided: {len(measured) - len(done)} "
         "more; each says in the ledger how many bases would decide it."
     )
     return "\n".join(lines)
@@ -228,6 +277,7 @@ PARTS = {
     "planned": planned,
     "nets": nets,
     "findings": findings,
+    "decided": decided,
     "compare_16_cpu": partial(comparison, "compare_16_cpu"),
     "allocate_16_cpu": partial(
         comparison, "allocate_16_cpu", against="map", shares=("d", "w", "r")
