@@ -210,10 +210,9 @@ def weigh(rows):
     if len(tops) > 1:
         gaps = [top["l1"] - top["random"] for top in (first, last)]
         yield (
-            f"How long counts as much as which: from {number(min(tops), 'epoch')} to "
-            f"{max(tops)} random channels gain {last['random'] - first['random']:.1f} "
-            f"points, and the lead of the L1 norm over them goes from {gaps[0]:.1f} to "
-            f"{gaps[1]:.1f}."
+            f"From {min(tops)} to {number(max(tops), 'epoch')} of fine-tuning random "
+            f"channels gain {last['random'] - first['random']:.1f} points, and the "
+            f"lead of the L1 norm over them goes from {gaps[0]:.1f} to {gaps[1]:.1f}."
         )
 
 
