@@ -21,7 +21,7 @@ from lib.messages import check_known
 from lib.train import checkpoint
 
 KEYS = ["net", "dataset", "method", "share", "rate", "keep", "residual", "epochs"]
-TABLES = ("points", "truth", "ranks", "hits")  # of metrics.json, published beside rows
+TABLES = ("points", "truth", "ranks", "hits", "curves")  # published beside rows
 RESULT_COLUMNS = [
     "method", "net", "dataset", "base_id", "select_seed", "seed", "profile", "share",
     "length", "rate", "keep", "residual", "epochs", "lr", "d", "w", "r", "base",

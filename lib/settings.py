@@ -63,7 +63,7 @@ RUNTIMES = ("eager", "channels_last", "compile", "onnxruntime", "openvino")
 PARAMETERS = {
     **dict.fromkeys(("run", "dataset", "net", "control", "points"), Rule(str)),
     **dict.fromkeys(("methods", "controls"), Rule(str, many=True)),
-    **dict.fromkeys(("pretrained", "interior"), Rule(bool)),
+    **dict.fromkeys(("pretrained", "interior", "curve"), Rule(bool)),
     **dict.fromkeys(COUNTS, Rule(int, 0)),
     **dict.fromkeys(ONES, Rule(int, 1)),
     **dict.fromkeys(POSITIVE, Rule(float, ABOVE_ZERO)),
