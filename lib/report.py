@@ -129,7 +129,8 @@ def _describe(rows: pd.DataFrame) -> str:
     """Network, images and length of the training that some rows had in common."""
     nets, images = (" + ".join(rows[name].unique()) for name in ("net", "dataset"))
     epochs = sorted(rows["epochs"].unique())
-    return f"{nets}, {images}, {', '.join(f'{n:g}' for n in epochs)} epochs"
+    told = ", ".join(f"{n:g}" for n in epochs)
+    return f"{nets}, {images}, {told} epoch{'' if epochs == [1] else 's'}"
 
 
 def _average(rows: pd.DataFrame) -> pd.DataFrame:
