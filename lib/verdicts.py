@@ -159,15 +159,18 @@ def count_common(rows: pd.DataFrame, left: str, right: str) -> int:
 def pick_best(rows: pd.DataFrame, methods: str) -> str:
     """Of methods joined by "|" that with the highest mean `val`; one stays itself.
 
-    Only those with the most bases are asked: a mean over other bases is another mean.
+    Asked are those with the most bases, on the bases that all of these have: a mean
+    over other bases is another mean. ValueError: they have none in common.
     """
     names = methods.split("|")
     measured = rows[rows["method"].isin(names)]
     if len(names) == 1 or measured.empty:
         return methods
-    bases = measured.groupby("method")["base_id"].nunique()
-    means = measured.groupby("method")["val"].mean()
-    return str(means[bases == bases.max()].idxmax())
+    table = measured.pivot_table("val", "base_id", "method")
+    whole = table.loc[:, table.count() == table.count().max()].dropna()
+    if whole.empty:
+        raise ValueError(f"{' | '.join(whole)}: no base has them all")
+    return str(whole.mean().idxmax())
 
 
 def list_networks(rows: pd.DataFrame, left: str) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """Tables, figures and files, against numbers made by hand."""
 
+import importlib
 import json
 import math
 import multiprocessing
@@ -530,6 +531,23 @@ def test_readme_says_what_the_rows_say():
     command = [sys.executable, paths.ROOT / ".ci" / "readme.py", "--check"]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
+
+
+def test_readme_weighs_methods_that_all_bases_have_at_lengths_with_enough(monkeypatch):
+    monkeypatch.syspath_prepend(paths.ROOT / ".ci")
+    readme = importlib.import_module("readme")
+    tops = {"l1": 80, "random": 70, "fpgm": 75, "unpruned": 90, "scratch": 99}
+    rows = [
+        {"method": name, "base_id": base, "length": length, "share": 0.5,
+         "after": top + 5 * (length == 5 and name == "random")}
+        for name, top in tops.items() for base in range(6) for length in (1, 5, 20)
+        if length < 20 or base < 5
+    ]  # fmt: skip
+    lucky = {"method": "taylor", "base_id": 0, "length": 5, "share": 0.5, "after": 85}
+    best, length = readme.weigh(pd.DataFrame([*rows, lucky]))
+    assert best.startswith("Of 3 ways") and "after 5 epochs" in best
+    assert "above 80.0 % (L1 norm) or below 75.0 % (" in best and "90.0 %" in best
+    assert "gain 5.0 points" in length and "goes from 10.0 to 5.0" in length
 
 
 # -- blocked by base -------------------------------------------------------------------

@@ -231,3 +231,10 @@ def test_the_best_of_several_is_one_that_all_bases_have():
         [{"contrast": "c", "within": 0.1, "left": "one base|a|b", "right": "a"}]
     )
     assert verdicts.judge(rows, registered)[["left", "n"]].values.tolist() == [["b", 3]]
+    # 'c' has as many bases as 'a' and 'b', but a luckier one in place of base 0
+    late = make_rows({"c": [0, 84, 72, 90]}).query("base_id > 0")
+    rows = pd.concat([rows, late.assign(val=late["after"])])
+    assert verdicts.pick_best(rows, "a|b|c") == "c", "84 and 72 against 70.5 and 72"
+    with pytest.raises(ValueError, match=r"a \| far: no base has them all"):
+        far = make_rows({"far": [0, 0, 0, 1, 2, 3]}).query("base_id > 2")
+        verdicts.pick_best(pd.concat([rows, far.assign(val=1.0)]), "a|far")
