@@ -169,7 +169,7 @@ def pick_best(rows: pd.DataFrame, methods: str) -> str:
     table = measured.pivot_table("val", "base_id", "method")
     whole = table.loc[:, table.count() == table.count().max()].dropna()
     if whole.empty:
-        raise ValueError(f"{' | '.join(whole)}: no base has them all")
+        raise ValueError(f"{' | '.join(map(str, whole))}: no base has them all")
     return str(whole.mean().idxmax())
 
 
