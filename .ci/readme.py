@@ -193,20 +193,24 @@ def weigh(rows):
     """What the choice of channels decides beside pruning at all, and beside length."""
     other = rows["method"].str.contains("scratch|distilled")
     rows = rows[rows["share"].isin([0.5, 1.0]) & ~other]
+    bases = {n: set(part["base_id"]) for n, part in rows.groupby("length")}
+    bases = {n: found for n, found in bases.items() if len(found) >= ledger.ENOUGH}
+    common = set.intersection(*bases.values())  # means over others are other means
     tops = {}
-    for length, part in rows.groupby("length"):
+    for length in bases:
+        part = rows[(rows["length"] == length) & rows["base_id"].isin(common)]
         table = part.pivot_table("after", "base_id", "method")
-        if len(table) >= ledger.ENOUGH:
-            tops[length] = table.dropna(axis="columns").mean()
+        tops[length] = table.dropna(axis="columns").mean()
     last = tops[max(tops)]
     pruned = last.drop("unpruned")
     best, least = pruned.idxmax(), pruned.idxmin()
-    first, n = tops[min(tops)], rows[rows["length"] == max(tops)]["base_id"].nunique()
+    first = tops[min(tops)]
     yield (
         f"Of {len(pruned)} ways to choose channels at half of the MACs none ends above "
         f"{last[best]:.1f} % ({NAMES[best]}) or below {last[least]:.1f} % "
         f"({NAMES[least]}) after {number(max(tops), 'epoch')} of fine-tuning; unpruned "
-        f"and fine-tuned as long: {last['unpruned']:.1f} % (means of {n} bases)."
+        f"and fine-tuned as long: {last['unpruned']:.1f} % (means of {len(common)} "
+        "bases)."
     )
     if len(tops) > 1:
         gaps = [top["l1"] - top["random"] for top in (first, last)]
@@ -229,7 +233,7 @@ def tell(claim):
 def decided():
     """The claims of all papers that several bases have decided."""
     claims = read_claims()
-    measured = claims[claims["kind"].isin(["contrast", "ranks"])]
+    measured = claims[claims["kind"].isin(["contrast", "loss", "ranks"])]
     measured = measured[measured["n"].replace("", "0").astype(int) > 1]
     done = measured[measured["verdict"] != "undecided"]
     lines = [f"- {row.id}: {row.form}: {tell(row)}." for row in done.itertuples()]
