@@ -30,6 +30,7 @@ RESULT_COLUMNS = [
     "seconds", "images_per_s", "precision", "device", "torch", "revision",
 ]  # fmt: skip
 MADE_WITH = ("device", "torch", "revision")
+PART = ("base_id", "method", "share", "length")  # what is committed or replaced at once
 QUICK = "quick"  # its numbers teach, they are not results
 
 
@@ -279,8 +280,9 @@ def publish(profile: str) -> None:
     """Copy a profile's figures to `figures/`, its rows and points to `data/results/`.
 
     Nothing else writes there. Of the quick profile only figures: its numbers teach. A
-    profile that varies `base` is published base by base: committed rows of bases that
-    have not run here stay, and the networks themselves go to `data/results/bases`.
+    profile that varies `base` is published in parts: committed rows of a base, method,
+    share and length that have not run here stay, and the bases themselves go to
+    `data/results/bases`.
     """
     drawn = sorted((stages.profile_folder(profile) / "figures").glob("[!.]*"))
     for path in drawn:
@@ -327,7 +329,9 @@ def _write_table(name: str, table: pd.DataFrame, digits: int = 4) -> None:
     path = paths.RESULTS / name
     if "base_id" in table and path.is_file():
         before = pd.read_csv(path)
-        others = before[~before["base_id"].isin(table["base_id"])]
+        part = [column for column in PART if column in table and column in before]
+        ran = pd.MultiIndex.from_frame(table[part].round(digits))
+        others = before[~pd.MultiIndex.from_frame(before[part]).isin(ran)]
         table = pd.concat([others, table]).sort_values("base_id", kind="stable")
     text = table.to_csv(index=False, float_format=f"%.{digits}f", lineterminator="\n")
     print(f"wrote {paths.shown(paths.write_text(path, text))}")

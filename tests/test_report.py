@@ -590,3 +590,28 @@ def test_bases_are_published_one_by_one_and_keep_those_of_before(monkeypatch, tm
     kept = checkpoint.load(paths.BASES / "net.pt", ("model", "optimizer", "rows"))
     assert kept["optimizer"] == {} and kept["identity"] == {"epochs": 1}
     assert list_files(paths.BASES) == ["net.pt"]
+
+
+def test_arms_of_a_base_are_published_in_parts(monkeypatch):
+    """A method or a length that has not run here keeps its committed rows."""
+
+    def arm(method, length, after, share=1 / 3, base=1):
+        return make_row(method=method, length=length, after=after, share=share,
+                        base_id=base)  # fmt: skip
+
+    def publish(*rows):
+        write_run("toy/40_comparison", list(rows))
+        run_main(monkeypatch, "--profile", "toy", "--publish")
+        RUNS["toy"].pop()
+        table = pd.read_csv(paths.RESULTS / "toy.csv")
+        return table[["base_id", "method", "length", "after"]].to_numpy().tolist()
+
+    first = [arm("l1", 1, 80.0), arm("l1", 5, 82.0), arm("l1", 5, 82.5, share=0.5)]
+    publish(*first, arm("l1", 5, 70.0, base=0))
+    assert publish(arm("l1", 5, 83.0), arm("scratch", 5, 60.0)) == [
+        [0, "l1", 5, 70.0],
+        [1, "l1", 1, 80.0], [1, "l1", 5, 82.5],
+        [1, "l1", 5, 83.0], [1, "scratch", 5, 60.0],
+    ]  # fmt: skip
+    assert publish(arm("l1", 5, 84.0))[3:] == [[1, "scratch", 5, 60.0],
+                                               [1, "l1", 5, 84.0]]  # fmt: skip
