@@ -21,7 +21,9 @@ from lib.messages import check_known
 from lib.train import checkpoint
 
 KEYS = ["net", "dataset", "method", "share", "rate", "keep", "residual", "epochs"]
-TABLES = ("points", "truth", "ranks", "hits", "curves")  # published beside rows
+TABLES = (  # published beside rows
+    "points", "truth", "ranks", "hits", "curves", "arms", "swaps", "energies",
+)  # fmt: skip
 RESULT_COLUMNS = [
     "method", "net", "dataset", "base_id", "select_seed", "seed", "profile", "share",
     "length", "rate", "keep", "residual", "epochs", "lr", "d", "w", "r", "base",
