@@ -1,0 +1,5 @@
+"""`python -m lib.ledger`."""
+
+from lib.ledger.compute import main
+
+main()

@@ -1,0 +1,178 @@
+"""Kinds of claims that are decided alone: one function each, from rows to a verdict.
+
+Each returns the fields of `lib.ledger.COMPUTED` that it fills.
+"""
+
+import ast
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lib import baselines, cost, map3d, models, paths, plan, scop, surgery, verdicts
+from lib.graph import build_graph
+from lib.ledger.rows import ENOUGH, choose_rows, read_rows
+from lib.messages import check_known
+
+ANY = "any"
+ARMS = re.compile(r"(\S+) - (\S+)( before)?")
+
+
+def compare_losses(files: str, question: str, margin: float) -> dict[str, Any]:
+    """Is LEFT within `margin` points of RIGHT, which may cost more? By the t interval.
+
+    "reproduced" where the interval lies above -margin, "contradicted" where it lies
+    below; at the longest fine-tuning with `ENOUGH` bases, else at that with most.
+    """
+    rows = read_rows(files)
+    found: dict[tuple, dict] = {}
+    for length, part in rows.groupby("length") if len(rows) else ():
+        left, right, _ = ARMS.findall(question)[0]
+        if right == ANY:
+            part = verdicts.list_networks(part, left)
+            right = "|".join(sorted(set(part["method"]) - {left}))
+        left, right = (verdicts.pick_best(part, side) for side in (left, right))
+        paired = ("net", "dataset", "length")
+        n = verdicts.count_common(part, left, right)
+        if n > 1:
+            gaps = verdicts.pair_arms(part, left, right, same=paired, within=math.inf)
+            found[min(n, ENOUGH), length] = _hold(gaps.to_numpy(), least=-margin)
+    return found[max(found)] if found else {"n": 0, "verdict": "not tested"}
+
+
+def judge_form(file: str, form: str, _margin: float = 0) -> dict[str, Any]:
+    """What a form of the accuracy misses: "contradicted" where p is below .05.
+
+    "reproduced" where that is no more than chance leaves (`low` to `high`: 0 to that).
+    """
+    points = read_rows(file)
+    if len(points) == 0 or points["base_id"].nunique() < 2:
+        return {"n": 0, "verdict": "not tested"}
+    found = map3d.find_misfit(points, form)
+    verdict = "reproduced" if found["misfit"] <= found["noise"] else "undecided"
+    verdict = "contradicted" if found["p"] < verdicts.ALPHA else verdict
+    return {"effect": found["misfit"], "low": 0.0, "high": found["noise"],
+            "n": found["n"], "verdict": verdict}  # fmt: skip
+
+
+def judge_bound(file: str, question: str, margin: float) -> dict[str, Any]:
+    """Is the largest value of a base at most `margin`? By the t interval over bases.
+
+    `ANY` in place of an arm: on every base the arm whose largest value is smallest.
+    """
+    rows = read_rows(file)
+    asked, *where = question.split("; ")
+    rows = choose_rows(rows, where) if len(rows) else rows
+    if rows.empty or rows["base_id"].nunique() < 2:
+        return {"n": 0, "verdict": "not tested"}
+    arm, column = asked.split(": ")
+    check_known("arm", [arm], {*rows["method"], ANY})
+    check_known("column", [column], rows.columns)
+    largest = rows.groupby(["base_id", "method"])[column].max().unstack()
+    values = largest.min(axis=1) if arm == ANY else largest[arm].dropna()
+    return _hold(values.to_numpy(), most=margin)
+
+
+def _hold(
+    values: np.ndarray, *, least: float = -math.inf, most: float = math.inf
+) -> dict[str, Any]:
+    """Does the mean of these values, one a base, keep to a bound? By its t interval."""
+    low, high = verdicts.interval_of(values)
+    verdict = "undecided"
+    if least < low and high < most:
+        verdict = "reproduced"
+    elif high < least or most < low:
+        verdict = "contradicted"
+    bound = least if math.isinf(most) else most
+    needed = verdicts.count_bases_needed(values.mean() - bound, values.std(ddof=1))
+    return {
+        "effect": values.mean(), "low": low, "high": high, "n": len(values),
+        "needed": needed if verdict == "undecided" else None, "verdict": verdict,
+    }  # fmt: skip
+
+
+def compare_sizes(file: str, networks: str, margin: float) -> dict[str, Any]:
+    """The largest miss of counted against printed reductions (points), over networks.
+
+    SCOP's rows take a share of every convolution inside the blocks, scattered; others
+    one of every layer, or of those whose names begin with `layers=`, streams tied.
+    """
+    check_known("file", [file], [path.name for path in paths.PUBLISHED.glob("*.csv")])
+    table = pd.read_csv(paths.PUBLISHED / file, keep_default_na=False)
+    own = table[table["method"] == file.removesuffix(".csv")]
+    printed = own.set_index(["net", "variant", "quantity"])["value"].astype(float)
+    misses = []
+    for network in networks.split(" | "):
+        given = dict(item.split("=") for item in network.split())
+        down = measure_size(given["net"], float(given["rate"]), given.get("layers", ""),
+                            inside=file == "scop.csv")  # fmt: skip
+        for quantity in given.get("quantity", "macs_down,params_down").split(","):
+            key = given["net"].removesuffix("_b"), given.get("variant", ""), quantity
+            check_known("printed number", [str(key)], map(str, printed.index))
+            misses.append(down[quantity] - printed[key])
+    worst = max(misses, key=abs)
+    verdict = "reproduced" if abs(worst) <= margin else "contradicted"
+    return {"effect": worst, "n": len(misses), "verdict": verdict}
+
+
+def compare_times(file: str, networks: str, margin: float) -> dict[str, Any]:
+    """How far the time kept lies above the MACs kept (shares), by runtime.
+
+    `effect` is the mean over runtimes, `low` and `high` their range: of measured times,
+    no interval. "contradicted" where every runtime misses by more than `margin`.
+    """
+    there = [path.name for path in paths.RESULTS.glob("*.csv")]
+    check_known("file of rows", [file], there)
+    rows = pd.read_csv(paths.RESULTS / file)
+    rows = choose_rows(rows, networks.split("; "))
+    over = 1 / rows["speedup"] - rows["macs_share"]
+    within = over.abs() <= margin
+    verdict = "reproduced" if within.all() else "undecided"
+    return {"effect": over.mean(), "low": over.min(), "high": over.max(),
+            "n": rows["runtime"].nunique(),
+            "verdict": verdict if within.any() else "contradicted"}  # fmt: skip
+
+
+def measure_size(net: str, rate: float, layers: str = "", *, inside: bool) -> dict:
+    """Reductions (percent) of a network without weights, shrunk by equal scores."""
+    shape = models.input_shape(net)
+    with torch.device("meta"):
+        whole = models.build(net, num_classes=1000 if shape[1] > 100 else 10)
+    graph, scores = build_graph(whole, shape), baselines.uniform(whole)
+    if inside:
+        wanted = scop.block_layers(whole, shape, graph=graph)
+    else:
+        wanted = [name for name in scores if name.startswith(layers)]
+    # what goes is rounded down in SCOP's code; for others the nearest number is kept
+    rates = {
+        n: rate if inside else (c - round((1 - rate) * c) + 0.5) / c
+        for n, c in ((n, len(scores[n])) for n in wanted)
+    }
+    chosen = plan.from_scores(
+        whole, {n: scores[n] for n in wanted}, shape, rate=rates,
+        residual="scatter" if inside else "tie", graph=graph,
+    )  # fmt: skip
+    small = surgery.shrink(whole, chosen, shape, graph=graph)
+    return cost.count(small, shape).down_from(cost.count(whole, shape))
+
+
+def find_test(file: str, name: str) -> None:
+    """Raise `ValueError` unless `file` has a test of that name."""
+    files = [paths.shown(path) for path in (paths.ROOT / "tests").glob("test_*.py")]
+    check_known("file", [file], files)
+    nodes = ast.walk(ast.parse((paths.ROOT / file).read_text(encoding="utf-8")))
+    names = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    check_known("test", [name], names)
+
+
+ALONE: dict[str, Callable[[str, str, float], dict[str, Any]]] = {
+    "loss": compare_losses,
+    "fit": judge_form,
+    "bound": judge_bound,
+    "size": compare_sizes,
+    "latency": compare_times,
+}
