@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lib.graph.dry_run import tensors_in
 from lib.settings import CHW
@@ -76,13 +77,15 @@ class AbsoluteNet(TorchFunctionMode):
     """While it is on, operations on features are those of the absolute network.
 
     Features are the tensors that require a gradient: those that a layer made. `stack`
-    holds the names of the modules that are running.
+    holds the names of the modules that are running, `gates` the features that were made
+    by a function which never exceeds 1, and only moved or averaged since.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]):
         super().__init__()
         self.modules = modules
         self.stack: list[str] = []
+        self.gates = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Run the bound of an operation that reads a feature, others as they are."""
@@ -97,7 +100,7 @@ class AbsoluteNet(TorchFunctionMode):
         if name == "__get__":  # a property: x.shape, x.T
             name = func.__self__.__name__
         try:
-            return run_bound(name, func, args, kwargs)
+            return self.run_bound(name, func, args, kwargs)
         except (_NoRule, RuntimeError, TypeError) as error:
             reason = error if isinstance(error, _NoRule) else _NoRule()
             where = self.stack[-1] if self.stack else ""
@@ -105,43 +108,37 @@ class AbsoluteNet(TorchFunctionMode):
             place = f"in '{where}'" if where else "in the forward"
             raise ValueError(f"'{name}' {place} ({kind}) {reason}; {ADVICE}") from None
 
-
-def run_bound(name: str, func: Callable, args: tuple, kwargs: dict):
-    """What stands for one operation; in place where that works in place."""
-    base = name if name.endswith("__") else name.removesuffix("_")
-    if base in UNTOUCHED:
-        return args[0]
-    if base in PLAIN:
-        made, read = func(*args, **kwargs), filter(is_feature, tensors_in(args))
-        if base != "sum" and all(is_gate(x) for x in read):
-            mark_gates(made)
+    def run_bound(self, name: str, func: Callable, args: tuple, kwargs: dict):
+        """What stands for one operation; in place where that works in place."""
+        base = name if name.endswith("__") else name.removesuffix("_")
+        if base in UNTOUCHED:
+            return args[0]
+        features = [x for x in tensors_in(args) if is_feature(x)]
+        gates = [x for x in features if x in self.gates]
+        if base in PLAIN:
+            made = func(*args, **kwargs)
+            if base != "sum" and len(gates) == len(features):
+                self.gates.update(dict.fromkeys(tensors_in((made,)), True))
+            return made
+        if base not in RULES:
+            made = func(*args, **kwargs)
+            if tensors_in((made,)) or name in {"__bool__", "item", "tolist"}:
+                raise _NoRule
+            return made  # a shape, a device
+        if base == "mul" and len(features) == 2 and not gates:
+            raise _NoRule("multiplies two features of which neither is a gate")
+        made = RULES[base](*args, **kwargs)
+        if (base != name or kwargs.get("inplace")) and made is not args[0]:
+            made = args[0].copy_(made)
+            self.gates.pop(made, None)
+        if base in GATES:
+            self.gates[made] = True
         return made
-    if base not in RULES:
-        made = func(*args, **kwargs)
-        if tensors_in((made,)) or name in {"__bool__", "item", "tolist"}:
-            raise _NoRule
-        return made  # a shape, a device
-    made = RULES[base](*args, **kwargs)
-    if (base != name or kwargs.get("inplace")) and made is not args[0]:
-        made = args[0].copy_(made)
-        made._is_gate = base in GATES
-    return made
 
 
 def is_feature(value: object) -> bool:
     """Made by a layer, so that scores can come back to it."""
     return isinstance(value, Tensor) and value.requires_grad
-
-
-def is_gate(x: Tensor) -> bool:
-    """Made by a function that never exceeds 1, and only moved or averaged since."""
-    return getattr(x, "_is_gate", False)
-
-
-def mark_gates(made) -> None:
-    """Let what an operation made count as gates."""
-    for x in tensors_in((made,)):
-        x._is_gate = True
 
 
 # -- rules, each with the arguments of what it replaces --------------------------------
@@ -199,9 +196,7 @@ def sloped(slope: float) -> Callable:
 
 def gate(x, inplace=False):
     """An activation that never exceeds 1: what it makes can be multiplied with."""
-    made = x.view_as(x)
-    mark_gates(made)
-    return made
+    return x.view_as(x)
 
 
 def leaky_relu(x, negative_slope=0.01, inplace=False):
@@ -235,11 +230,7 @@ def multiply(a, b):
     """A feature times a constant, or times a gate."""
     if not is_feature(a):
         a, b = b, a
-    if not is_feature(b):
-        return a * absolute(b)
-    if not (is_gate(a) or is_gate(b)):
-        raise _NoRule("multiplies two features of which neither is a gate")
-    return a + b
+    return a + b if is_feature(b) else a * absolute(b)
 
 
 def divide(a, b, *, rounding_mode=None):
