@@ -46,6 +46,13 @@ def test_floors_only_look_down(path):
     assert list_imports(path) <= below, "an import runs back up"
 
 
+@pytest.mark.parametrize("file", ["README.md", "notebooks/drawings/house.py"])
+def test_drawings_of_the_house_show_every_room(file):
+    text = (paths.ROOT / file).read_text(encoding="utf-8")
+    drawn = re.search(r"data  →  model.*?```|FLOORS = .*?ROOF = .*?\n", text, re.DOTALL)
+    assert set(FLOORS) <= set(re.findall(r"\w+", drawn[0]))
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
 def test_modules_stay_short_enough_to_read(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400

@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -943,6 +944,14 @@ def test_a_graph_is_for_a_gpu_that_wants_one(monkeypatch):
     fit(make_net(), epochs=0, cuda_graph=False)
     with pytest.raises(ValueError, match="cuda_graph=True needs a GPU"):
         fit(make_net(), cuda_graph=True)
+    on_gpu = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(
+        device=torch.device("cuda"))]))  # fmt: skip
+    for kind in (update.Update, update.GraphUpdate):
+        monkeypatch.setattr(kind, "__init__", lambda *a, **k: None)
+    for wanted, kind in (("auto", update.GraphUpdate), (False, update.Update)):
+        made = update.make_update(on_gpu, None, None, "float32", cuda_graph=wanted)
+        assert type(made) is kind
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="cuda_graph must be one of"):
         fit(make_net(), cuda_graph="never")
 
