@@ -35,6 +35,7 @@ NAMES = {
     "NISP, judged behind BatchNorm", "nisp-mag": "NISP from the classifier's weights",
     "layerwise": "Inf-FS layer by layer", "scratch": "same architecture from scratch",
     "scratch-compute": "from scratch, as much compute in all",
+    "scratch-shared": "from scratch, as much compute a network, were 27 pruned",
     "map": "MAP's optimum", "map-2": "MAP's second", "map-3": "MAP's third",
     "depth": "depth alone", "width": "width alone (stream too)", "resolution":
     "resolution alone", "equal": "equal split",

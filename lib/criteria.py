@@ -24,7 +24,7 @@ SCOP = tuple(f"scop-{arm}" for arm in ARMS)
 CRITERIA = (*SCOP, *nisp.METHODS, "fpgm", "taylor")
 
 
-CONTROLS = ("unpruned", "scratch", "scratch-compute", "l1-distilled")
+CONTROLS = ("unpruned", "scratch", "scratch-compute", "scratch-shared", "l1-distilled")
 
 
 def check_names(methods: Sequence[str], controls: Sequence[str]) -> None:
