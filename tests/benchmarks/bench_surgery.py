@@ -3,11 +3,11 @@
 Run from the repository's root: `python tests/benchmarks/bench_surgery.py [NET ...]`.
 Both sides halve the channels of the same net at 224 pixels, in one process on one
 thread, in turns; what counts is the process's CPU time, of which a busy machine or a
-spinning thread takes nothing. Theirs runs the net once at 224 pixels, so the ratio falls
-on a CPU that convolves fast. Ours: `build_graph`, `from_scores` on given scores and
+spinning thread takes nothing. Ours: `build_graph`, `from_scores` on given scores and
 `shrink`, its check included. Theirs: dependency graph, `BasePruner` (group L2, ratio
-0.5) and one step on a copy made before. `--write` puts the ratios into surgery.csv,
-`--profile` prints where our time goes.
+0.5) and one step on a copy made before; it runs the net once, so the ratio is smaller
+on a CPU that convolves fast. `--write` puts the ratios into surgery.csv, beside those
+of other CPUs; `--profile` prints where our time goes.
 """
 
 import argparse
