@@ -155,7 +155,7 @@ def test_the_report_ends_in_one_line_where_there_is_no_profile(installed, monkey
 
 # ---- types ----
 
-SAID = """lib/graph/trace.py:3: error: Missing return  [return]
+SAID = """lib/graph/tracing.py:3: error: Missing return  [return]
 lib/nisp/frl.py:9: error: Incompatible types  [assignment]
 lib/nisp/frl.py:9: note: see the manual
 Found 2 errors in 2 files (checked 80 source files)

@@ -53,6 +53,17 @@ def test_drawings_of_the_house_show_every_room(file):
     assert set(FLOORS) <= set(re.findall(r"\w+", drawn[0]))
 
 
+def test_no_function_hides_its_module():
+    """`lib.plan.resolve` would be the one or the other, by what was imported before."""
+    for room in sorted((paths.ROOT / "lib").rglob("__init__.py")):
+        tree = ast.parse(room.read_text(encoding="utf-8"))
+        imported = {a.asname or a.name for node in ast.walk(tree)
+                    if isinstance(node, ast.ImportFrom) and node.module != "lib"
+                    for a in node.names}  # fmt: skip
+        files = {path.stem for path in room.parent.glob("*.py")}
+        assert not imported & files, room
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
 def test_modules_stay_short_enough_to_read(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400

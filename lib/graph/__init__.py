@@ -13,7 +13,7 @@ from lib.graph.structure import (
     dropped_units,
     list_prunable,
 )
-from lib.graph.trace import Layer, Node, trace
+from lib.graph.tracing import Layer, Node, trace
 
 __all__ = [
     "RELUS",

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from lib.graph.dry_run import Call, DryRun, Node
 
 if TYPE_CHECKING:
-    from lib.graph.trace import Trace
+    from lib.graph.tracing import Trace
 
 BATCH_NORMS = {"native_batch_norm", "cudnn_batch_norm"}
 # ShuffleNetV2's unit, which splits and shuffles in its own forward, and what surgery

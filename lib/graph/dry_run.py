@@ -3,7 +3,7 @@
 The pass runs on the meta device under a dispatch mode that sees each ATen operation
 with true shapes: no activation is computed or held. Because the model's own Python
 runs, control flow and shape arithmetic need no special handling, and a net that was
-pruned once can be traced and pruned again. `lib.graph.trace` reads the record.
+pruned once can be traced and pruned again. `lib.graph.tracing` reads the record.
 """
 
 from collections.abc import Sequence

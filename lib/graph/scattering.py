@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lib.graph.dry_run import Node
 from lib.graph.tags import ADDITIONS, ELEMENTWISE, MOVES, REDUCTIONS, SPATIAL
-from lib.graph.trace import Trace
+from lib.graph.tracing import Trace
 
 # Zero in the first operand is zero in the result, whatever the others are.
 KEEP_ZERO = set("mul mul_ div div_ clone detach alias contiguous to _to_copy".split())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lib.graph.leaves import LAYERS
 from lib.graph.scattering import find_pairs, find_readers, writes_zeros
-from lib.graph.trace import Layer, Node, Trace, trace
+from lib.graph.tracing import Layer, Node, Trace, trace
 from lib.settings import check_shape
 
 RELUS = {"relu", "relu_"}

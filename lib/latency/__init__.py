@@ -7,7 +7,6 @@ them layer by layer, `meet` makes a plan for a share of the time, `export_onnx` 
 what other programs read.
 """
 
-from lib.latency.measure import Timing, compare, interleave, measure
 from lib.latency.runtimes import (
     export_onnx,
     find_missing,
@@ -16,3 +15,4 @@ from lib.latency.runtimes import (
     version_of,
 )
 from lib.latency.table import Table, meet, write_layer
+from lib.latency.timing import Timing, compare, interleave, measure

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lib import surgery
 from lib.graph import Graph, build_graph
 from lib.graph.watch import dtype_of
-from lib.latency.measure import interleave
 from lib.latency.runtimes import Call, check_runtime, load_onnx, prepare, require
+from lib.latency.timing import interleave
 from lib.plan import Kept, Plan, from_scores, resolve
 from lib.settings import ABOVE_ONE, ABOVE_ZERO, CHW, check_float, check_int
 from lib.surgery.copying import copy_model

@@ -26,7 +26,7 @@ right-hand arms are joined by "|". `n` counts bases, of `size` printed numbers; 
 and `high` are the interval that decides, corrected for all that was asked of its rows.
 """
 
-from lib.ledger.compute import (
+from lib.ledger.judging import (
     COLUMNS,
     COMPUTED,
     KINDS,

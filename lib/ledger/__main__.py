@@ -1,5 +1,5 @@
 """`python -m lib.ledger`."""
 
-from lib.ledger.compute import main
+from lib.ledger.judging import main
 
 main()

@@ -19,7 +19,7 @@ from lib import cost
 from lib import plan as plans
 from lib.graph import Graph, build_graph, dropped_units
 from lib.graph.leaves import filters_of
-from lib.graph.trace import trace
+from lib.graph.tracing import trace
 from lib.map3d.blocks import find_blocks
 from lib.messages import check_choice, check_finite
 from lib.plan import Plan, resolve

@@ -14,7 +14,7 @@ from lib.nisp.frl import collect_responses, find_classifier, score_frl
 from lib.nisp.infinite import inf_fs
 from lib.nisp.propagation import propagate
 from lib.plan import Plan
-from lib.plan.resolve import resolve
+from lib.plan.resolving import resolve
 from lib.settings import CHW
 
 FRL_RANKINGS = {

@@ -7,6 +7,6 @@ against a traced network and is what `lib.surgery` acts on.
 
 from lib.plan.ranking import count_share, from_scores
 from lib.plan.record import Plan
-from lib.plan.resolve import Kept, resolve
+from lib.plan.resolving import Kept, resolve
 
 __all__ = ["Kept", "Plan", "count_share", "from_scores", "resolve"]

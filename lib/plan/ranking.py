@@ -22,7 +22,7 @@ from lib.plan.requests import (
     check_scores,
     check_target,
 )
-from lib.plan.resolve import resolve
+from lib.plan.resolving import resolve
 from lib.plan.sparing import find_partial, spare
 from lib.plan.targets import meet
 from lib.settings import CHW, check_int

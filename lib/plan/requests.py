@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lib.graph import Graph
 from lib.messages import suggest
-from lib.plan.resolve import Kept
+from lib.plan.resolving import Kept
 from lib.settings import ABOVE_ONE, ABOVE_ZERO, check_float
 
 Scores = Mapping[str, Tensor]

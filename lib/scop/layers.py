@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.graph import Graph, build_graph
-from lib.graph.trace import Node
+from lib.graph.tracing import Node
 from lib.settings import CHW
 
 

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from lib.graph import Graph, Layer, build_graph
 from lib.graph.leaves import filters_of
-from lib.graph.trace import Move
+from lib.graph.tracing import Move
 from lib.plan import Kept, Plan, resolve
 from lib.settings import CHW
 from lib.surgery.checks import check_result
