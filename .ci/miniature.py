@@ -54,8 +54,8 @@ def shrink_run(profile: str, notebook: str, changes: dict) -> dict:
     if "size" in declared:
         small["size"] = SIDES[profile]
         small["resolution"] = 0
-    if small.get("depth_epochs", 0):
-        small["depth_epochs"] = 1
+    if "depths" in small:
+        small["depth_epochs"] = [int(any(small["depth_epochs"]))] * len(small["depths"])
     if "multiple" in small:
         small["multiple"] = 2
     return small

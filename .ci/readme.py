@@ -192,8 +192,9 @@ def findings():
 
 def weigh(rows):
     """What the choice of channels decides beside pruning at all, and beside length."""
-    other = rows["method"].str.contains("scratch|distilled")
-    rows = rows[rows["share"].isin([0.5, 1.0]) & ~other]
+    rows = rows[rows["share"].isin([0.5, 1.0])]
+    anew = rows[rows["method"] == "scratch-compute"].groupby("length")
+    rows = rows[~rows["method"].str.contains("scratch|distilled")]
     bases = {n: set(part["base_id"]) for n, part in rows.groupby("length")}
     bases = {n: found for n, found in bases.items() if len(found) >= ledger.ENOUGH}
     common = set.intersection(*bases.values())  # means over others are other means
@@ -206,12 +207,18 @@ def weigh(rows):
     pruned = last.drop("unpruned")
     best, least = pruned.idxmax(), pruned.idxmin()
     first = tops[min(tops)]
+    told = ""
+    if max(tops) in anew.groups:
+        scratch = anew.get_group(max(tops)).set_index("base_id")["after"]
+        if common <= set(scratch.index):
+            scratch = scratch.loc[sorted(common)].mean()
+            told = f", from scratch with as much compute in all: {scratch:.1f} %"
     yield (
         f"Of {len(pruned)} ways to choose channels at half of the MACs none ends above "
         f"{last[best]:.1f} % ({NAMES[best]}) or below {last[least]:.1f} % "
         f"({NAMES[least]}) after {number(max(tops), 'epoch')} of fine-tuning; unpruned "
-        f"and fine-tuned as long: {last['unpruned']:.1f} % (means of {len(common)} "
-        "bases)."
+        f"and fine-tuned as long: {last['unpruned']:.1f} %{told} (means of "
+        f"{len(common)} bases)."
     )
     if len(tops) > 1:
         gaps = [top["l1"] - top["random"] for top in (first, last)]
@@ -234,7 +241,7 @@ def tell(claim):
 def decided():
     """The claims of all papers that several bases have decided."""
     claims = read_claims()
-    measured = claims[claims["kind"].isin(["contrast", "loss", "ranks"])]
+    measured = claims[claims["kind"].isin(["contrast", "loss", "ranks", "bound"])]
     measured = measured[measured["n"].replace("", "0").astype(int) > 1]
     done = measured[measured["verdict"] != "undecided"]
     lines = [f"- {row.id}: {row.form}: {tell(row)}." for row in done.itertuples()]

@@ -52,7 +52,7 @@ ABOVE_ZERO = 1e-12  # as a lower bound it keeps 0 out
 ABOVE_ONE = math.nextafter(1.0, 2.0)  # as an upper bound it lets 1 in
 COUNTS = """
 n_train epochs baseline_epochs finetune_epochs control_epochs select_epochs
-select_images resolution depth_epochs depth_images point_images part base others
+select_images resolution depth_images point_images part base others
 truth_images levels lots size
 """.split()
 ONES = """
@@ -70,6 +70,7 @@ PARAMETERS = {
     "batches": Rule(int, 1, many=True),
     "runtimes": Rule(str, choices=RUNTIMES, many=True),
     **dict.fromkeys(("seeds", "depths", "lengths"), Rule(int, 0, many=True)),
+    "depth_epochs": Rule(int, 0, many=True, repeat=True),
     "low": Rule(float, ABOVE_ZERO, ABOVE_ONE, many=True, repeat=True),
     "shares": Rule(float, ABOVE_ZERO, ABOVE_ONE, many=True),
     "weight_decay": Rule(float, 0.0),

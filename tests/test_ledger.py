@@ -145,6 +145,52 @@ def test_lengths_of_two_files_are_put_together(results):
     assert compute(both).loc["S11", "n"] == "6"
 
 
+@pytest.mark.parametrize(("growth", "verdict"), [
+    (4.0, "reproduced"), (-4.0, "contradicted")])  # fmt: skip
+def test_leads_are_compared_in_points(results, growth, verdict):
+    draw = np.random.default_rng(2)
+    leads = draw.normal([0, growth], 0.5, (6, 2))
+    rows = [{"base_id": base, "method": f"{name}-convolutions", "lead": leads[base, i]}
+            for base in range(6) for i, name in enumerate((3, 9))]  # fmt: skip
+    pd.DataFrame(rows).to_csv(results / "nisp_depth_cpu_leads.csv", index=False)
+    claim = make_claim(kind="ranks", rows="nisp_depth_cpu_leads.csv",
+                       filter="9-convolutions - 3-convolutions")  # fmt: skip
+    found = compute(claim).loc["S1"]
+    assert (found["verdict"], found["n"]) == (verdict, "6")
+    gap = np.diff(leads, axis=1)[:, 0]
+    low, high = stats.t.interval(0.95, 5, gap.mean(), stats.sem(gap))
+    assert float(found["low"]) == pytest.approx(low, abs=1e-3)
+    assert float(found["high"]) == pytest.approx(high, abs=1e-3)
+
+
+@pytest.mark.parametrize(("arm", "margin", "verdict"), [
+    ("any", 0.5, "reproduced"), ("any", 0.3, "undecided"), ("any", 0.1, "contradicted"),
+    ("bad", 0.5, "contradicted")])  # fmt: skip
+def test_a_bound_holds_for_the_worst_layer_of_a_base(results, arm, margin, verdict):
+    """`any`: of the arm that is best on each base, which need not be the same one."""
+    worst = {"good": [0.2, 0.35, 0.3, 0.33], "other": [0.4, 0.25, 0.4, 0.4],
+             "bad": [0.9, 0.8, 0.9, 0.9]}  # fmt: skip
+    rows = [{"base_id": base, "method": method, "swap": "partial", "layer": layer,
+             "off_diagonal": values[base] - 0.1 * layer}
+            for method, values in worst.items() for base in range(4)
+            for layer in range(3)]  # fmt: skip
+    rows += [row | {"swap": "full", "off_diagonal": 5.0} for row in rows]
+    claim = make_claim(
+        kind="bound", rows="knockoffs_16_cpu_energies.csv", margin=str(margin),
+        filter=f"{arm}: off_diagonal; swap=partial",
+    )  # fmt: skip
+    assert compute(claim).loc["S1", "verdict"] == "not tested"
+    path = results / "knockoffs_16_cpu_energies.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    found = compute(claim).loc["S1"]
+    values = np.array([0.2, 0.25, 0.3, 0.33] if arm == "any" else worst["bad"])
+    low, high = stats.t.interval(0.95, 3, values.mean(), stats.sem(values))
+    assert (found["verdict"], found["n"]) == (verdict, "4")
+    told = [float(found[name]) for name in ("effect", "low", "high")]
+    assert told == pytest.approx([values.mean(), low, high], abs=1e-3)
+    assert bool(found["needed"]) == (verdict == "undecided")
+
+
 @pytest.mark.parametrize(("better", "verdict"), [
     (0.2, "reproduced"), (0.0, "no difference"), (-0.2, "contradicted")])  # fmt: skip
 def test_ranks_are_judged_in_their_own_unit(results, better, verdict):

@@ -13,7 +13,8 @@ contrast   of `data/results`       a registered contrast, or `LEFT - RIGHT [befo
 loss       of `data/results`       `LEFT - RIGHT` at any cost: LEFT loses at most
                                    `margin`; RIGHT `any`: the best network of all
 fit        of `data/results`       `product` or `lines`, see `map3d.find_misfit`
-ranks      of `data/results`       `LEFT - RIGHT`, rank correlations, mean over layers
+ranks      of `data/results`       `LEFT - RIGHT`, rank correlations, mean over layers;
+                                   or leads, which are differences in points already
 bound      of `data/results`       `ARM: COLUMN`: the largest of a base is at most
                                    `margin`; ARM `any`: the best arm of each base
 size       of `data/published`     `net=NET [variant=] rate= [layers=] [quantity=]`

@@ -154,7 +154,8 @@ def judge(
         )
         return {row["contrast"]: row for row in best.to_dict("records")}
     if kind == "ranks":
-        rows = rows.assign(after=rows["rank"], val=rows["rank"], macs=1)
+        measure = rows["rank" if "rank" in rows else "lead"]
+        rows = rows.assign(after=measure, val=measure, macs=1)
     differences, found = {}, {}
     for question in asked:
         left, right, before = ARMS.findall(question)[0]

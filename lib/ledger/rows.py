@@ -8,7 +8,14 @@ from lib import paths
 from lib.messages import check_known
 
 ENOUGH = 6  # bases; of fewer, no signs are rare enough to exclude chance
-ENDS = ("", "_ranks", "_points", "_arms", "_swaps", "_energies")  # of a profile's files
+ENDS = (
+    "",
+    "_ranks",
+    "_points",
+    "_swaps",
+    "_energies",
+    "_leads",
+)  # of a profile's files
 
 
 def read_contrasts(files: str = "") -> pd.DataFrame:
