@@ -23,7 +23,7 @@ from lib.train import checkpoint
 KEYS = ["net", "dataset", "method", "share", "rate", "keep", "residual", "epochs"]
 TABLES = (  # published beside rows
     "points", "truth", "ranks", "hits", "curves", "arms", "swaps", "energies",
-    "leads",
+    "errors", "leads",
 )  # fmt: skip
 RESULT_COLUMNS = [
     "method", "net", "dataset", "base_id", "select_seed", "seed", "profile", "share",

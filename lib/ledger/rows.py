@@ -8,14 +8,8 @@ from lib import paths
 from lib.messages import check_known
 
 ENOUGH = 6  # bases; of fewer, no signs are rare enough to exclude chance
-ENDS = (
-    "",
-    "_ranks",
-    "_points",
-    "_swaps",
-    "_energies",
-    "_leads",
-)  # of a profile's files
+# what a profile commits beside its rows, and a claim may ask
+PARTS = ("ranks", "points", "swaps", "energies", "errors", "leads")
 
 
 def read_contrasts(files: str = "") -> pd.DataFrame:
@@ -33,7 +27,8 @@ def read_rows(files: str) -> pd.DataFrame:
     """
     profiles = {path.stem for path in (paths.NOTEBOOKS / "params").glob("*.yaml")}
     profiles |= set(read_contrasts()["profile"])
-    known = {f"{name}{end}.csv" for name in profiles for end in ENDS}
+    known = {f"{name}.csv" for name in profiles}
+    known |= {f"{name}_{part}.csv" for name in profiles for part in PARTS}
     known |= {path.name for path in paths.RESULTS.glob("*.csv")}
     check_known("file of rows", files.split("|"), known)
     there = [paths.RESULTS / name for name in files.split("|")]
