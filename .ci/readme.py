@@ -183,7 +183,7 @@ def findings():
         claim = part.set_index("id").loc[AGAINST_RIVAL[paper]]
         lines.append(
             f"**{paper}**: that {claim.form} is {tell(claim)}; of its {len(part)} "
-            f"claims {yes} are reproduced here, {no} contradicted, and "
+            f"rows in the ledger {yes} are reproduced here, {no} contradicted, and "
             f"{len(part) - yes - no} open."
         )
     lines += weigh(read("compare_16_cpu"))
