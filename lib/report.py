@@ -270,10 +270,15 @@ def print_results(profile: str) -> None:
     paths.write_text(folder / "table.md", table + "\n")
     paths.write_text(folder / "table.json", rows.to_json(orient="records", indent=1))
     if profile != QUICK:
-        set_style()
-        shown_columns = RESULT_COLUMNS[: RESULT_COLUMNS.index("macs_down") + 1]
-        present = [column for column in shown_columns if column in rows]
-        save_figure(profile, "results", draw_results(rows), rows[present])
+        save_results(profile, rows)
+
+
+def save_results(profile: str, rows: pd.DataFrame) -> None:
+    """Draw `results_PROFILE` into the profile's folder."""
+    set_style()
+    shown_columns = RESULT_COLUMNS[: RESULT_COLUMNS.index("macs_down") + 1]
+    present = [column for column in shown_columns if column in rows]
+    save_figure(profile, "results", draw_results(rows), rows[present])
 
 
 # -- what is committed -----------------------------------------------------------------
@@ -287,20 +292,22 @@ def publish(profile: str) -> None:
     share and length that have not run here stay, and the bases themselves go to
     `data/results/bases`.
     """
-    drawn = sorted((stages.profile_folder(profile) / "figures").glob("[!.]*"))
-    for path in drawn:
-        paths.write_atomic(paths.FIGURES / path.name, partial(shutil.copyfile, path))
-    print(f"wrote {len(drawn)} files to {paths.shown(paths.FIGURES)}")
     if profile != QUICK:
         rows = collect_rows(profile)
         columns = [column for column in RESULT_COLUMNS if column in rows]
         _write_table(f"{profile}.csv", rows[columns])
+        if "base_id" in rows:  # with the committed rows of what has not run here
+            save_results(profile, pd.read_csv(paths.RESULTS / f"{profile}.csv"))
         publish_points(profile, collect_rows(profile, "points"))
         _write_table(f"{profile}.csv", collect_rows(profile, "latency"))
         for kind in TABLES[1:]:  # a channel's worth is often below a thousandth
             digits = 6 if kind == "truth" else 4
             _write_table(f"{profile}_{kind}.csv", collect_rows(profile, kind), digits)
         publish_bases(profile)
+    drawn = sorted((stages.profile_folder(profile) / "figures").glob("[!.]*"))
+    for path in drawn:
+        paths.write_atomic(paths.FIGURES / path.name, partial(shutil.copyfile, path))
+    print(f"wrote {len(drawn)} files to {paths.shown(paths.FIGURES)}")
 
 
 def publish_points(profile: str, points: pd.DataFrame) -> None:

@@ -613,5 +613,7 @@ def test_arms_of_a_base_are_published_in_parts(monkeypatch):
         [1, "l1", 1, 80.0], [1, "l1", 5, 82.5],
         [1, "l1", 5, 83.0], [1, "scratch", 5, 60.0],
     ]  # fmt: skip
+    shown = pd.read_csv(paths.FIGURES / "results_toy.csv")
+    assert len(shown) == 5, "drawn are all committed rows"
     assert publish(arm("l1", 5, 84.0))[3:] == [[1, "scratch", 5, 60.0],
                                                [1, "l1", 5, 84.0]]  # fmt: skip
