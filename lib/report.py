@@ -33,7 +33,8 @@ RESULT_COLUMNS = [
     "seconds", "images_per_s", "precision", "device", "torch", "revision",
 ]  # fmt: skip
 MADE_WITH = ("device", "torch", "revision")
-PART = ("base_id", "method", "share", "length")  # what is committed or replaced at once
+# what is committed or replaced at once
+PART = ("base_id", "method", "share", "length", "precision")
 QUICK = "quick"  # its numbers teach, they are not results
 
 
@@ -289,8 +290,8 @@ def publish(profile: str) -> None:
 
     Nothing else writes there. Of the quick profile only figures: its numbers teach. A
     profile that varies `base` is published in parts: committed rows of a base, method,
-    share and length that have not run here stay, and the bases themselves go to
-    `data/results/bases`.
+    share, length and precision that have not run here stay, and the bases themselves go
+    to `data/results/bases`.
     """
     if profile != QUICK:
         rows = collect_rows(profile)

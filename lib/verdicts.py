@@ -86,7 +86,8 @@ def pair_arms(
     of the two arms are left out. Raises `ValueError` where an arm is missing, where
     fewer than two bases are left, where a number is not finite, where the arms differ
     by more than `within` in MACs (a share) or at all in one of the columns `same`, and
-    where one base was pruned on two kinds of machine (columns `MACHINE`).
+    where a base has both arms, but never on one kind of machine (columns `MACHINE`). A
+    base that has both on several kinds is paired within each.
     """
     for arm in (left, right):
         if arm not in set(rows["method"]):
@@ -98,23 +99,36 @@ def pair_arms(
         if both[column].nunique(dropna=False) > 1:
             found = sorted(map(str, both[column].unique()))
             raise ValueError(f"{left} - {right}: arms differ in '{column}': {found}")
-    for column in [name for name in MACHINE if name in both]:
-        kinds = both.groupby("base_id")[column].nunique(dropna=False)
-        if (kinds > 1).any():
-            raise ValueError(
-                f"{left} - {right}: base {kinds.idxmax()} has rows of two kinds of "
-                f"'{column}'; a base is compared on one machine"
-            )
     work = both.groupby("method")["macs"].mean()
     if abs(work[left] / work[right] - 1) > within:
         raise ValueError(
             f"{left} - {right}: {work[left]:.0f} against {work[right]:.0f} MACs; "
             "arms are compared at equal cost"
         )
-    table = both.pivot_table(value, "base_id", "method", aggfunc="mean").dropna()
-    if len(table) < 2:
-        raise ValueError(f"{left} - {right}: {len(table)} base(s) in common, needs two")
-    return table[left] - table[right]
+    gaps = list_gaps(both, right, value=value)[left].dropna()
+    arms = both.groupby("base_id")["method"].nunique()
+    apart = set(arms.index[arms == 2]) - set(gaps.index)
+    if apart:
+        raise ValueError(
+            f"{left} - {right}: base {min(apart)} has them on two kinds of machine "
+            f"({', '.join(MACHINE)}); a base is compared on one machine"
+        )
+    if len(gaps) < 2:
+        raise ValueError(f"{left} - {right}: {len(gaps)} base(s) in common, needs two")
+    return gaps
+
+
+def list_gaps(
+    rows: pd.DataFrame, against: str, *, value: str = "after"
+) -> pd.DataFrame:
+    """`value` of every method minus that of `against`: a row per base, paired.
+
+    Paired within one kind of machine; a base that was measured on several has the mean.
+    """
+    kind = [name for name in MACHINE if name in rows]
+    known = rows.assign(**{name: rows[name].fillna("") for name in kind})
+    table = known.pivot_table(value, ["base_id", *kind], "method", aggfunc="mean")
+    return table.sub(table[against], axis=0).groupby("base_id").mean()
 
 
 def judge(rows: pd.DataFrame, registered: pd.DataFrame) -> pd.DataFrame:

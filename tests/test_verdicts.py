@@ -175,7 +175,7 @@ def test_what_cannot_be_compared_is_refused_by_name():
         (rows.assign(macs=np.where(rows["method"] == "a", 100, 97)), "equal cost"),
         (
             rows.assign(precision=["float32"] * 5 + ["bfloat16"]),
-            "base 2 .* 'precision'",
+            "base 2 .* two kinds of machine",
         ),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -185,6 +185,22 @@ def test_what_cannot_be_compared_is_refused_by_name():
         verdicts.compare({"a - b": [1.0]})
     with pytest.raises(ValueError, match="not finite"):
         verdicts.compare({"a - b": [1.0, math.inf]})
+
+
+def test_arms_are_paired_within_a_machine():
+    """A repeat on another machine pairs with what ran there, not with its double."""
+    here = make_rows({"a": [1, 2, 4], "b": [0, 0, 1]}).assign(precision="float32")
+    there = make_rows({"a": [9, 9, 9], "b": [7, 8, 9]}).assign(precision="bfloat16")
+    both = pd.concat([here, there])
+    mixed = both[(both["method"] == "a") | (both["precision"] == "float32")]
+    assert verdicts.pair_arms(mixed, "a", "b").tolist() == [1, 2, 3]
+    assert verdicts.pair_arms(both, "a", "b").tolist() == [1.5, 1.5, 1.5]
+    gaps = verdicts.list_gaps(mixed, "b")
+    assert gaps["a"].tolist() == [1, 2, 3] and gaps["b"].tolist() == [0, 0, 0]
+    one = both[both["base_id"] != 2]
+    apart = here[(here["base_id"] == 2) & (here["method"] == "a")]
+    with pytest.raises(ValueError, match="base 2 .* two kinds of machine"):
+        verdicts.pair_arms(pd.concat([one, apart, there[5:]]), "a", "b")
 
 
 def test_judging_compares_what_is_registered_and_says_what_is_not():
