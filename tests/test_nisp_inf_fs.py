@@ -213,7 +213,8 @@ def test_alpha_one_ranks_by_spread_and_alpha_zero_by_redundancy():
     x[:, 7] = 0.01 * torch.rand(400, generator=seeded(8))  # new, but hardly spreads
     x[:, 0] = x[:, 1]
     spread = measure_deviation(x)
-    assert torch.equal(inf_fs(x, alpha=1.0).argsort(), spread.argsort())
+    ranked = spread[inf_fs(x, alpha=1.0).argsort()]  # of the two alike either is first
+    assert (ranked.diff() > -1e-9).all()
     matrix = build_graph_matrix(x, 0.0)
     assert matrix[0, 1] == 0 and (matrix.diagonal() == 0).all()
     assert inf_fs(x, alpha=0.0).argmax() == 7 and inf_fs(x, alpha=1.0).argmin() == 7

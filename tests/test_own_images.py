@@ -81,4 +81,8 @@ def test_two_processes_on_a_streamed_set_train_as_one_in_memory(
     )
     assert both["made_with"]["device"].endswith(", 2 processes")
     assert both["identity"]["start"] == alone["identity"]["start"]
-    torch.testing.assert_close(both["model"], alone["model"], rtol=1e-4, atol=1e-5)
+    # 16 bits round the halves of a batch otherwise than the whole
+    exact = {"rtol": 1e-4, "atol": 1e-5}
+    rough = {"rtol": 0.0, "atol": 5e-3}
+    told = exact if alone["identity"]["precision"] == "float32" else rough
+    torch.testing.assert_close(both["model"], alone["model"], **told)

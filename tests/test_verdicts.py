@@ -199,7 +199,7 @@ def test_arms_are_paired_within_a_machine():
     assert gaps["a"].tolist() == [1, 2, 3] and gaps["b"].tolist() == [0, 0, 0]
     one = both[both["base_id"] != 2]
     apart = here[(here["base_id"] == 2) & (here["method"] == "a")]
-    with pytest.raises(ValueError, match="base 2 .* two kinds of machine"):
+    with pytest.raises(ValueError, match=r"base 2 .* two kinds of machine"):
         verdicts.pair_arms(pd.concat([one, apart, there[5:]]), "a", "b")
 
 
