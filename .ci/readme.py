@@ -16,14 +16,13 @@ import pandas as pd
 sys.path.append(str(Path(__file__).parent))
 import hours
 
-from lib import ledger, paths, verdicts
+from lib import ledger, paths, report, verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "data" / "results"
 NETS = ROOT / "tests" / "benchmarks" / "nets.csv"
 CLAIMS = ROOT / "data" / "published" / "claims.csv"
-ONCE = ("method", "base_id", "select_seed", "share", "length", "d", "w", "r")
 MARKED = re.compile(r"(<!-- rows (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NAMES = {
     "l1": "L1 norm", "random": "random", "gamma": "\\|γ\\| alone",
@@ -121,8 +120,7 @@ def comparison(profile, against="l1", shares=()):
         for length in lengths:
             part = half[half["length"] == length]
             own = part[part["method"] == method]
-            # what was repeated on another machine counts in gaps, and once in a mean
-            own = own.drop_duplicates([c for c in ONCE if c in own])
+            own = report.drop_repeats(own)  # they count in gaps
             found, bases = own.groupby("base_id")["after"].mean(), counts[length]
             few = f" ({len(found)} of {bases} bases)" if 0 < len(found) < bases else ""
             cells.append(f"{show(found)}{few}" if len(found) else "")
@@ -149,7 +147,7 @@ def number(count, what):
 
 def gap_to(rows, method, against):
     """Mean gap to `against`, paired by base, with its t interval from two bases on."""
-    table = verdicts.list_gaps(rows, against)
+    table = verdicts.pair_all(rows, against)
     if method not in table:
         return ""
     gaps = table[method].dropna().to_numpy()
@@ -198,7 +196,7 @@ def weigh(rows):
     rows = rows[rows["share"].isin([0.5, 1.0])]
     anew = rows[rows["method"] == "scratch-compute"].groupby("length")
     rows = rows[~rows["method"].str.contains("scratch|distilled")]
-    rows = rows.drop_duplicates([c for c in ONCE if c in rows])
+    rows = report.drop_repeats(rows)
     bases = {n: set(part["base_id"]) for n, part in rows.groupby("length")}
     bases = {n: found for n, found in bases.items() if len(found) >= ledger.ENOUGH}
     common = set.intersection(*bases.values())  # means over others are other means
@@ -268,7 +266,7 @@ def nets():
     told = ", ".join(f"{n} {words.get(name, name)}" for name, n in theirs.items())
     return (
         f"Of {len(rows)} nets of timm {counts.get('half', 0)} are pruned to half of "
-        f"their MACs, with an error of at most {errors.max():.0e} in float64; refused: "
+        f"their MACs, with an error of at most {errors.max():.1e} in float64; refused: "
         f"{refused}. Torch-Pruning on {theirs.sum()} of them: {told} "
         "(`tests/benchmarks/nets.csv`)."
     )

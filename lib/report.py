@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from lib import paths, settings, stages
 from lib.messages import check_known
 from lib.train import checkpoint
+from lib.verdicts import MACHINE
 
 KEYS = ["net", "dataset", "method", "share", "rate", "keep", "residual", "epochs"]
 TABLES = (  # published beside rows
@@ -33,6 +34,8 @@ RESULT_COLUMNS = [
     "seconds", "images_per_s", "precision", "device", "torch", "revision",
 ]  # fmt: skip
 MADE_WITH = ("device", "torch", "revision")
+# what tells one network from another, whatever machine made it
+NETWORK = (*KEYS, "base_id", "select_seed", "seed", "length", "lr", "d", "w", "r")
 # what is committed or replaced at once
 PART = ("base_id", "method", "share", "length", "precision")
 QUICK = "quick"  # its numbers teach, they are not results
@@ -123,11 +126,19 @@ def put_beside(
         full = full[full[column] == value]
     if full.empty:
         raise ValueError(f"'{profile}' has no rows with {where}")
-    sides = {"your run": pd.DataFrame(rows), "the full run": full}
+    sides = {"your run": pd.DataFrame(rows), "the full run": drop_repeats(full)}
     return pd.concat(
         {f"{name}: {_describe(part)}": _average(part) for name, part in sides.items()},
         axis=1,
     )
+
+
+def drop_repeats(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of networks that were made again on another machine those of the first alone."""
+    told = [name for name in NETWORK if name in rows]
+    kind = rows[[name for name in MACHINE if name in rows]].astype(str).agg(" ".join, 1)
+    first = kind.groupby([rows[name] for name in told], dropna=False).transform("first")
+    return rows[kind == first]
 
 
 def _describe(rows: pd.DataFrame) -> str:

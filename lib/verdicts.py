@@ -105,7 +105,7 @@ def pair_arms(
             f"{left} - {right}: {work[left]:.0f} against {work[right]:.0f} MACs; "
             "arms are compared at equal cost"
         )
-    gaps = list_gaps(both, right, value=value)[left].dropna()
+    gaps = pair_all(both, right, value=value)[left].dropna()
     arms = both.groupby("base_id")["method"].nunique()
     apart = set(arms.index[arms == 2]) - set(gaps.index)
     if apart:
@@ -118,9 +118,7 @@ def pair_arms(
     return gaps
 
 
-def list_gaps(
-    rows: pd.DataFrame, against: str, *, value: str = "after"
-) -> pd.DataFrame:
+def pair_all(rows: pd.DataFrame, against: str, *, value: str = "after") -> pd.DataFrame:
     """`value` of every method minus that of `against`: a row per base, paired.
 
     Paired within one kind of machine; a base that was measured on several has the mean.

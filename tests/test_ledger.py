@@ -189,6 +189,13 @@ def test_a_bound_holds_for_the_worst_layer_of_a_base(results, arm, margin, verdi
     told = [float(found[name]) for name in ("effect", "low", "high")]
     assert told == pytest.approx([values.mean(), low, high], abs=1e-3)
     assert bool(found["needed"]) == (verdict == "undecided")
+    for asked, message in (("good", "S1: 'good' is no bound"), ("god: z", "arm 'god'"),
+                           ("good: z", "column 'z'")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            compute(claim | {"filter": asked})
+    pd.DataFrame([*rows, rows[0] | {"off_diagonal": np.nan}]).to_csv(path, index=False)
+    with pytest.raises(ValueError, match="S1: 'off_diagonal' is not finite"):
+        compute(claim)
 
 
 @pytest.mark.parametrize(("better", "verdict"), [

@@ -592,6 +592,19 @@ def test_bases_are_published_one_by_one_and_keep_those_of_before(monkeypatch, tm
     assert list_files(paths.BASES) == ["net.pt"]
 
 
+def test_a_network_that_was_made_again_elsewhere_counts_once():
+    rows = pd.DataFrame([
+        make_row(method=method, base_id=base, share=0.5, length=5, after=after,
+                 precision=precision)
+        for method, base, after, precision in (
+            ("l1", 0, 80.0, "float32"), ("l1", 1, 81.0, "float32"),
+            ("l1", 1, 70.0, "bfloat16"), ("fpgm", 1, 75.0, "bfloat16"))
+    ])  # fmt: skip
+    assert report.drop_repeats(rows)["after"].tolist() == [80, 81, 75]
+    other = rows.assign(rate=[0.1, 0.2, 0.3, 0.4])
+    assert len(report.drop_repeats(other)) == 4, "another rate is another network"
+
+
 def test_arms_of_a_base_are_published_in_parts(monkeypatch):
     """A method or a length that has not run here keeps its committed rows."""
 

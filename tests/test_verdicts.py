@@ -195,7 +195,7 @@ def test_arms_are_paired_within_a_machine():
     mixed = both[(both["method"] == "a") | (both["precision"] == "float32")]
     assert verdicts.pair_arms(mixed, "a", "b").tolist() == [1, 2, 3]
     assert verdicts.pair_arms(both, "a", "b").tolist() == [1.5, 1.5, 1.5]
-    gaps = verdicts.list_gaps(mixed, "b")
+    gaps = verdicts.pair_all(mixed, "b")
     assert gaps["a"].tolist() == [1, 2, 3] and gaps["b"].tolist() == [0, 0, 0]
     one = both[both["base_id"] != 2]
     apart = here[(here["base_id"] == 2) & (here["method"] == "a")]

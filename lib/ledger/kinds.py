@@ -69,9 +69,13 @@ def judge_bound(file: str, question: str, margin: float) -> dict[str, Any]:
     rows = choose_rows(rows, where) if len(rows) else rows
     if rows.empty or rows["base_id"].nunique() < 2:
         return {"n": 0, "verdict": "not tested"}
-    arm, column = asked.split(": ")
+    arm, found, column = asked.partition(": ")
+    if not found:
+        raise ValueError(f"'{asked}' is no bound: write ARM: COLUMN")
     check_known("arm", [arm], {*rows["method"], ANY})
     check_known("column", [column], rows.columns)
+    if not np.isfinite(rows[column]).all():
+        raise ValueError(f"'{column}' is not finite everywhere in {file}")
     largest = rows.groupby(["base_id", "method"])[column].max().unstack()
     values = largest.min(axis=1) if arm == ANY else largest[arm].dropna()
     return _hold(values.to_numpy(), most=margin)
