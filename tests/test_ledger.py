@@ -198,6 +198,41 @@ def test_a_bound_holds_for_the_worst_layer_of_a_base(results, arm, margin, verdi
         compute(claim)
 
 
+@pytest.mark.parametrize(("delay", "verdict"), [
+    (3, "reproduced"), (-3, "contradicted"), (0, "undecided")])  # fmt: skip
+def test_speed_is_epochs_to_the_accuracy_that_both_reach(results, delay, verdict):
+    """`slow` follows the curve of `fast` later; one of them may end higher."""
+    draw, curves, later = np.random.default_rng(3), [], []
+    for base in range(5):
+        shift = delay + draw.integers(-1, 2)
+        rise = {name: 80 - 40 * np.exp(-np.clip(np.arange(21) - start, 0, None) / 4)
+                for name, start in (("fast", 4), ("slow", 4 + shift))}  # fmt: skip
+        for name in rise:
+            rise[name] += draw.normal(0, 0.05, 21)
+        first = {}
+        for name, curve in rise.items():
+            goal = min(max(other) for other in rise.values())
+            first[name] = next(e for e in range(21) if max(curve[: e + 1]) >= goal)
+            curves += [{"method": name, "base_id": base, "epoch": e, "val": curve[e]}
+                       for e in range(21)]  # fmt: skip
+        later.append(first["slow"] - first["fast"])
+    claim = make_claim(kind="speed", rows="compare_16_long_cpu_curves.csv",
+                       filter="fast - slow")  # fmt: skip
+    assert compute(claim).loc["S1", "verdict"] == "not tested"
+    path = results / "compare_16_long_cpu_curves.csv"
+    alone = [row for row in curves if row["base_id"] == 0 or row["method"] == "slow"]
+    pd.DataFrame(alone).to_csv(path, index=False)
+    assert compute(claim).loc["S1", "verdict"] == "not tested"
+    pd.DataFrame(curves).sample(frac=1, random_state=0).to_csv(path, index=False)
+    found = compute(claim).loc["S1"]
+    low, high = stats.t.interval(0.95, 4, np.mean(later), stats.sem(later))
+    assert (found["verdict"], found["n"]) == (verdict, "5")
+    told = [float(found[name]) for name in ("effect", "low", "high")]
+    assert told == pytest.approx([np.mean(later), low, high], abs=1e-3)
+    with pytest.raises(ValueError, match="S1: arm 'fats' is unknown"):
+        compute(claim | {"filter": "fats - slow"})
+
+
 @pytest.mark.parametrize(("better", "verdict"), [
     (0.2, "reproduced"), (0.0, "no difference"), (-0.2, "contradicted")])  # fmt: skip
 def test_ranks_are_judged_in_their_own_unit(results, better, verdict):

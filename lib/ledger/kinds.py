@@ -81,6 +81,27 @@ def judge_bound(file: str, question: str, margin: float) -> dict[str, Any]:
     return _hold(values.to_numpy(), most=margin)
 
 
+def compare_speeds(file: str, question: str, _margin: float) -> dict[str, Any]:
+    """How many epochs more RIGHT needs than LEFT to the accuracy that both reach.
+
+    By base, on the validation accuracy after each epoch: the first epoch that has
+    reached the lower one of the two curves' maxima. By the t interval over bases.
+    """
+    curves = read_rows(file)
+    if curves.empty:
+        return {"n": 0, "verdict": "not tested"}
+    arms = question.split(" - ")
+    check_known("arm", arms, set(curves["method"]))
+    values = curves.pivot_table("val", ["method", "epoch"], "base_id")
+    best = values.groupby("method").cummax()
+    left, right = (best.loc[arm] for arm in arms)
+    goal = np.minimum(left.iloc[-1], right.iloc[-1]).dropna()
+    if len(goal) < 2:
+        return {"n": len(goal), "verdict": "not tested"}
+    later = (right[goal.index] < goal).sum() - (left[goal.index] < goal).sum()
+    return _hold(later.to_numpy(), least=0)
+
+
 def _hold(
     values: np.ndarray, *, least: float = -math.inf, most: float = math.inf
 ) -> dict[str, Any]:
@@ -177,6 +198,7 @@ ALONE: dict[str, Callable[[str, str, float], dict[str, Any]]] = {
     "loss": compare_losses,
     "fit": judge_form,
     "bound": judge_bound,
+    "speed": compare_speeds,
     "size": compare_sizes,
     "latency": compare_times,
 }

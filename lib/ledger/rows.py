@@ -9,7 +9,8 @@ from lib.messages import check_known
 
 ENOUGH = 6  # bases; of fewer, no signs are rare enough to exclude chance
 # what a profile commits beside its rows, and a claim may ask
-PARTS = ("ranks", "points", "swaps", "energies", "errors", "leads")
+PARTS = ("ranks", "points", "swaps", "energies", "errors", "leads",
+         "curves")  # fmt: skip
 
 
 def read_contrasts(files: str = "") -> pd.DataFrame:
