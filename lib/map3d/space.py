@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib import cost
 from lib import plan as plans
-from lib.graph import Graph, build_graph, dropped_units
+from lib.graph import Graph, build_graph
 from lib.graph.leaves import filters_of
 from lib.graph.tracing import trace
 from lib.map3d.blocks import find_blocks
@@ -25,9 +25,8 @@ from lib.messages import check_choice, check_finite
 from lib.plan import Plan, resolve
 from lib.settings import ABOVE_ONE, ABOVE_ZERO, CHW, check_float, check_int
 
-# what a plan does with the residual stream
-RESIDUAL = {"uniform": "tie", "inner": "keep", "scatter": "scatter"}
-WIDTH_EXPONENT = {"uniform": 2.0, "inner": 1.0, "scatter": 1.5}
+# what a plan does with the residual stream, and the exponent of w in the cost
+WIDTHS = {"uniform": ("tie", 2.0), "inner": ("keep", 1.0), "scatter": ("scatter", 1.5)}
 FINEST = 16  # widths are multiples of 1/16, or of 1 / (the narrowest layer)
 LEAST = 0.5  # width and side at which the list of networks begins
 
@@ -93,7 +92,7 @@ class Space:
         multiple: int = 4,
         graph: Graph | None = None,
     ):
-        check_choice("width", width, RESIDUAL)
+        check_choice("width", width, WIDTHS)
         if input_shape[1] != input_shape[2]:
             raise ValueError(f"images must be square, got (C, H, W) = {input_shape}")
         check_int("multiple", multiple, 1, input_shape[1] + 1)
@@ -136,7 +135,7 @@ class Space:
     @property
     def exponents(self) -> tuple[float, float, float]:
         """The paper's cost d w^2 r^2, with the exponent of w that the width has."""
-        return (1.0, WIDTH_EXPONENT[self.width], 2.0)
+        return (1.0, WIDTHS[self.width][1], 2.0)
 
     def snap(self, d: float, w: float, r: float) -> Shape:
         """The nearest network to the shares `d`, `w`, `r`, each in (0, 1]."""
@@ -191,7 +190,7 @@ class Space:
             )
         narrow = self._narrow(model, shape.width, scores, drop, graph)
         side = None if shape.side == self.native else shape.side
-        return replace(narrow, drop=drop, resolution=side)
+        return replace(narrow, resolution=side)
 
     def spread_removal(self) -> list[str]:
         """Removable blocks: the last of each stage, then the ones before them, ..."""
@@ -215,7 +214,7 @@ class Space:
     def _narrow(
         self, model: nn.Module, width: int, scores, drop: list[str], graph: Graph | None
     ) -> Plan:
-        """What narrows every layer that is too wide and not in a dropped block."""
+        """What drops blocks and narrows every other layer that is too wide."""
         modules, rates = dict(model.named_modules()), {}
         gone = tuple(f"{block}." for block in drop)
         for name, full in self.channels.items():
@@ -232,14 +231,13 @@ class Space:
             if wanted < now:
                 rates[name] = (now - wanted + 0.25) / now
         if not rates:
-            return Plan()
+            return Plan(drop=drop)
         # Scores only of layers that stay: a tied sum must not count a dropped block's.
         narrowed = plans.from_scores(
             model, {n: scores[n] for n in rates if n in scores}, self.input_shape,
-            rate=rates, residual=RESIDUAL[self.width], graph=graph,
+            rate=rates, residual=WIDTHS[self.width][0], graph=graph,
         )  # fmt: skip
-        left = {n: kept for n, kept in narrowed.keep.items() if not n.startswith(gone)}
-        return Plan(keep=left, scatter=narrowed.scatter & left.keys())
+        return _leave_out(narrowed, drop)
 
     def measure(self, model: nn.Module, side: int | None = None) -> dict:
         """What a pruned network really is, as columns of a table of points.
@@ -280,69 +278,51 @@ class Space:
         """
         order = self.spread_removal() if order is None else order
         widths = range(max(math.ceil(LEAST * self.steps), 1), self.steps + 1)
-        depths = range(self.fewest, len(self.blocks) + 1)
-        # Depth and width decide a layer's work at one position, the side how many there
-        # are: MACs are the sum over layers of one times the other, exact in integers.
-        alive, outputs, there = self._list_kept(model, order, depths, widths)
-        work = _count_work(self.graph, alive, outputs) * there
-        macs = work @ self._count_positions(model)  # [depths x widths, sides]
-        rows = [
-            Shape(blocks, width, side)
-            for blocks in depths for width in widths for side in self.sides()
-        ]  # fmt: skip
-        table = pd.DataFrame(
-            [self.shares(row) for row in rows], columns=["d", "w", "r"]
-        )
-        table[list(Shape._fields)] = np.array(rows)
-        table["macs"] = macs.flatten().numpy()
-        return table.assign(share=table["macs"] / int(macs[-1, -1]))
-
-    def _list_kept(
-        self, model: nn.Module, order: list[str], depths: range, widths: range
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of P networks: units kept, channels made by a layer, layers that are there.
-
-        bool [P, units], int64 [P, layers], bool [P, layers]; P goes over depths, then
-        widths.
-        """
         # Which channels of a layer stay makes no difference to the work.
         even = {n: torch.arange(count).double() for n, count in self.channels.items()}
-        kept, made, lost, there = [], [], [], []
-        for width in widths:
-            chosen = self._narrow(model, width, even, [], self.graph)
-            found = resolve(self.graph, chosen, check=False)
-            kept.append(found.units)
-            made.append([int(found.rows[name].sum()) for name in self.graph.layers])
-        for count in depths:
-            drop = order[: len(self.blocks) - count]
-            units = torch.zeros_like(kept[0])
-            for block in drop:
-                units[dropped_units(self.graph, block)] = True
-            gone = tuple(f"{block}." for block in drop)
-            lost.append(units)
-            there.append([not name.startswith(gone) for name in self.graph.layers])
-        alive = torch.stack(kept)[None] & ~torch.stack(lost)[:, None]
-        layers = torch.tensor(there).repeat_interleave(len(widths), 0)
-        outputs = torch.tensor(made).repeat(len(depths), 1)
-        return alive.flatten(0, 1), outputs, layers
+        narrow = {w: self._narrow(model, w, even, [], self.graph) for w in widths}
+        # Depth and width decide a layer's work at one position, the side how many there
+        # are: MACs are the sum over layers of one times the other, exact in integers.
+        positions, rows = self._count_positions(model), []
+        for blocks in range(self.fewest, len(self.blocks) + 1):
+            drop = order[: len(self.blocks) - blocks]
+            for width in widths:
+                work = _count_work(self.graph, _leave_out(narrow[width], drop))
+                for side, macs in zip(self.sides(), positions @ work, strict=True):
+                    shape = Shape(blocks, width, side)
+                    rows.append((*self.shares(shape), *shape, macs))
+        columns = ["d", "w", "r", *Shape._fields, "macs"]
+        table = pd.DataFrame(rows, columns=columns)
+        return table.assign(share=table["macs"] / int(table["macs"].iloc[-1]))
 
-    def _count_positions(self, model: nn.Module) -> Tensor:
-        """Output positions per image, int64 [layers, sides]."""
-        columns = []
+    def _count_positions(self, model: nn.Module) -> np.ndarray:
+        """Output positions per image, int64 [sides, layers]."""
+        rows = []
         for side in self.sides():
             found = trace(model, (self.input_shape[0], side, side)).layers
-            columns.append([sum(found[n].positions) for n in self.graph.layers])
-        return torch.tensor(columns).T
+            rows.append([sum(found[n].positions) for n in self.graph.layers])
+        return np.array(rows)
 
 
-def _count_work(graph: Graph, alive: Tensor, made: Tensor) -> Tensor:
-    """MACs at one output position for kept units [P, units]: int64 [P, layers]."""
-    columns = []
-    for layer, outputs in zip(graph.layers.values(), made.T, strict=True):
-        inputs = alive[:, graph.unit_of(layer.inputs)].sum(1)
-        groups = inputs.clamp(min=1) if layer.depthwise else layer.groups
-        columns.append(layer.kernel * outputs * inputs // groups)
-    return torch.stack(columns, 1)
+def _leave_out(chosen: Plan, drop: list[str]) -> Plan:
+    """The plan that drops blocks as well, and says nothing of the layers in them."""
+    gone = tuple(f"{block}." for block in drop)
+    left = {n: kept for n, kept in chosen.keep.items() if not n.startswith(gone)}
+    return Plan(keep=left, scatter=chosen.scatter & left.keys(), drop=drop)
+
+
+def _count_work(graph: Graph, chosen: Plan) -> np.ndarray:
+    """MACs of each layer at one output position, int64 [layers]."""
+    kept = resolve(graph, chosen, check=False)
+    work = [
+        layer.count_work(
+            int(kept.units[graph.columns[name]].sum()), int(kept.rows[name].sum())
+        )
+        if name in kept.rows
+        else 0
+        for name, layer in graph.layers.items()
+    ]
+    return np.array(work)
 
 
 def _round(x: float) -> int:
