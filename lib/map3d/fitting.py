@@ -56,10 +56,12 @@ def fit(
 
     Step by step in notebooks/31_map_fit.ipynb.
     """
-    return fit_table(check_points(points), rank, degree, monotone)
+    return fit_table(check_points(points), rank=rank, degree=degree, monotone=monotone)
 
 
-def fit_table(table: np.ndarray, rank: int, degree: int, monotone: bool) -> Map:
+def fit_table(
+    table: np.ndarray, *, rank: int = 1, degree: int = 3, monotone: bool = False
+) -> Map:
     """`fit` of a float64 table [N, 4], whose accuracies may lie outside [0, 100]."""
     if rank is None or (monotone and rank != 1):
         raise ValueError(f"rank: expected a number, 1 if monotone, got {rank}")

@@ -7,6 +7,7 @@ with 13 points and 10 parameters is no news; these say how well the next would b
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,30 +17,24 @@ from scipy import stats
 from lib.map3d.costs import FORMULA, NAMES, read_numbers
 from lib.map3d.fitting import UnidentifiedWarning, check_points, fit, fit_table
 from lib.map3d.predictor import Map
-from lib.map3d.search import ACTIVE, optimum
+from lib.map3d.search import ACTIVE, Problem, optimum
 from lib.messages import check_choice
 from lib.settings import check_int
 
 
-def leave_one_out(
-    points: ArrayLike | pd.DataFrame,
-    *,
-    rank: int = 1,
-    degree: int = 3,
-    monotone: bool = False,
-) -> np.ndarray:
+def leave_one_out(points: ArrayLike | pd.DataFrame, **options: Any) -> np.ndarray:
     """Prediction less measurement at each point, from a fit of all others: [N].
 
-    In points of accuracy; arguments and errors as in `fit`. A point that alone has the
+    In points of accuracy; options and errors as in `fit`. A point that alone has the
     lowest share of a dimension is extrapolated. Duplicates of a point stay in; average
     them first for an honest error.
     """
     table = check_points(points)
-    fit(table, rank=rank, degree=degree, monotone=monotone)
+    fit(table, **options)
     errors = []
     for n, held in enumerate(table):
         try:
-            found = _fit_quietly(np.delete(table, n, 0), rank, degree, monotone)
+            found = _fit_quietly(np.delete(table, n, 0), **options)
         except ValueError as error:
             raise ValueError(f"without point {n}: {error}") from None
         errors.append(found.predict(*held[:3]) - held[3])
@@ -52,20 +47,19 @@ def bootstrap_maps(
     repeats: int = 200,
     seed: int = 0,
     sd: float | None = None,
-    degree: int = 3,
-    monotone: bool = False,
+    **options: Any,
 ) -> list[Map]:
-    """Products fitted to the fitted values plus normal noise: a parametric bootstrap.
+    """Maps fitted to the fitted values plus normal noise: a parametric bootstrap.
 
-    points, degree, monotone: as in `fit`. repeats: how many. sd: standard deviation of
-    the noise in points of accuracy, e.g. over training seeds; None takes the residual
-    one of the fit, which is itself rough with few degrees of freedom. seed: of the
-    noise. ValueError: as in `fit`; repeats below 1, a negative sd, none where the fit
-    has no degrees of freedom.
+    points, options: as in `fit`. repeats: how many. sd: standard deviation of the noise
+    in points of accuracy, e.g. over training seeds; None takes the residual one of the
+    fit, which is itself rough with few degrees of freedom. seed: of the noise.
+    ValueError: as in `fit`; repeats below 1, a negative sd, none where the fit has no
+    degrees of freedom.
     """
     check_int("repeats", repeats, 1)
     table = check_points(points)
-    base = fit(table, degree=degree, monotone=monotone)
+    base = fit(table, **options)
     sd = base.residual_sd if sd is None else float(sd)
     if not 0 <= sd < math.inf:
         raise ValueError(
@@ -77,15 +71,14 @@ def bootstrap_maps(
     rng, fitted, maps = np.random.default_rng(seed), base.predict(*table.T[:3]), []
     for _ in range(repeats):
         drawn = fitted + sd * rng.standard_normal(len(table))
-        drawn = np.column_stack([table[:, :3], drawn])
-        maps.append(_fit_quietly(drawn, 1, degree, monotone))
+        maps.append(_fit_quietly(np.column_stack([table[:, :3], drawn]), **options))
     return maps
 
 
-def _fit_quietly(table: np.ndarray, rank, degree: int, monotone: bool) -> Map:
+def _fit_quietly(table: np.ndarray, **options: Any) -> Map:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnidentifiedWarning)
-        return fit_table(table, rank, degree, monotone)
+        return fit_table(table, **options)
 
 
 def bootstrap_optimum(
@@ -115,8 +108,7 @@ def regret(
     points outside the box of the map or over the budget.
     """
     best, x = optimum(truth, keep, cost), read_numbers(points)
-    whole = cost(1.0, 1.0, 1.0)
-    spent = np.array([cost(*row) / whole for row in x])
+    spent = Problem(truth, keep, cost).cost(*x.T)
     if not np.all(truth.covers(*x.T)) or (spent > keep * (1 + ACTIVE)).any():
         raise ValueError(
             f"points: expected them in the map's box, from {truth.low}, at a cost of "
@@ -138,35 +130,31 @@ def find_misfit(points: pd.DataFrame, form: str = "product") -> dict[str, float]
     bases lack, as many parameters as networks.
     """
     check_choice("form", form, ("product", "lines"))
-    table = points
     if form == "lines":
-        table = points[(points[list(NAMES)] < 1).sum(axis=1) <= 1]
-    cells = table.pivot_table("top1", list(NAMES), "base_id", aggfunc="mean")
-    if cells.shape[1] < 2 or not (cells > 0).all(axis=None):  # NaN is not above 0
+        points = points[(points[list(NAMES)] < 1).sum(axis=1) <= 1]
+    cells = points.pivot_table("top1", list(NAMES), "base_id", aggfunc="mean")
+    networks, n = cells.shape
+    if n < 2 or not (cells > 0).all(axis=None):  # NaN is not above 0
         raise ValueError(
             f"points: expected every network on two bases or more, above 0 %, got "
-            f"{len(table)} measurements of {cells.shape[0]} networks on "
-            f"{cells.shape[1]}"
+            f"{len(points)} measurements of {networks} networks on {n}"
         )
-    measured, shares = cells.to_numpy(), cells.index.to_frame(index=False)
-    value, scale = measured, 1.0
-    if form == "product":
-        value, scale = np.log(measured), measured.mean()
+    value, shares, scale = cells.to_numpy(), cells.index.to_frame(index=False), 1.0
+    if form == "product":  # in logs a sum, and a base's factor a constant
+        value, scale = np.log(value), value.mean()
         shares = pd.get_dummies(shares.astype(str), drop_first=True)
-    # In logs a product is a sum, and a base's factor a constant. Networks are the unit
-    # of the test: what is left of their means, against how bases disagree about them.
+    # Networks are the unit of the test: what is left of their means, against how bases
+    # disagree about them.
     means = value.mean(axis=1)
-    design = np.column_stack([np.ones(len(means)), shares.to_numpy(float)])
+    design = np.column_stack([np.ones(networks), shares.to_numpy(float)])
     left = means - design @ np.linalg.lstsq(design, means, rcond=None)[0]
     noise = value - means[:, None]
     noise = noise - noise.mean(axis=0)
-    n = cells.shape[1]
-    free = len(means) - np.linalg.matrix_rank(design)
+    free, chance = networks - np.linalg.matrix_rank(design), (networks - 1) * (n - 1)
     if free == 0:
-        raise ValueError(f"points: {len(means)} networks fix the form, none tests it")
-    lack = (left**2).sum() / free
-    error = (noise**2).sum() / ((len(means) - 1) * (n - 1)) / n
+        raise ValueError(f"points: {networks} networks fix the form, none tests it")
+    lack, error = (left**2).sum() / free, (noise**2).sum() / chance / n
     return {
         "misfit": scale * math.sqrt(lack), "noise": scale * math.sqrt(error),
-        "p": float(stats.f.sf(lack / error, free, (len(means) - 1) * (n - 1))), "n": n,
+        "p": float(stats.f.sf(lack / error, free, chance)), "n": n,
     }  # fmt: skip
