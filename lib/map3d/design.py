@@ -50,24 +50,17 @@ def make_design(
     together: two dimensions take half of the log cost each, then all three a third.
     """
     check_choice("design", name, DESIGNS)
-    rounds, levels = check_int("rounds", rounds, 1), check_int("levels", levels, 2)
+    steps = check_int("rounds", rounds, 1)
+    if name == "grid":
+        steps = check_int("levels", levels, 2) - 1
     floors = tuple(check_float("floors", x, ABOVE_ZERO, ABOVE_ONE) for x in floors)
-    chains: list[Chain] = [[WHOLE]]
+    ladders = [[1 - (1 - x) * (i / steps) for i in range(steps + 1)] for x in floors]
+    chains = [[point] for point in product(*ladders)]
     if name == "axis":
-        chains += _walk_axes(floors, rounds)
-    else:
-        parts = [i / (levels - 1) for i in range(levels)]
-        ladders = [[_step(floor, part) for part in parts] for floor in floors]
-        chains = [[point] for point in product(*ladders)]
+        axes = [[(*WHOLE[:m], x, *WHOLE[m + 1 :]) for x in ladders[m][1:]]
+                for m in range(3)]  # fmt: skip
+        chains = [[WHOLE], *axes]
     return chains + (_list_interior(floors) if interior else [])
-
-
-def _walk_axes(floors: Point, rounds: int) -> list[Chain]:
-    chains = []
-    for m in range(3):
-        steps = [_step(floors[m], i / rounds) for i in range(1, rounds + 1)]
-        chains.append([tuple(x if n == m else 1.0 for n in range(3)) for x in steps])
-    return chains
 
 
 def _list_interior(floors: Point) -> list[Chain]:
@@ -77,8 +70,3 @@ def _list_interior(floors: Point) -> list[Chain]:
         [tuple(f ** (on / sum(row)) for f, on in zip(floors, row, strict=True))]
         for row in pruned
     ]
-
-
-def _step(floor: float, part: float) -> float:
-    """`part` of the way from 1 down to the floor."""
-    return 1 - (1 - floor) * part
