@@ -17,7 +17,6 @@ from lib.settings import CHW, check_int
 
 LARGEST_TRIED = 512
 
-
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "lenet": LeNet,
     "cifarnet": CifarNet,
@@ -82,20 +81,24 @@ def build(
     check_at_least_one(
         name, num_classes=num_classes, in_channels=in_channels, image_size=image_size
     )
+    known = set(inspect.signature(builder).parameters)
     if name in BUILDERS:
-        known = set(inspect.signature(builder).parameters) - DECIDED
-        check_known(f"{name}: option", options, known)
+        check_known(f"{name}: option", options, known - DECIDED)
     options |= {"num_classes": num_classes, "in_channels": in_channels}
+
+    def make(side: int | None, **more: Any) -> nn.Module:
+        if side and "image_size" in known:  # a net that is made for one size
+            more["image_size"] = side
+        return builder(**options, **more)
+
     if image_size is not None:
-        check_image_size(builder, name, image_size, options)
+        check_image_size(make, name, image_size, in_channels)
     if not pretrained:
-        return call(builder, image_size, options)
-    check_pretrained(name, num_classes, in_channels)
-    if isinstance(pretrained, str) and name in BUILDERS:
-        raise ValueError(f"{name} has one file of weights: pretrained=True")
+        return make(image_size)
+    check_pretrained(name, pretrained, num_classes, in_channels)
     if name not in BUILDERS:
-        return call(builder, image_size, options | {"pretrained": pretrained})
-    net = call(builder, image_size, options)
+        return make(image_size, pretrained=pretrained)
+    net = make(image_size)
     net.load_state_dict(weights.load_weights(name))
     return net
 
@@ -108,15 +111,6 @@ def find_builder(name: str) -> Callable[..., nn.Module]:
     return partial(vision.build_torchvision, name)
 
 
-def call(
-    builder: Callable[..., nn.Module], image_size: int | None, options: dict[str, Any]
-) -> nn.Module:
-    """The net, told its image size where one is given and the net is made for one."""
-    if image_size and "image_size" in inspect.signature(builder).parameters:
-        options = options | {"image_size": image_size}
-    return builder(**options)
-
-
 def check_at_least_one(name: str, **numbers: int | None) -> None:
     """Raise ValueError unless each of `numbers` is a whole number >= 1 (or None)."""
     for what, number in numbers.items():
@@ -124,7 +118,9 @@ def check_at_least_one(name: str, **numbers: int | None) -> None:
             check_int(f"{name}: {what}", number, 1)
 
 
-def check_pretrained(name: str, num_classes: int, in_channels: int) -> None:
+def check_pretrained(
+    name: str, which: bool | str, num_classes: int, in_channels: int
+) -> None:
     """Raise ValueError unless weights of just this net were published."""
     published = name in weights.FILES or name not in BUILDERS
     classes = 10 if name in weights.FILES else 1000
@@ -134,14 +130,16 @@ def check_pretrained(name: str, num_classes: int, in_channels: int) -> None:
             f"published weights; these have: {', '.join(weights.FILES)} (10 classes, 3 "
             "channels) and torchvision's nets (1000 classes, 3 channels)"
         )
+    if isinstance(which, str) and name in BUILDERS:
+        raise ValueError(f"{name} has one file of weights: pretrained=True")
 
 
 def check_image_size(
-    builder: Callable[..., nn.Module], name: str, side: int, options: dict[str, Any]
+    make: Callable[[int], nn.Module], name: str, side: int, in_channels: int
 ) -> None:
     """Raise ValueError, with the smallest size that works, if this one does not."""
     sides = (side, *range(1, LARGEST_TRIED + 1))
-    least = next((trial for trial in sides if runs_at(builder, trial, options)), None)
+    least = next((trial for trial in sides if runs_at(make, trial, in_channels)), None)
     if least != side:
         raise ValueError(
             f"{name}: image_size={side} does not work; the smallest that does "
@@ -149,9 +147,7 @@ def check_image_size(
         )
 
 
-def runs_at(
-    builder: Callable[..., nn.Module], side: int, options: dict[str, Any]
-) -> bool:
+def runs_at(make: Callable[[int], nn.Module], side: int, in_channels: int) -> bool:
     """Whether one image of `side` pixels goes through, tried without any memory.
 
     The meta device knows shapes only and leaves the global generator alone.
@@ -159,14 +155,13 @@ def runs_at(
     try:
         try:
             with torch.device("meta"):
-                net = call(builder, side, options)
+                net = make(side)
         except NotImplementedError:
             # RegNets work out their widths with tensors, whose values meta lacks.
             with torch.random.fork_rng(devices=[]):
-                net = call(builder, side, options).to("meta")
+                net = make(side).to("meta")
         with torch.inference_mode():
-            image = torch.empty(1, options["in_channels"], side, side, device="meta")
-            net.eval()(image)
+            net.eval()(torch.empty(1, in_channels, side, side, device="meta"))
     except (RuntimeError, ValueError, AssertionError):
         return False
     return True

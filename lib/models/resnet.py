@@ -14,6 +14,8 @@ from lib.models.layers import init_he
 
 DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 WIDTHS = (16, 32, 64)
+# it keeps the size, and a BatchNorm follows
+make_conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 
 
 class PadShortcut(nn.Module):
@@ -103,10 +105,9 @@ class CifarResNet(nn.Module):
         narrow, middle, wide = WIDTHS
         self.conv1 = make_conv3x3(in_channels, narrow)
         self.bn1 = nn.BatchNorm2d(narrow)
-        make = partial(make_stage, blocks=blocks, projection=projection)
-        self.layer1 = make(narrow, narrow, stride=1)
-        self.layer2 = make(narrow, middle, stride=2)
-        self.layer3 = make(middle, wide, stride=2)
+        self.layer1 = make_stage(narrow, narrow, blocks, 1, projection)
+        self.layer2 = make_stage(narrow, middle, blocks, 2, projection)
+        self.layer3 = make_stage(middle, wide, blocks, 2, projection)
         self.linear = nn.Linear(wide, num_classes)
         init_he(self)
 
@@ -117,15 +118,8 @@ class CifarResNet(nn.Module):
         return self.linear(torch.flatten(x, 1))
 
 
-def make_conv3x3(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Conv2d:
-    """A size-keeping 3x3 convolution without bias (a BatchNorm follows)."""
-    return nn.Conv2d(
-        in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False
-    )
-
-
 def make_stage(
-    in_channels: int, out_channels: int, *, blocks: int, stride: int, projection: bool
+    in_channels: int, out_channels: int, blocks: int, stride: int, projection: bool
 ) -> nn.Sequential:
     """`blocks` residual blocks, the first of which changes width and size."""
     first = BasicBlock(in_channels, out_channels, stride=stride, projection=projection)
