@@ -3,7 +3,8 @@
 Wang et al., "Accelerate CNNs from Three Dimensions: A Comprehensive Pruning Framework",
 ICML 2021. blocks and space (what each dimension removes) -> design and collect (points
 that are pruned, fine-tuned and measured) -> fit (accuracy as a function of depth, width
-and resolution) -> optimum (the best of them for a budget).
+and resolution) -> optimum (the best of them for a budget). `graph`, where it may be
+given, is that of the model in question, for it to be traced once.
 """
 
 from lib.map3d.blocks import find_blocks, order_removal, probe_blocks

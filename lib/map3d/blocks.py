@@ -41,8 +41,7 @@ def find_blocks(
     A block is a module that the identity can replace (`surgery.droppable`), or one of
     the same class: a residual block, or one layer of a dense block. Those in one
     container form a stage; the block that opens a stage is never removable, whether or
-    not it changes the shape. `graph`, if given, is that of the model. ValueError: a
-    network without a removable block.
+    not it changes the shape. ValueError: a network without a removable block.
     """
     modules = dict(model.named_modules())
     free = surgery.droppable(model, input_shape, graph=graph)
@@ -77,8 +76,7 @@ def probe_blocks(
     fitted on one half and judged on the other, in turn. `images` should be validation
     images: a network has learnt its training images by heart, and the test set is for
     the end. One row a block, behind a first row "stem": block, stage, removable,
-    accuracy (percent), gain over the row before (points; 0 for the stem). `graph`: that
-    of the model.
+    accuracy (percent), gain over the row before (points; 0 for the stem).
     """
     least = int(torch.bincount(images.labels.cpu()).min())
     if least < FOLDS:
@@ -124,7 +122,6 @@ def collect_features(
 
 def order_removal(probes: pd.DataFrame) -> list[str]:
     """Removable blocks, least gain first (ties: the earlier block first)."""
-    free = probes[probes["removable"]]
     # rounded, for differences of percents that are one number of images tie
-    order = free["gain"].round(9).sort_values(kind="stable").index
-    return free.loc[order, "block"].tolist()
+    free = probes[probes["removable"]].round({"gain": 9})
+    return free.sort_values("gain", kind="stable")["block"].tolist()

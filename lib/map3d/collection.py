@@ -107,8 +107,7 @@ def prune_once(
     """The plan that takes `model` to `shape`.
 
     Blocks go by linear probes on the validation images, at `resolution` (None: the
-    native side), then channels by BatchNorm scale, then pixels. `graph`, if given, is
-    that of `model`.
+    native side), then channels by BatchNorm scale, then pixels.
     """
     graph = graph or build_graph(model, space.input_shape)
     order: list[str] = []

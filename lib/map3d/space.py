@@ -7,6 +7,7 @@ its exact MACs.
 
 import math
 from dataclasses import replace
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -47,19 +48,20 @@ def score_channels(
     Slimming's criterion (Liu et al. 2017). Behind a convolution with its own BatchNorm
     this is `baselines.bn_scale`; a dense layer's channels are read by the BatchNorms of
     all layers after it, through concatenations. Layers that no BatchNorm reads score
-    nothing. `graph`, if given, is that of the model. ValueError: no score at all.
+    nothing. ValueError: no score at all.
     """
     graph = graph or build_graph(model, input_shape)
-    modules = dict(model.named_modules())
-    total, readers = torch.zeros(2, graph.num_tags + 1, dtype=torch.float64)
+    modules, slots = dict(model.named_modules()), graph.num_tags + 1
+    total, readers = torch.zeros(2, slots, dtype=torch.float64)
     for name, tags in graph.norms.items():
         gamma = getattr(modules[name], "weight", None)
         if not isinstance(modules[name], _BatchNorm) or gamma is None:
             continue
         if len(gamma) == tags.numel():
-            row = tags.flatten() % (graph.num_tags + 1)  # constants: the last slot
-            total.index_add_(0, row, gamma.detach().abs().double().cpu())
-            readers.index_add_(0, row, torch.ones(len(gamma)).double())
+            row = tags.flatten() % slots  # constants: the last slot
+            scale = gamma.detach().abs().double().cpu()
+            total += torch.bincount(row, scale, slots)
+            readers += torch.bincount(row, minlength=slots)
     scores = {
         name: total[layer.outputs] / readers[layer.outputs]
         for name, layer in graph.layers.items()
@@ -79,8 +81,7 @@ class Space:
     (cost ~ w^2), "inner" only what lies inside residual branches (cost ~ w), "scatter"
     every convolution of a branch, the last one written back full-width (between them).
     Resolution: side of the square input, a multiple of `multiple` pixels: sizes that
-    halve without a rest cost what r^2 says, others more. `graph`, if given, is that of
-    the model.
+    halve without a rest cost what r^2 says, others more.
     """
 
     def __init__(
@@ -108,21 +109,15 @@ class Space:
         """The layers that width narrows, with their full number of channels."""
         scored = score_channels(model, self.input_shape, graph=self.graph)
         inside = tuple(f"{block.name}." for block in self.blocks)
-        alone = {
-            "uniform": lambda group, name: True,
-            "inner": lambda group, name: not group.joined,
-            "scatter": lambda group, name: (
-                name.startswith(inside)
-                and (not group.joined or name in group.scatterable)
-            ),
-        }[self.width]
-        found = {
-            name: len(self.graph.layers[name].outputs)
-            for group in self.graph.groups
-            if not group.fixed
-            for name in group.layers
-            if name in scored and alone(group, name)
-        }
+        found: dict[str, int] = {}
+        for group in self.graph.groups:
+            names = [n for n in group.layers if n in scored and not group.fixed]
+            if self.width == "inner" and group.joined:
+                names = []
+            elif self.width == "scatter":
+                free = set(group.scatterable if group.joined else names)
+                names = [n for n in names if n in free and n.startswith(inside)]
+            found |= {n: len(self.graph.layers[n].outputs) for n in names}
         if not found:
             raise ValueError(f"width '{self.width}': no layer can be narrowed")
         return found
@@ -167,23 +162,20 @@ class Space:
 
         The paper's order: blocks first, those at the head of `order`; then, in every
         layer that is left, the channels with the lowest `scores`; then the side.
-        `graph`, if given, is that of `model`. ValueError: a `model` that is smaller
-        than `shape` already, a `shape` that is not of the space, a layer that must be
-        narrowed and has no scores.
+        ValueError: a `model` that is smaller than `shape` already, a `shape` that is
+        not of the space, a layer that must be narrowed and has no scores.
         """
-        low = (self.fewest, 1, 1)
-        high = (len(self.blocks), self.steps, self.native)
-        limits = zip(Shape._fields, shape, low, high, strict=True)
-        for name, value, least, most in limits:
-            check_int(name, value, least, most + 1)
+        check_int("blocks", shape.blocks, self.fewest, len(self.blocks) + 1)
+        check_int("width", shape.width, 1, self.steps + 1)
+        check_int("side", shape.side, 1, self.native + 1)
         present = self.find_present(model)
         if len(present) < shape.blocks:
             raise ValueError(
                 f"the network has {len(present)} blocks left, {shape.blocks} are wanted"
             )
-        drop = [name for name in order if name in present]
-        drop = drop[: len(present) - shape.blocks]
-        if len(present) - len(drop) > shape.blocks:
+        surplus = len(present) - shape.blocks
+        drop = [name for name in order if name in present][:surplus]
+        if len(drop) < surplus:
             raise ValueError(
                 f"{shape.blocks} blocks cannot be reached: {len(present)} are there, "
                 f"{len(drop)} may go"
@@ -194,13 +186,12 @@ class Space:
 
     def spread_removal(self) -> list[str]:
         """Removable blocks: the last of each stage, then the ones before them, ..."""
-        seen: dict[str, int] = {}
-        places = []
-        for number, block in enumerate(reversed(self.blocks)):
+        stages: dict[str, list[str]] = {}
+        for block in reversed(self.blocks):
             if block.removable:
-                turn = seen[block.stage] = seen.get(block.stage, 0) + 1
-                places.append((turn, number, block.name))
-        return [name for *_, name in sorted(places)]
+                stages.setdefault(block.stage, []).append(block.name)
+        turns = zip_longest(*stages.values())
+        return [name for turn in turns for name in turn if name is not None]
 
     def find_present(self, model: nn.Module) -> list[str]:
         """Names of the blocks that `model` still has."""
