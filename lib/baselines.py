@@ -129,38 +129,27 @@ def taylor(
         reader = reader if f"{reader}.weight" in parameters else name
         names = (f"{reader}.weight", f"{reader}.bias")
         gates[name] = [p for p in names if p in parameters]
-    watched = {p: parameters[p].detach() for found in gates.values() for p in found}
-    watched = {p: value.requires_grad_() for p, value in watched.items()}
+    own = {p: parameters[p].detach() for found in gates.values() for p in found}
+    own = {p: value.requires_grad_() for p, value in own.items()}
     sample = images.take(min(num_images, len(images)), seed)
     with modes_kept(model), torch.enable_grad():
         model.eval()
         for x, y in batches_for(model, sample, batch_size):
-            output = torch.func.functional_call(model, watched, x)
+            output = torch.func.functional_call(model, own, x)
             output = output[0] if isinstance(output, tuple) else output
-            F.cross_entropy(output, y).backward()
+            loss = F.cross_entropy(output, y)
+            grads = torch.autograd.grad(loss, [*own.values()], materialize_grads=True)
+            pairs = zip(own.items(), grads, strict=True)
+            moved = {p: value.detach() * grad for (p, value), grad in pairs}
             for name, found in gates.items():
-                parts = [
-                    _project(
-                        watched[p], layers[name] if p == f"{name}.weight" else None
-                    )
-                    for p in found
-                ]
-                scores[name] += sum(parts).square().float().cpu()
-            for value in watched.values():
-                value.grad = None
+                sums = (_sum_rows(moved[p], layers[name]) for p in found)
+                scores[name] += sum(sums).square().float().cpu()
     return _checked(scores)
 
 
-def _project(value: Tensor, layer: _ConvNd | nn.Linear | None) -> Tensor:
-    """Sum of g w over the entries of each channel; without a gradient it is 0.
-
-    `layer`: whose weight it is, where it is not a row of one number per channel.
-    """
-    grad = torch.zeros_like(value) if value.grad is None else value.grad
-    product = value.detach() * grad
-    if layer is not None:
-        product = filters_of(layer, product)
-    return product.flatten(1).sum(1) if product.ndim > 1 else product
+def _sum_rows(product: Tensor, layer: _ConvNd | nn.Linear) -> Tensor:
+    """Over each filter of the layer; a vector has one number a channel as it is."""
+    return filters_of(layer, product).flatten(1).sum(1) if product.ndim > 1 else product
 
 
 def random(model: nn.Module, seed: int) -> dict[str, Tensor]:

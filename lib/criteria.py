@@ -4,9 +4,10 @@
 criterion and in nothing else; `measure_truth` asks the network itself.
 """
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,7 @@ from lib.stages import Sets
 
 SCOP = tuple(f"scop-{arm}" for arm in ARMS)
 CRITERIA = (*SCOP, *nisp.METHODS, "fpgm", "taylor")
-
-
+OF_WEIGHTS = {*baselines.OF_WEIGHTS, "nisp-mag", "nisp-uniform"}
 CONTROLS = ("unpruned", "scratch", "scratch-compute", "scratch-shared", "l1-distilled")
 
 
@@ -69,8 +69,10 @@ def score_channels(
     is that of `select`. ValueError: an unknown criterion, a layer without a score.
     """
     check_choice("criterion", criterion, CRITERIA)
-    begin, seed, seen = time.process_time(), select.seed, num_images
-    seconds = 0.0
+    begin, seconds = time.process_time(), 0.0
+    seen = 0 if criterion in OF_WEIGHTS else num_images
+    options: dict[str, Any] = {"num_images": num_images, "seed": select.seed}
+    options["graph"] = graph
     if criterion in SCOP:
         betas = scop.learn_betas(
             model, sets, run=run, net=net, control=criterion.removeprefix("scop-"),
@@ -81,17 +83,11 @@ def score_channels(
         seconds = sum(row["seconds"] for row in betas.history)  # now, or when learnt
         seen = select.epochs * (select_images or len(sets.train))
     elif criterion == "fpgm":
-        scores, seen = baselines.fpgm(model), 0
+        scores = baselines.fpgm(model)
     elif criterion == "taylor":
-        scores = baselines.taylor(
-            model, sets.train, num_images=num_images, seed=seed, graph=graph
-        )
+        scores = baselines.taylor(model, sets.train, **options)
     else:
-        scores = nisp.score_layers(
-            criterion, model, sets.train, num_images=num_images, seed=seed, graph=graph
-        )
-        if criterion not in {"nisp", "nisp-norm", "nisp-sharp", "layerwise"}:
-            seen = 0  # of weights alone
+        scores = nisp.score_layers(criterion, model, sets.train, **options)
     lacking = [name for name in layers if name not in scores]
     if lacking:
         raise ValueError(f"criterion '{criterion}' has no score for {lacking[0]}")
@@ -145,12 +141,8 @@ def _silence_each(
     known = dict(whole.env)
 
     def rerun(site: fx.Node, value: Tensor) -> Tensor:
-        order = iter(known)
-        before = {}  # values behind the site are left out, so that they are made anew
-        for node in order:
-            before[node] = known[node]
-            if node is site:
-                break
+        # values behind the site are left out, so that they are made anew
+        before = dict(itertools.takewhile(lambda item: item[0] != site, known.items()))
         before[site] = value
         output = fx.Interpreter(traced).run(x, initial_env=before)
         return F.cross_entropy(output.double(), y)
