@@ -15,9 +15,8 @@ from torch.testing import assert_close
 
 from lib import data
 from lib.kernels import mmd2
-from lib.scop.controls import reduced, swap_gan, training
+from lib.scop.controls import ARMS, build_control, reduced, swap_gan, training
 from lib.scop.controls.base import Shuffle, correlate
-from lib.scop.controls.build import ARMS, build_control
 from lib.scop.controls.gan import GanOptions, Generator
 from lib.train.recipe import pick_device, seeded
 

@@ -6,7 +6,6 @@ control (what stands in for the image) -> selection (beta) -> importance -> `lib
 diagnostics and knockoff_filter ask how good a control is.
 """
 
-from lib.scop.controls.base import Control
-from lib.scop.controls.build import build_control
+from lib.scop.controls import Control, build_control
 from lib.scop.layers import block_layers
 from lib.scop.selection import Betas, importance, learn_betas, read_scales, select

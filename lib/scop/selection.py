@@ -15,6 +15,7 @@ normalising from the official code).
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,12 @@ from lib.data import ImageSet
 from lib.graph import Graph, build_graph
 from lib.kernels import mix_norm_relu
 from lib.messages import check_finite
+from lib.scop.controls import build_control
 from lib.scop.controls.base import Control
-from lib.scop.controls.build import build_control
 from lib.scop.layers import block_layers, find_pairs
 
-METHOD = {
+OFFICIAL = train.Recipe(20, lr=0.004, batch_size=512)  # for ImageNet
+METHOD: dict[str, Any] = {
     "optimizer": "adam", "adam_betas": (0.5, 0.9), "schedule": "constant",
     "weight_decay": 0.0,
 }  # fmt: skip
@@ -39,8 +41,8 @@ class Betas(dict[str, Tensor]):
     """`beta` per layer (float32 [channels], in [0, 1]) and how it came about.
 
     `history`: a row per epoch, see `_describe`, with the loss and top1 of the mixed
-    network. `norms`: the BatchNorm of each layer. Both only describe: a plain dict of
-    the same tensors has the same importance.
+    network. `norms`: the BatchNorm of each layer. A plain dict of the same tensors has
+    the same importance.
     """
 
     def __init__(self, values=(), *, history=(), norms=None):
@@ -54,38 +56,30 @@ def select(
     images: ImageSet,
     control: Control,
     *,
-    epochs: int = 20,
-    lr: float = 0.004,
-    batch_size: int = 512,
-    seed: int = 0,
-    precision: str = "auto",
     recipe: train.Recipe | None = None,
     layers: list[str] | None = None,
     graph: Graph | None = None,
     checkpoint: str | Path | None = None,
     device: str | torch.device | None = None,
     label: str | None = None,
+    **settings,
 ) -> Betas:
     """Learn `beta` for the channels of `layers` (default: those in residual blocks).
 
-    Adam (betas .5, .9) at a constant `lr`, no weight decay, projected to [0, 1] after
-    each step, from 1/2; `batch_size` images and as many controls a step. The defaults
-    are those of the official code for ImageNet. A `recipe` stands for epochs, lr,
-    batch_size, seed and precision together; its optimizer, schedule and decay are the
-    method's all the same. A copy is trained; `model` is left bit-identical. `graph`: of
-    `model` at the images' size, if known. `checkpoint`, `device`: as in `train.fit`.
-    Several processes of a recipe mix, normalise and shuffle each within its part of the
-    batch, so their betas are not quite those of one process.
+    Adam (betas .5, .9) at a constant rate, no weight decay, projected to [0, 1] after
+    each step, from 1/2; a batch of images and as many controls a step. The rest is that
+    of a `recipe`, or of `settings`, the fields of one, beside `OFFICIAL`. A copy is
+    trained; `model` is left bit-identical. `graph`: of `model` at the images' size, if
+    known. `checkpoint`, `device`: as in `train.fit`. Several processes of a recipe mix,
+    normalise and shuffle each within its part of the batch, so their betas are not
+    quite those of one process.
 
     ValueError, naming the layer: no BatchNorm of its own, a beta that is not finite; a
     control of another shape.
 
     Step by step in notebooks/11_scop_selection.ipynb.
     """
-    recipe = recipe or train.Recipe(
-        epochs, lr=lr, batch_size=batch_size, seed=seed, precision=precision
-    )
-    recipe = replace(recipe, **METHOD)
+    recipe = replace(recipe or OFFICIAL, **(settings | METHOD))
     norms = _pick_layers(model, images.shape, layers, graph)
     mixed = MixedNet(model, control, norms)
     try:
@@ -114,9 +108,9 @@ def learn_betas(
     """Build the control named `control`, then select with it; both kept in the profile.
 
     The control is trained once, on all training images with seed 0, as the paper makes
-    its knockoffs once; `recipe`, as `select` takes it, is that of the selection.
-    `num_images` limits its images (stratified), 0 means all; `control_epochs` 0 means
-    the arm's default. What is found in the folder of the profile is used, and said.
+    its knockoffs once, for `control_epochs` (0: the arm's default). The selection goes
+    by `recipe`, on `num_images` (stratified, 0: all). What is found in the folder of
+    the profile is used, and said.
     """
     folder = stages.profile_folder(run)
     arm = build_control(
@@ -165,7 +159,8 @@ def read_scales(model: nn.Module, betas: dict[str, Tensor]) -> dict[str, Tensor]
     norms, known = getattr(betas, "norms", {}), dict(model.named_modules())
     found = {n: getattr(known.get(norms.get(n)), "weight", None) for n in betas}
     if any(scale is None for scale in found.values()):
-        found |= {n: s for n, s in baselines.bn_scale(model).items() if n in betas}
+        traced = baselines.bn_scale(model)
+        found = {n: traced.get(n, scale) for n, scale in found.items()}
     for name, scale in found.items():
         if scale is None:
             raise ValueError(f"'{name}' has no BatchNorm with a scale behind it")
@@ -278,10 +273,7 @@ def _put_around(net: nn.Module, name: str, outer: MixedNorm) -> None:
 
 
 def _describe(mixed: MixedNet) -> dict[str, float]:
-    """The state of the betas in a few numbers, for the row of an epoch.
-
-    Mean and s.d., the share below a half, see `correlate_ranks`.
-    """
+    """The betas in a few numbers, for the row of an epoch; see `correlate_ranks`."""
     betas, mixers = mixed.read_betas(), mixed.mixers()
     scales = {n: m.norm.weight.abs().float().cpu() for n, m in mixers.items()}
     every = torch.cat(list(betas.values()))

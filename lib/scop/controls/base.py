@@ -35,8 +35,7 @@ def correlate(x: Tensor, control: Tensor, *, eps: float = 0.0) -> Tensor:
 class Control(nn.Module):
     """Makes a control batch for a batch of images; `sample` is the one way in.
 
-    Batches are normalised as `lib.data.batches` gives them, float [B, C, H, W]. Random
-    choices come from torch's global generator.
+    Random choices come from torch's global generator.
     """
 
     name = ""
@@ -48,9 +47,9 @@ class Control(nn.Module):
 
     @torch.no_grad()
     def sample(self, batch: Tensor) -> Tensor:
-        """A control for every image of `batch` [B, C, H, W]: same shape, dtype, device.
+        """A control for every image of a batch [B, C, H, W], as `lib.data.batches` has.
 
-        The arm moves to where the batch lies, wherever it was built or used before.
+        The same shape, dtype and device: the arm moves to where the batch lies.
         `ValueError` when the images or what the arm makes have another shape.
         """
         if tuple(batch.shape[1:]) != self.shape:
@@ -86,7 +85,6 @@ class NoControl(Control):
     paired = False
 
     def make(self, batch: Tensor) -> Tensor:
-        """Nothing sensible: this arm is not sampled."""
         raise ValueError("control 'none' has no control images to sample")
 
 
@@ -100,8 +98,7 @@ class Constant(Control):
     name = "constant"
 
     def make(self, batch: Tensor) -> Tensor:
-        """Zeros: normalised images have mean 0."""
-        return torch.zeros_like(batch)
+        return torch.zeros_like(batch)  # normalised images have mean 0
 
 
 class Noise(Control):
@@ -114,8 +111,7 @@ class Noise(Control):
     name = "noise"
 
     def make(self, batch: Tensor) -> Tensor:
-        """Standard normal pixels: normalised images have mean 0 and variance 1."""
-        return torch.randn_like(batch)
+        return torch.randn_like(batch)  # normalised images have mean 0 and variance 1
 
 
 class Shuffle(Control):
@@ -129,7 +125,6 @@ class Shuffle(Control):
     name = "shuffle"
 
     def make(self, batch: Tensor) -> Tensor:
-        """A random cyclic permutation of the images."""
         if len(batch) < 2:
             raise ValueError("control 'shuffle' needs two images or more in a batch")
         # one cycle through all images, so that none is left in its own place

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from lib.data import ImageSet
-from lib.scop.controls.training import Game, Options, Trained
+from lib.scop.controls.training import Game, Trained, make_adam
 from lib.settings import ABOVE_ONE, ABOVE_ZERO, CHW
-from lib.train.recipe import setting
+from lib.train.recipe import Checked, setting
 
 
 @dataclass(frozen=True)
-class GanOptions(Options):
+class GanOptions(Checked):
     """width: channels before the last layer, of generator and critic. rescale: bring
     pixels of the tanh, in [-1, 1], into the normalised space of images; False leaves
     them as they are, as the released code does. critic_steps: critic updates per update
@@ -47,10 +47,7 @@ class GanGame(Game):
         self.critic = make_critic(arm.shape, arm.options.width)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """For both players; a short memory of the mean, for the other one moves on."""
-        players = [*self.player.parameters(), *self.critic.parameters()]
-        lr = self.arm.options.lr
-        return torch.optim.Adam(players, lr=lr, betas=(0.5, 0.9), fused=True)
+        return make_adam(self.arm.options.lr, self.player, self.critic)
 
     def step(self, x: Tensor, turn: int) -> dict[str, Tensor]:
         """The critic's turn, and every `critic_steps` turns the generator's."""
@@ -103,7 +100,6 @@ class Generator(Trained):
     Independence holds trivially: G never sees the image. The full swap holds as far as
     the GAN matches the distribution of images, partial swaps cannot: coordinates of two
     unrelated images are not correlated as those of one. A fresh z for every sample.
-
     """
 
     name = "generator"
@@ -128,7 +124,6 @@ class Generator(Trained):
         return made[:, :, top : top + height, left : left + width]
 
     def make(self, batch: Tensor) -> Tensor:
-        """A fresh image for each; the batch gives their number only."""
         made = self.draw(len(batch), self.net)
         return ((made + 1) / 2 - self.mean) / self.std if self.options.rescale else made
 

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 ROUNDING = 1e-10  # eigenvalues are compared with this times the largest variance
-SWEEPS = 200
-TOLERANCE = 1e-9  # of s on the correlation scale
 
 
 def solve_s(covariance: Tensor) -> Tensor:
@@ -30,13 +28,13 @@ def solve_s(covariance: Tensor) -> Tensor:
     correlation = covariance / variance.outer(variance).sqrt()
     least = float(torch.linalg.eigvalsh(correlation)[0])
     s = torch.full_like(variance, min(1.0, least))  # strictly inside
-    for _ in range(SWEEPS):
+    for _ in range(200):
         before = s.clone()
         # anew in each sweep: the updates by one coordinate add up their rounding
         inverse = torch.linalg.inv(2 * correlation - s.diag())
         for j in range(len(s)):
             _move_coordinate(inverse, s, j)
-        if float((s - before).abs().max()) < TOLERANCE:
+        if float((s - before).abs().max()) < 1e-9:
             break
     return s * variance
 

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from lib.data import ImageSet, batches
 from lib.kernels import mmd2
 from lib.scop.controls.base import correlate, exchange
-from lib.scop.controls.training import Game, Options, Trained
+from lib.scop.controls.training import Game, Trained
 from lib.settings import ABOVE_ONE, ABOVE_ZERO
-from lib.train.recipe import setting
+from lib.train.recipe import Checked, setting
 
-WIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+WIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # of the kernels, in s.d.
 LARGEST = 8192  # pixels times channels: the covariance then takes 512 MiB
 
 
 @dataclass(frozen=True)
-class GaussianOptions(Options):
+class GaussianOptions(Checked):
     """components: how many leading coordinates are redrawn. share: s_j / variance_j in
     (0, 1], 1 for controls that are uncorrelated with the image."""
 
@@ -31,7 +31,7 @@ class GaussianOptions(Options):
 
 
 @dataclass(frozen=True)
-class DeepOptions(Options):
+class DeepOptions(Checked):
     """components: as in `GaussianOptions`. width: of the machine's layers. exchange,
     moments, decorrelation: weights of the losses (gamma, lambda, delta in the paper).
     lr: divided by the largest weight above 1."""
@@ -51,7 +51,7 @@ class Reduced(Trained):
     ValueError: more components than have a variance, images above `LARGEST` values.
     """
 
-    def __init__(self, images: ImageSet, options: Options | None = None):
+    def __init__(self, images: ImageSet, options: Checked | None = None):
         super().__init__(images, options)
         size, kept = prod(self.shape), self.options.components
         if not kept <= min(size, len(images) - 1):
@@ -89,7 +89,6 @@ class Reduced(Trained):
         raise NotImplementedError
 
     def make(self, batch: Tensor) -> Tensor:
-        """The image, moved along the leading axes only."""
         # by the difference: what lies off the axes is copied, not built up again
         u = self.whiten(batch)
         moved = ((self.redraw(u) - u) * self.spread) @ self.axes.T
@@ -111,7 +110,6 @@ class Gaussian(Reduced):
     sampling = ("share",)
 
     def redraw(self, u: Tensor) -> Tensor:
-        """Shrunk, with noise that restores the variance."""
         share = self.options.share
         return (1 - share) * u + (2 * share - share**2) ** 0.5 * torch.randn_like(u)
 
@@ -127,7 +125,6 @@ class DeepGame(Game):
         return torch.optim.SGD(machine, lr=rate, momentum=0.9)
 
     def step(self, x: Tensor, turn: int) -> dict[str, Tensor]:
-        """One update of the machine on one batch."""
         u, o = self.arm.whiten(x), self.arm.options
         made = self.arm.redraw(u)
         losses = {
@@ -158,10 +155,15 @@ class Deep(Reduced):
 
     def __init__(self, images: ImageSet, options: DeepOptions | None = None):
         super().__init__(images, options)
-        self.machine = make_machine(self.options.components, self.options.width)
+        size, width = self.options.components, self.options.width
+        layers, taken = [], 2 * size  # coordinates and noise
+        for _ in range(6):
+            layers += [nn.Linear(taken, width, bias=False), nn.BatchNorm1d(width)]
+            layers.append(nn.PReLU())
+            taken = width
+        self.machine = nn.Sequential(*layers, nn.Linear(width, size))
 
     def redraw(self, u: Tensor) -> Tensor:
-        """What the machine makes of the coordinates and as much noise."""
         return self.machine(torch.cat([u, torch.randn_like(u)], 1))
 
 
@@ -186,20 +188,10 @@ def find_axes(images: ImageSet, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return mean, axes * peaks.sign(), values.clamp(min=0)
 
 
-def make_machine(size: int, width: int) -> nn.Sequential:
-    """[u, noise] of [B, 2 size] -> [B, size]: six hidden layers."""
-    layers, taken = [], 2 * size
-    for _ in range(6):
-        layers += [nn.Linear(taken, width, bias=False), nn.BatchNorm1d(width)]
-        layers.append(nn.PReLU())
-        taken = width
-    return nn.Sequential(*layers, nn.Linear(width, size))
-
-
 def measure_swaps(u: Tensor, made: Tensor) -> Tensor:
     """MMD of one half of the pairs against the other, fully and partially swapped.
 
-    u, made: [B, k]. The sum of two distances; which coordinates change places in the
+    The sum of two distances; which of the coordinates [B, k] change places in the
     partial swap is drawn anew.
     """
     # The swapped pairs are others than the unswapped ones: an MMD compares independent

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from lib.data import ImageSet
 from lib.scop.controls.base import correlate, exchange
-from lib.scop.controls.training import Game, Options, Trained
+from lib.scop.controls.training import Game, Trained, make_adam
 from lib.settings import ABOVE_ONE, ABOVE_ZERO, CHW
-from lib.train.recipe import setting
+from lib.train.recipe import Checked, setting
 
 
 @dataclass(frozen=True)
-class SwapOptions(Options):
+class SwapOptions(Checked):
     """block: side in pixels of the blocks that change places, must divide both sides of
     the images; 0: see `pick_block`. decorrelation: weight of that loss. hint: share of
     the blocks whose swap the discriminator is told while it learns. width, lr,
@@ -42,10 +42,7 @@ class SwapGame(Game):
         self.judge = Judge(arm.shape, arm.block, arm.options.width)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """For both players, as in `GanGame`."""
-        players = [*self.arm.net.parameters(), *self.judge.parameters()]
-        lr = self.arm.options.lr
-        return torch.optim.Adam(players, lr=lr, betas=(0.5, 0.9), fused=True)
+        return make_adam(self.arm.options.lr, self.arm.net, self.judge)
 
     def step(self, x: Tensor, turn: int) -> dict[str, Tensor]:
         """One update of the discriminator, one of the generator."""
@@ -109,7 +106,6 @@ class SwapGAN(Trained):
         self.net = Distort(self.shape[0], self.options.width)
 
     def make(self, batch: Tensor) -> Tensor:
-        """G(x, z) with a fresh z; no image of the batch sees another."""
         return self.net(batch)
 
 

@@ -1,4 +1,4 @@
-"""How a control learns: options, one training loop, a checkpoint after every epoch.
+"""How a control learns: one training loop, a checkpoint after every epoch.
 
 A training that was killed takes up after its last whole epoch and, on a CPU, ends with
 bit-identical weights. Several processes step together, each on its part of every batch;
@@ -9,8 +9,9 @@ part.
 import math
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,6 @@ from lib.scop.controls.base import Control
 from lib.train import checkpoint, processes, workers
 from lib.train.progress import Report
 from lib.train.recipe import Checked, Recipe, seeded
-
-
-@dataclass(frozen=True)
-class Options(Checked):
-    """What can be chosen about an arm; `ValueError` for a wrong type or range."""
 
 
 class Game(nn.Module):
@@ -63,21 +59,27 @@ class Game(nn.Module):
         self.optimizer.step()
 
 
+def make_adam(lr: float, *players: nn.Module) -> torch.optim.Optimizer:
+    """For two players; a short memory of the mean, for the other one moves on."""
+    taught = [p for player in players for p in player.parameters()]
+    return torch.optim.Adam(taught, lr=lr, betas=(0.5, 0.9), fused=True)
+
+
 class Trained(Control):
     """A control that learns from the training images; their labels are never read.
 
     `rows`: what each epoch of the training gave.
     """
 
-    Options: type[Options] = Options
+    Options: type[Checked]
     Game: type[Game] = Game
     epochs = 0
     least = 2  # images that it can learn from
     sampling: tuple[str, ...] = ()  # options that training does not depend on
 
-    def __init__(self, images: ImageSet, options: Options | None = None):
+    def __init__(self, images: ImageSet, options: Checked | None = None):
         super().__init__(images.shape)
-        self.options = options or self.Options()
+        self.options: Any = options or self.Options()
         self.rows: list[dict] = []
 
     def prepare(self, images: ImageSet) -> None:
@@ -91,39 +93,35 @@ class Trained(Control):
 def train_control(
     arm_type: type[Trained],
     images: ImageSet,
-    options: Options,
-    *,
-    epochs: int | None,
-    seed: int,
+    options: Checked,
+    recipe: Recipe,
     folder: str | Path | None,
     device: torch.device,
-    several: int,
 ) -> Trained:
-    """An arm of `arm_type`, trained or read from `folder`; see `build_control`."""
-    epochs = arm_type.epochs if epochs is None or not arm_type.epochs else epochs
-    recipe = Recipe(epochs, batch_size=getattr(options, "batch_size", 1), seed=seed)
+    """An arm of `arm_type`, trained by `recipe` or read from `folder`."""
     if len(images) < arm_type.least:
         raise ValueError(
             f"control '{arm_type.name}' learns from {arm_type.least} images or more, "
             f"{images.name} has {len(images)}"
         )
-    identity = identify(arm_type, images, options, epochs=epochs, seed=seed)
+    identity = identify(arm_type, images, options, recipe)
     path = locate(folder, identity)
     images = images.to(device)
-    with seeded(seed, 0, device):  # stream 0 for the start, epoch e has stream e + 1
+    # stream 0 for the start, epoch e has stream e + 1
+    with seeded(recipe.seed, 0, device):
         arm = arm_type(images, options)
         game = arm_type.Game(arm).to(device)
         game.optimizer = game.make_optimizer()
         if not take_up(path, identity, game):
             arm.prepare(images)
             save(path, identity, game)
+    if len(arm.rows) == recipe.epochs:
+        return arm
     rest = game, images, recipe, identity, path
-    if len(arm.rows) < epochs:
-        if several > 1 and device.type == "cpu" and not processes.joined():
-            return workers.run(several, play, *rest)
-        with torch.enable_grad():
-            play(*rest)
-    return arm
+    if recipe.processes > 1 and device.type == "cpu" and not processes.joined():
+        return workers.run(recipe.processes, play, *rest)
+    with torch.enable_grad():
+        return play(*rest)
 
 
 def play(
@@ -191,22 +189,22 @@ def run_epoch(
 
 
 def identify(
-    arm_type: type[Trained], images: ImageSet, options: Options, *, epochs, seed
+    arm_type: type[Trained], images: ImageSet, options: Checked, recipe: Recipe
 ) -> dict:
     """What a checkpoint must agree on to be taken up; labels do not matter."""
     chosen = {k: v for k, v in asdict(options).items() if k not in arm_type.sampling}
-    pixels, scale = images.fingerprint(), f"{images.mean} {images.std}"
-    data = checkpoint.digest_tensors(scale, pixels)
-    return {"arm": arm_type.name, **chosen, "epochs": epochs, "seed": seed,
-            "data": data}  # fmt: skip
+    scale = f"{images.mean} {images.std}"
+    data = checkpoint.digest_tensors(scale, images.fingerprint())
+    facts = {"arm": arm_type.name, **chosen, "epochs": recipe.epochs}
+    return facts | {"seed": recipe.seed, "data": data}
 
 
 def locate(folder: str | Path | None, identity: dict) -> Path | None:
     """The checkpoint's path in `folder`; says whether it is there."""
     if folder is None:
         return None
-    name = f"{identity['arm']}-{checkpoint.digest_identity(identity)}.pt"
-    path = Path(folder) / name
+    tag = checkpoint.digest_identity(identity)
+    path = Path(folder, f"{identity['arm']}-{tag}.pt")
     what = "reading" if path.is_file() else "training, into"
     if processes.rank() == 0:
         print(f"control: {what} {paths.shown(path)}")
