@@ -16,8 +16,6 @@ from lib.messages import check_choice
 from lib.scop.controls.gaussian import GaussianKnockoffs, draw_normal, solve_s
 from lib.settings import ABOVE_ZERO, check_float, check_int
 
-CONTROLS = ("exact", "independent", "shuffled", "noise")
-
 
 def knockoff_threshold(w: Tensor, q: float) -> float:
     """The least t among |w_j| > 0 with an estimated false discovery rate of at most q.
@@ -35,8 +33,7 @@ def knockoff_threshold(w: Tensor, q: float) -> float:
     # and without it the rate itself is not controlled, only a milder one.
     q = check_float("q", q, ABOVE_ZERO, 1.0)
     if not isinstance(w, Tensor) or w.dim() != 1 or not bool(w.isfinite().all()):
-        shape = list(getattr(w, "shape", ())) or w
-        raise ValueError(f"expected finite w [p] and 0 < q < 1, got {shape} and q={q}")
+        raise ValueError(f"expected finite w [p], got {list(getattr(w, 'shape', w))}")
     w = w.detach().double()
     levels = w[w != 0].abs().unique()
     wrong = (w <= -levels[:, None]).sum(1) + 1
@@ -94,7 +91,7 @@ def simulate_filter(
     Returned, as shares: `fdr`, `power` and their standard errors `fdr_se`, `power_se`
     (nan for one repetition). ValueError: unknown control, more signals than features.
     """
-    check_choice("control", control, CONTROLS)
+    check_choice("control", control, ("exact", "independent", "shuffled", "noise"))
     repetitions = check_int("repetitions", repetitions, 1)
     if not 1 <= signals <= p:
         raise ValueError(f"expected 1 <= signals <= p, got signals={signals}, p={p}")
@@ -102,7 +99,10 @@ def simulate_filter(
     for repetition in range(repetitions):
         generator = torch.Generator().manual_seed(1_000_003 * seed + repetition)
         x = sample_ar1(n, p, rho, generator)
-        weight = _draw_weights(p, signals, amplitude / n**0.5, generator)
+        chosen = torch.randperm(p, generator=generator)[:signals]
+        signs = torch.randint(0, 2, (signals,), generator=generator).double() * 2 - 1
+        size = amplitude / n**0.5
+        weight = torch.zeros(p).double().index_copy(0, chosen, signs * size)
         y = x @ weight + draw_normal(n, 1, generator)[:, 0]
         w = lasso_difference(x, draw(x, generator), y)
         rates.append(score_selection(w >= knockoff_threshold(w, q), weight != 0))
@@ -128,12 +128,6 @@ def sample_ar1(n: int, p: int, rho: float, generator: torch.Generator) -> Tensor
     """n draws from N(0, `ar1_covariance(p, rho)`), float64 [n, p]."""
     factor = torch.linalg.cholesky(ar1_covariance(p, rho))
     return draw_normal(n, p, generator) @ factor.T
-
-
-def _draw_weights(p: int, signals: int, size: float, generator) -> Tensor:
-    chosen = torch.randperm(p, generator=generator)[:signals]
-    signs = torch.randint(0, 2, (signals,), generator=generator).double() * 2 - 1
-    return torch.zeros(p).double().index_copy(0, chosen, signs * size)
 
 
 def _find_control(name: str, p: int, rho: float) -> Callable:

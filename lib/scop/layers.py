@@ -22,9 +22,8 @@ def block_layers(
     stride-2 blocks do not). `ends=False` leaves out the last convolution of each block.
     A network without additions gives every pair but those that read the images.
 
-    `input_shape` is (C, H, W), `graph` the model's, if known. ValueError: no
-    convolution has a BatchNorm with a scale behind it. Source: Tang et al. 2020,
-    official code (by name there).
+    `graph`: the model's, if known. ValueError: no convolution has a BatchNorm with a
+    scale behind it. Source: Tang et al. 2020, official code (by name there).
     """
     graph = graph or build_graph(model, input_shape)
     pairs = find_pairs(graph, model)
@@ -47,19 +46,16 @@ def block_layers(
 def find_pairs(graph: Graph, model: nn.Module) -> dict[str, str]:
     """Convolutions with the BatchNorm (with a scale gamma) that reads them alone.
 
-    Neither has another partner in another call.
+    It reads nothing else: it runs as often as they do.
     """
     modules = dict(model.named_modules())
-    made_by = {value: node.module for node in graph.nodes for value in node.outputs}
-    reads = {(made_by.get(v), n.module) for n in graph.nodes for v in n.inputs}
-    sources = Counter(reader for _, reader in reads)
-    readers = Counter(source for source, _ in reads)
+    calls = Counter(node.module for node in graph.nodes)
     pairs = {
         name: norm
         for name, norm in graph.pairs.items()
         if isinstance(modules[norm], _BatchNorm) and modules[norm].weight is not None
         if not isinstance(modules[name], nn.Linear)
-        if readers[name] == sources[norm] == 1
+        if calls[name] == calls[norm] == len(graph.made[name])
     }
     if not pairs:
         raise ValueError(
@@ -95,13 +91,11 @@ def _sort_branches(graph: Graph) -> tuple[set[str], set[str]]:
     for node in _list_additions(graph):
         first, second = (behind.get(value, set()) for value in node.inputs)
         # what both sides came through lies before the fork
-        short, long = sorted(
-            (
-                {graph.nodes[i].module for i in own} & graph.layers.keys()
-                for own in (first - second, second - first)
-            ),
-            key=len,
-        )
+        sides = [
+            {graph.nodes[i].module for i in own} & graph.layers.keys()
+            for own in (first - second, second - first)
+        ]
+        short, long = sorted(sides, key=len)
         branches |= long
         shortcuts |= short if len(short) < len(long) else set()
     return branches, shortcuts
