@@ -32,7 +32,10 @@ def mmd2(
     Source: Gretton et al. 2012, eq. 3 and 5; the sum: Romano, Sesia and Candes 2020.
     """
     _check_samples(x, y, least=2 if unbiased else 1)
-    rates = _find_rates(bandwidths)
+    widths = [float(width) for width in bandwidths]
+    if not widths or not all(0 < width < math.inf for width in widths):
+        raise ValueError(f"bandwidths must be positive numbers, got {widths}")
+    rates = tuple(0.5 / width**2 for width in widths)
     return TiledMMD.apply(x, y, rates, unbiased, choose_backend(x, backend))
 
 
@@ -51,14 +54,6 @@ def _check_samples(x: Tensor, y: Tensor, *, least: int) -> None:
             "samples must share a floating point type and a device, got "
             f"{x.dtype} on {x.device} and {y.dtype} on {y.device}"
         )
-
-
-def _find_rates(bandwidths: Sequence[float]) -> tuple[float, ...]:
-    """1 / (2 s^2) of each bandwidth s."""
-    widths = [float(width) for width in bandwidths]
-    if not widths or not all(0 < width < math.inf for width in widths):
-        raise ValueError(f"bandwidths must be positive numbers, got {widths}")
-    return tuple(0.5 / width**2 for width in widths)
 
 
 class TiledMMD(torch.autograd.Function):
@@ -82,11 +77,10 @@ class TiledMMD(torch.autograd.Function):
             return sum_kernel(z, n, pairs, rates, diagonal=not unbiased).to(z.dtype)
         # n^2 terms nearly cancel: what is left drowns in float32's rounding of the sum.
         total = z.new_zeros((), dtype=torch.float64)
-        for start, stop, squares in _walk_tiles(z, n, len(z)):
+        for _, _, squares, weights in _walk_tiles(z, n, len(z), pairs):
             kernel = _sum_exps(squares, [(rate, 1.0) for rate in rates])
             if unbiased:
                 kernel.diagonal().zero_()
-            weights = _weigh_columns(z, n, start, stop, pairs)
             total += kernel.sum(0).double() @ weights.double()
         return total.to(z.dtype)
 
@@ -103,9 +97,9 @@ class TiledMMD(torch.autograd.Function):
         pairs = _weigh_pairs(n, len(y), unbiased=ctx.unbiased)
         last = len(z) if ctx.needs_input_grad[1] else n
         pull = torch.zeros_like(z)
-        for start, stop, squares in _walk_tiles(z, n, last):
+        for start, stop, squares, weights in _walk_tiles(z, n, last, pairs):
             slopes = _sum_exps(squares, [(rate, 2 * rate) for rate in ctx.rates])
-            slopes *= _weigh_columns(z, n, start, stop, pairs)
+            slopes *= weights
             _add_pull(pull[start:stop], slopes, z[start:stop], z[start:])
             _add_pull(pull[start:], slopes.T, z[start:], z[start:stop])
         halves = zip((x, y), (pull * grad).split([n, len(y)]), strict=True)
@@ -129,19 +123,26 @@ def _weigh_pairs(n: int, m: int, *, unbiased: bool) -> tuple[float, float, float
     return 1 / (n * (n - less)), 1 / (m * (m - less)), -1 / (n * m)
 
 
-def _walk_tiles(z: Tensor, n: int, last: int) -> Iterator[tuple[int, int, Tensor]]:
-    """(start, stop, squared distances of those rows to rows from start on).
+def _walk_tiles(
+    z: Tensor, n: int, last: int, pairs: tuple[float, float, float]
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """(start, stop, squared distances of those rows to rows from start on, weights).
 
-    No block has rows of both samples; rows from `last` on are left out.
+    No block has rows of both samples; rows from `last` on are left out. A weight is
+    that of a column's pairs; columns past stop stand for two pairs.
     """
+    within_x, within_y, across = pairs
     norms, step = z.square().sum(1), ROWS_ON_GPU if z.is_cuda else ROWS
-    starts = [*range(0, n, step), *range(n, last, step)]
-    for start in starts:
+    for start in [*range(0, n, step), *range(n, last, step)]:
         stop = min(start + step, n if start < n else len(z))
         squares = torch.addmm(norms[start:], z[start:stop], z[start:].T, alpha=-2)
         # |a|^2 + |b|^2 - 2ab can round to below 0, and to above it for equal rows.
         squares.add_(norms[start:stop, None]).clamp_(min=0).diagonal().zero_()
-        yield start, stop, squares
+        weights = z.new_full((len(z) - start,), within_y if start >= n else within_x)
+        if start < n:
+            weights[n - start :] = across
+        weights[stop - start :] *= 2
+        yield start, stop, squares, weights
 
 
 def _sum_exps(squares: Tensor, terms: list[tuple[float, float]]) -> Tensor:
@@ -151,18 +152,6 @@ def _sum_exps(squares: Tensor, terms: list[tuple[float, float]]) -> Tensor:
         torch.mul(squares, -rate, out=term).exp_()
         total.add_(term, alpha=factor)
     return total
-
-
-def _weigh_columns(
-    z: Tensor, n: int, start: int, stop: int, pairs: tuple[float, float, float]
-) -> Tensor:
-    """Weight of each column from start on; columns past stop stand for two pairs."""
-    within_x, within_y, across = pairs
-    weights = z.new_full((len(z) - start,), within_y if start >= n else within_x)
-    if start < n:
-        weights[n - start :] = across
-    weights[stop - start :] *= 2
-    return weights
 
 
 def _add_pull(out: Tensor, slopes: Tensor, rows: Tensor, columns: Tensor) -> None:
