@@ -41,6 +41,7 @@ ADVICE = (
     "element-wise activations, additions, gates, concatenations and moves; replace it "
     "by one of these"
 )
+NO_RULE = "has no propagation rule"
 PLAIN = set(  # linear with weights that are not negative: they stand for themselves
     "view view_as reshape flatten unflatten permute transpose swapaxes movedim T mT "
     "squeeze unsqueeze expand expand_as repeat repeat_interleave select narrow "
@@ -65,9 +66,6 @@ ACTIVATIONS = GATES | SLOPES.keys() | {"leaky_relu", "elu", "threshold"}
 class _NoRule(Exception):
     """Why an operation cannot be bounded; the mode adds which and where."""
 
-    def __str__(self) -> str:
-        return super().__str__() or "has no propagation rule"
-
 
 class _Reached(Exception):
     """The final responses are there; what follows is of no interest."""
@@ -76,9 +74,8 @@ class _Reached(Exception):
 class AbsoluteNet(TorchFunctionMode):
     """While it is on, operations on features are those of the absolute network.
 
-    Features are the tensors that require a gradient: those that a layer made. `stack`
-    holds the names of the modules that are running, `gates` the features that were made
-    by a function which never exceeds 1, and only moved or averaged since.
+    `stack` holds the names of the modules that are running, `gates` the features that
+    were made by a function which never exceeds 1, and only moved or averaged since.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]):
@@ -102,7 +99,7 @@ class AbsoluteNet(TorchFunctionMode):
         try:
             return self.run_bound(name, func, args, kwargs)
         except (_NoRule, RuntimeError, TypeError) as error:
-            reason = error if isinstance(error, _NoRule) else _NoRule()
+            reason = error if isinstance(error, _NoRule) else NO_RULE
             where = self.stack[-1] if self.stack else ""
             kind = type(self.modules[where]).__name__
             place = f"in '{where}'" if where else "in the forward"
@@ -123,7 +120,7 @@ class AbsoluteNet(TorchFunctionMode):
         if base not in RULES:
             made = func(*args, **kwargs)
             if tensors_in((made,)) or name in {"__bool__", "item", "tolist"}:
-                raise _NoRule
+                raise _NoRule(NO_RULE)
             return made  # a shape, a device
         if base == "mul" and len(features) == 2 and not gates:
             raise _NoRule("multiplies two features of which neither is a gate")
@@ -137,7 +134,7 @@ class AbsoluteNet(TorchFunctionMode):
 
 
 def is_feature(value: object) -> bool:
-    """Made by a layer, so that scores can come back to it."""
+    """A tensor that a layer made, so that scores can come back to it."""
     return isinstance(value, Tensor) and value.requires_grad
 
 
@@ -199,14 +196,12 @@ def gate(x, inplace=False):
     return x.view_as(x)
 
 
-def leaky_relu(x, negative_slope=0.01, inplace=False):
-    """Its two slopes are 1 and this."""
-    return x * max(1.0, abs(negative_slope))
+def bent(x, slope=1.0, inplace=False, *, negative_slope=1.0, alpha=1.0):
+    """An activation that is the identity above zero and has a slope of its own below.
 
-
-def elu(x, alpha=1.0, inplace=False):
-    """It comes up with the slope alpha."""
-    return x * max(1.0, abs(alpha))
+    A leaky ReLU calls it `negative_slope`, an ELU `alpha`.
+    """
+    return x * max(1.0, abs(slope), abs(negative_slope), abs(alpha))
 
 
 def prelu(x, weight):
@@ -299,9 +294,11 @@ RULES: dict[str, Callable] = {
     **dict.fromkeys("add sub rsub __rsub__ maximum minimum".split(), add),
     **dict.fromkeys(["max_pool1d", "max_pool2d", "max_pool3d"], sum_windows),
     **{f"adaptive_max_pool{n}d": sum_adaptive for n in (1, 2, 3)},
-    "batch_norm": normalise, "leaky_relu": leaky_relu, "elu": elu,
-    "prelu": prelu, "threshold": threshold, "_threshold": threshold, "mul": multiply,
-    "div": divide, "amax": sum_up, "amin": sum_up, "__setitem__": assign,
+    **dict.fromkeys(["leaky_relu", "elu"], bent),
+    **dict.fromkeys(["threshold", "_threshold"], threshold),
+    **dict.fromkeys(["amax", "amin"], sum_up),
+    "batch_norm": normalise, "prelu": prelu, "mul": multiply, "div": divide,
+    "__setitem__": assign,
 }  # fmt: skip
 
 
@@ -322,9 +319,8 @@ def run_absolute(
     They are what the module `end` reads. Features begin at the `layers`; on the way
     back `visit(name, gradient)` is called for each call of a module in `places` with
     the name it stands for, and may hand on another gradient. Returns the responses
-    [1, ...] and the tensors that `torch.autograd.grad` has to go back to. The model
-    itself is not touched; a copy runs in float64, on an image of NaN: what depends on
-    it shows.
+    [1, ...] and the tensors that `torch.autograd.grad` has to go back to. A copy of the
+    model runs in float64, on an image of NaN: what depends on it shows.
     """
     tensors = [*model.parameters(), *model.buffers()]
     net = copy.deepcopy(model, {id(x): x.detach() for x in tensors}).eval()

@@ -18,7 +18,7 @@ from lib.nisp.absolute import ACTIVATIONS
 from lib.nisp.frl import take_sample
 from lib.train import watch
 
-Chain = Callable[[Tensor], Tensor]
+Chain = list[Callable[[Tensor], Tensor]]
 
 
 def measure_activity(
@@ -33,17 +33,17 @@ def measure_activity(
 
     The output is the layer's own behind the activations that alone read it, less what
     they make of zero, and in front of any BatchNorm: what a mask there takes away.
-    Returns float64 [C, H, W] or [C] on the model's device, averaged over `num_images`
-    images (stratified, fixed by `seed`, in evaluation mode) and, in a layer that runs
-    more than once, over its calls. Raises `ValueError` where those calls differ in
-    shape. Source: the term |x| of the bound in Yu et al. 2018, sec. 3, before it is
-    replaced by a constant.
+    Returns float64 [C, H, W] or [C], averaged over images (as in `collect_responses`)
+    and, in a layer that runs more than once, over its calls. `ValueError` where those
+    differ in shape. Source: the term |x| of the bound in Yu et al. 2018, sec. 3, before
+    it is replaced by a constant.
     """
     chains = find_chains(model, graph or build_graph(model, images.shape), norms=False)
     sample, totals = take_sample(images, num_images, seed), dict.fromkeys(chains, 0.0)
 
     def measure(name: str, output: Tensor) -> Tensor:
-        there, gone = (chains[name](x) for x in (output, torch.zeros_like(output[:1])))
+        none = torch.zeros_like(output[:1])
+        there, gone = (follow(chains[name], x) for x in (output, none))
         return (there - gone).abs().sum(0, dtype=torch.float64)
 
     for calls, _ in watch(model, sample, chains, keep=measure):
@@ -70,7 +70,7 @@ def collect_channels(
     """Mean response of every channel of every prunable layer, [N, C] each, in one pass.
 
     The response is the layer's output behind the BatchNorm and the activations that
-    alone read it, averaged over positions (and over calls). Images, mode and N as in
+    alone read it, averaged over positions (and over calls); N as in
     `collect_responses`.
     """
     chains = find_chains(model, graph or build_graph(model, images.shape), norms=True)
@@ -79,7 +79,7 @@ def collect_channels(
 
     def average(name: str, output: Tensor) -> Tensor:
         dim = -1 if isinstance(model.get_submodule(name), nn.Linear) else 1
-        rows = chains[name](output).movedim(dim, 1)
+        rows = follow(chains[name], output).movedim(dim, 1)
         return rows.reshape(*rows.shape[:2], -1).mean(2)
 
     for calls, _ in watch(model, sample, chains, keep=average):
@@ -92,39 +92,37 @@ def collect_channels(
 
 
 def find_chains(model: nn.Module, graph: Graph, *, norms: bool) -> dict[str, Chain]:
-    """For each prunable layer, the activations (and norms) that alone read it."""
+    """For each prunable layer that runs, what alone reads it: activations (and norms).
+
+    In a layer that runs more than once, behind its first call.
+    """
     modules = dict(model.named_modules())
-    return {
-        name: find_chain(name, graph, modules, norms=norms)
-        for name in baselines.prunable_layers(model)
-        if name in graph.layers and graph.layers[name].positions
-    }
+    chains: dict[str, Chain] = {}
+    for name in baselines.prunable_layers(model):
+        if name not in graph.made:
+            continue
+        value, steps = graph.made[name][0], chains.setdefault(name, [])
+        while len(graph.readers.get(value, [])) == 1:
+            (node,) = graph.readers[value]
+            plain = node.function is None
+            if norms and plain and isinstance(modules[node.module], _BatchNorm):
+                steps.append(modules[node.module])
+            elif node.op.removesuffix("_") in ACTIVATIONS:
+                steps.append(repeat(node))
+            else:
+                break
+            value = node.outputs[0]
+    return chains
 
 
-def find_chain(name: str, graph: Graph, modules: dict, *, norms: bool) -> Chain:
-    """The function of the chain behind a layer's first call."""
-    value = graph.made[name][0]
-    steps: list[Chain] = []
-    while len(graph.readers.get(value, [])) == 1:
-        (node,) = graph.readers[value]
-        plain = node.function is None
-        if norms and plain and isinstance(modules[node.module], _BatchNorm):
-            steps.append(modules[node.module])
-        elif node.op.removesuffix("_") in ACTIVATIONS:
-            steps.append(repeat(node))
-        else:
-            break
-        value = node.outputs[0]
-
-    def run(x: Tensor) -> Tensor:
-        for step in steps:
-            x = step(x)
-        return x
-
-    return run
-
-
-def repeat(node: Node) -> Chain:
+def repeat(node: Node) -> Callable[[Tensor], Tensor]:
     """A traced activation, on a new tensor even where the net's own works in place."""
     function = getattr(torch.ops.aten, node.op.removesuffix("_"))
     return lambda x: function(x, *node.args[1:], **node.kwargs)
+
+
+def follow(chain: Chain, x: Tensor) -> Tensor:
+    """What the steps make of x, one after the other."""
+    for step in chain:
+        x = step(x)
+    return x

@@ -48,8 +48,7 @@ def score_layers(
     by itself; "l1", "bn_scale", "random": `lib.baselines`.
 
     `joint` (only for those propagated): rates of pruning while propagating, see
-    `propagate`. `graph` is that of `build_graph(model, images.shape)`. Raises
-    `ValueError` for an unknown method.
+    `propagate`. `graph`: that of `build_graph(model, images.shape)`, if known.
     """
     check_choice("method", method, METHODS)
     graph = graph or build_graph(model, images.shape)
@@ -78,9 +77,8 @@ def rank_layerwise(
     """Inf-FS on the responses of each layer by itself, float64 [channels].
 
     The layers are those of `baselines.prunable_layers` that run; one in which every
-    channel is constant scores zero. Nothing is propagated: what a later layer makes of
-    a channel has no part. `options` are those of `collect_channels`. Source: the
-    layer-by-layer comparison of Yu et al. 2018, sec. 4.
+    channel is constant scores zero. What a later layer makes of a channel has no part.
+    `options`: of `collect_channels`. Source: Yu et al. 2018, sec. 4.
 
     Step by step in notebooks/22_nisp_pruning.ipynb.
     """
@@ -93,9 +91,6 @@ def rank_layerwise(
 
 
 # -- errors before any fine-tuning -----------------------------------------------------
-
-
-SMALLEST = 0.01  # of the mean |response|: what is nearer to zero has no relative error
 
 
 def measure_errors(
@@ -111,19 +106,18 @@ def measure_errors(
 ) -> dict[str, float]:
     """Errors of the final responses that `plan` keeps, between `model` and `small`.
 
-    `small` is the network shrunk by `plan`; `scores` [D] are the importances s of all
-    D final responses, scaled here to mean 1 over those kept. With y a response of
-    `model` and d what it differs by in `small`, over M images and N kept responses:
+    `small` is the network shrunk by `plan`; `scores` [D] are the importances s of all D
+    final responses, scaled here to mean 1 over those kept; `graph` is that of `model`.
+    With y a response of `model`, d what it differs by in `small`, and N kept responses:
 
     "ware": mean of s |d| / |y| over the pairs with |y| above a hundredth of its mean
     (a response of zero, common behind a ReLU, has no relative error); "share_counted"
     is their share. "weighted": sum of s |d| / sum of s |y|, which needs no such rule.
     "mae": mean of |d|, in units of the responses. "retained": N.
 
-    `graph` is that of `model`. Compare methods at equal retained responses and equal
-    scores: a network whose responses collapse to zero has a "ware" of only 1. Raises
-    `ValueError` where sizes do not fit. Source: WARE, Yu et al. 2018, sec. 4; its
-    treatment of zeros is ours.
+    Compare methods at equal retained responses and equal scores: a network whose
+    responses collapse to zero has a "ware" of only 1. `ValueError` where sizes do not
+    fit. Source: WARE, Yu et al. 2018, sec. 4; its treatment of zeros is ours.
     """
     graph = graph or build_graph(model, images.shape)
     kept = find_retained(model, plan, images.shape, graph=graph)
@@ -133,8 +127,8 @@ def measure_errors(
             f"of shape {tuple(scores.shape)}"
         )
     options = {"num_images": num_images, "seed": seed}
-    y = collect_responses(model, images, graph=graph, **options)
-    y = y.double()[:, kept.to(y.device)]
+    y = collect_responses(model, images, graph=graph, **options).double()
+    y = y[:, kept.to(y.device)]
     there = collect_responses(small, images, **options).double()
     if there.shape != y.shape:
         raise ValueError(
@@ -150,7 +144,7 @@ def measure_errors(
 def describe(y: Tensor, there: Tensor, s: Tensor) -> dict[str, float]:
     """The errors of `measure_errors` from responses [M, N] and scores [N]."""
     moved, size = (there - y).abs(), y.abs()
-    counted = size > SMALLEST * size.mean()
+    counted = size > 0.01 * size.mean()  # nearer to zero there is no relative error
     ratio = torch.where(counted, s * moved / size.where(counted, 1.0), 0.0)
     return {
         "ware": float(ratio.sum() / counted.sum().clamp_min(1)),

@@ -14,7 +14,6 @@ from lib.settings import check_int
 from lib.train import watch
 
 NO_ROW = "does not read one row per image"
-RANKINGS = ("inf_fs", "magnitude", "uniform")
 
 
 def score_frl(
@@ -29,12 +28,11 @@ def score_frl(
 ) -> Tensor:
     """Importance of each final response, float64 [D], >= 0, on the model's device.
 
-    by "inf_fs": Inf-FS on the responses to `num_images` images (`collect_responses`,
-    `inf_fs` with `alpha`). "magnitude": the absolute weights with which the classifier
-    reads the response, summed over classes. "uniform": all ones. Only the first looks
-    at images. Source: Yu et al. 2018, sec. 3 and 4 (NISP-FS and NISP-Mag).
+    by "inf_fs": Inf-FS on the responses of `collect_responses`. "magnitude": the
+    absolute weights with which the classifier reads the response, summed over classes.
+    "uniform": all ones. Source: Yu et al. 2018, sec. 3 and 4 (NISP-FS and NISP-Mag).
     """
-    check_choice("by", by, RANKINGS)
+    check_choice("by", by, ("inf_fs", "magnitude", "uniform"))
     graph = graph or build_graph(model, images.shape)
     if by == "inf_fs":
         features = collect_responses(
@@ -56,12 +54,11 @@ def collect_responses(
 ) -> Tensor:
     """Responses of the FRL to images: [N, D] on the model's device, in one pass.
 
-    The FRL is what the classifier reads (`find_classifier`): the row of a linear layer,
-    flattened, or the channels of a 1 x 1 convolution, averaged over positions, as
-    SqueezeNet averages its classes. N = `num_images` images, stratified and fixed by
-    `seed`, or all where there are fewer; unaugmented, in evaluation mode. The model is
-    left as found. Raises `ValueError` for an FRL that cannot be found or does not hold
-    one row per image, and for fewer than 2 images.
+    The FRL is what the classifier reads: the row of a linear layer, flattened, or the
+    channels of a 1 x 1 convolution, averaged over positions, as SqueezeNet averages its
+    classes. N = `num_images` images, stratified and fixed by `seed`, or all where there
+    are fewer; unaugmented, in evaluation mode. `ValueError`: an FRL that cannot be
+    found or does not hold one row per image, fewer than 2 images.
     """
     name = find_classifier(graph or build_graph(model, images.shape), model)
     sample, found = take_sample(images, num_images, seed), []

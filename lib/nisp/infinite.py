@@ -23,7 +23,6 @@ from lib.settings import ABOVE_ONE, check_float
 VARIANTS = ("default", "v4_2016", "raw2015", "y2020")
 LOAD = 0.9  # r rho(A)
 TILE = 2**16  # values taken at a time: they stay in the cache
-EQUAL = 1e-6  # standard deviations that differ by less, relatively, count as equal
 
 
 def inf_fs(
@@ -36,11 +35,10 @@ def inf_fs(
     """Inf-FS scores of features, the higher the more important.
 
     features: [N, D], N samples of any real dtype, CPU or GPU, N >= 2; returned: float64
-    [D], no unit, on the same device. alpha weighs spread against non-redundancy;
-    `variant`, `mask_dead` and the edge weights: see `weigh_edges`. All edges zero (one
-    feature; only copies at alpha 0) give zeros. "y2020" divides A by its largest row
-    sum too, takes 1 - 5e-6 D for 0.9 and counts the empty walk, so that its scores are
-    1.00... and follow the row sums of A. "v4_2016" can score below zero.
+    [D], no unit, on the same device. alpha, variant, mask_dead: see `weigh_edges`. All
+    edges zero (one feature; only copies at alpha 0) give zeros. "y2020" divides A by
+    its largest row sum too, takes 1 - 5e-6 D for 0.9 and counts the empty walk, so that
+    its scores are 1.00... and follow the row sums of A. "v4_2016" can score below zero.
     ValueError: not [N, D], non-finite, N < 2, every feature constant, alpha outside
     [0, 1], an unknown variant. Source: Roffo et al. 2015; for the variants, the codes
     published under that name in 2016 and 2020 as we understand them.
@@ -54,8 +52,7 @@ def inf_fs(
 def score_graph(matrix: Tensor, *, variant: str = "default") -> Tensor:
     """Scores of the nodes of a graph, float64 [D], as `inf_fs` takes them.
 
-    matrix: A, symmetric [D, D], as `build_graph_matrix` returns it. ValueError for
-    an unknown variant, another shape, a matrix that is not symmetric or not finite.
+    matrix: A, symmetric [D, D], as `build_graph_matrix` returns it, else ValueError.
     """
     check_choice("variant", variant, VARIANTS)
     rho, degree = spectral_radius(matrix), matrix.sum(1).double()
@@ -77,10 +74,7 @@ def build_graph_matrix(
     *,
     mask_dead: bool = True,
 ) -> Tensor:
-    """The weighted adjacency A of features [N, D]: float64 [D, D], symmetric.
-
-    Weights as in `weigh_edges`, errors as in `inf_fs`.
-    """
+    """A of features [N, D], see `weigh_edges`; errors as in `inf_fs`."""
     deviation = measure_deviation(features)
     if not deviation.any():
         raise ValueError(
@@ -100,17 +94,16 @@ def weigh_edges(
     variant: str = "default",
     mask_dead: bool = True,
 ) -> Tensor:
-    """A from rank correlations [D, D] and standard deviations [D], float64 [D, D].
+    """The adjacency A from rank correlations [D, D] and standard deviations [D].
 
-    With sigma_ij = max(sd_i, sd_j), sigma01 = (sigma - min) / (max - min) over the
-    matrix (0 where all are equal) and c = 1 - |correlation|:
+    float64 [D, D], symmetric. With sigma_ij = max(sd_i, sd_j), sigma01 = (sigma - min)
+    / (max - min) over the matrix (0 where all are equal) and c = 1 - |correlation|:
     default, "y2020": alpha sigma01 + (1 - alpha) c; "raw2015": alpha sigma +
     (1 - alpha) c, so the unit of the features matters; "v4_2016": alpha correlation +
     (1 - alpha) sigma01, signed, the roles of alpha exchanged.
     A dead feature (deviation 0) correlates with nothing, and 1 - 0 would make it the
     least redundant of all. mask_dead takes its c as 0, so that no living feature ranks
     below it; False leaves the 1, for showing the trap.
-    ValueError: shapes that do not fit, alpha outside [0, 1], an unknown variant.
     """
     check_choice("variant", variant, VARIANTS)
     alpha = check_float("alpha", alpha, 0, ABOVE_ONE)
@@ -132,7 +125,7 @@ def weigh_edges(
 def stretch(deviation: Tensor) -> Tensor:
     """Onto [0, 1]: the largest entry of max(sd_i, sd_j) to 1, the least to 0."""
     low, high = deviation.aminmax()
-    if float(high - low) <= EQUAL * float(high):
+    if float(high - low) <= 1e-6 * float(high):  # equal but for rounding
         return torch.zeros_like(deviation)
     return (deviation - low) / (high - low)
 
@@ -140,8 +133,8 @@ def stretch(deviation: Tensor) -> Tensor:
 def measure_deviation(features: Tensor) -> Tensor:
     """Standard deviation of each column, divisor N, float64 [D]; exactly 0 if constant.
 
-    features: [N, D]. Two passes over values stretched to [0, 1], so that neither a
-    large mean nor a tiny or huge unit costs digits. ValueError as in `inf_fs`.
+    Two passes over values stretched to [0, 1], so that neither a large mean nor a tiny
+    or huge unit costs digits.
     """
     found = []
     for columns in check_features(features).split(max(1, TILE // len(features)), 1):
@@ -160,9 +153,9 @@ def measure_deviation(features: Tensor) -> Tensor:
 def spearman(features: Tensor) -> Tensor:
     """Spearman's rank correlation of the columns, float64 [D, D]; nan for a constant.
 
-    features: [N, D]. Up to N = 200,000 the products are sums of integers below 2^53:
-    exact, whatever the order of samples, features or summation, and exactly 1 between
-    columns of equal ranks. As `scipy.stats.spearmanr`. ValueError as in `inf_fs`.
+    As `scipy.stats.spearmanr`. Up to N = 200,000 the products are sums of integers
+    below 2^53: exact, whatever the order of samples, features or summation, and exactly
+    1 between columns of equal ranks.
     """
     values = np.ascontiguousarray(to_numpy(check_features(features)).T)
     ranks = 2 * rankdata(values, axis=1) - (values.shape[1] + 1)  # integers around 0
@@ -178,8 +171,8 @@ def spearman(features: Tensor) -> Tensor:
 def sum_paths(matrix: Tensor, r: float) -> Tensor:
     """Row sums of (I - r A)^-1 - I, float64 [D]: all walks from each node.
 
-    matrix: A, symmetric [D, D]; 0 <= r < 1 / (largest eigenvalue of A), for which
-    I - r A is positive definite. ValueError otherwise.
+    matrix: A, symmetric [D, D]. ValueError unless 0 <= r < 1 / (largest eigenvalue of
+    A), for which I - r A is positive definite.
     """
     a = to_numpy(check_symmetric(matrix))
     try:
@@ -195,10 +188,7 @@ def sum_paths(matrix: Tensor, r: float) -> Tensor:
 
 
 def spectral_radius(matrix: Tensor) -> float:
-    """Largest |eigenvalue| of a symmetric matrix [D, D], by Lanczos' method (ARPACK).
-
-    ValueError: not square, symmetric and finite.
-    """
+    """Largest |eigenvalue| of a symmetric matrix, by Lanczos' method (ARPACK)."""
     a = to_numpy(check_symmetric(matrix))
     peak = float(np.abs(a).max())
     if not peak:
