@@ -454,6 +454,28 @@ def test_what_joint_removes_passes_nothing_on_and_is_what_the_plan_removes(name,
     assert any(not torch.allclose(found[n], whole[n]) for n in alone)
 
 
+def test_joint_spares_what_the_plan_spares():
+    """A layer with a part of a stream keeps a channel, however low its scores are."""
+    torch.manual_seed(0)
+    pair = Apply("cat", nn.Conv2d(4, 2, 1), nn.Conv2d(4, 4, 1))
+    stream = Apply("add", pair, nn.Conv2d(4, 6, 1))
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5), nn.Linear(5, 2)]
+    model, shape = nn.Sequential(nn.Conv2d(3, 4, 1), stream, *head).double(), (3, 2, 2)
+    with torch.no_grad():
+        model[4].weight[:, :2] /= 100  # what the narrow layer makes hardly counts
+    tied = [n for n, m in model[1].named_modules(prefix="1") if type(m) is nn.Conv2d]
+    rates = dict.fromkeys(tied, 0.5)
+    found = propagate(model, rand(5), shape, joint=rates)
+    chosen = plan.from_scores(model, found, shape, rate=rates).keep
+    assert len(chosen[tied[0]]) == 1  # both would be among the lowest three of six
+    for name in tied:
+        layer = model.get_submodule(name)
+        kept = torch.isin(torch.arange(len(layer.weight)), torch.tensor(chosen[name]))
+        with torch.no_grad():
+            layer.weight[~kept] = 0
+    assert_same({"0": found["0"]}, {"0": propagate(model, rand(5), shape)["0"]})
+
+
 def test_joint_counts_a_rate_as_it_is_written():
     """.58 of 50 is 29, and 28.999... in floats: what is passed on is what is kept."""
     layers = [nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 50), nn.ReLU(), nn.Linear(50, 2)]

@@ -7,17 +7,18 @@ pruned. No data and no loss are needed.
 """
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from lib.graph import Graph, Group, build_graph
+from lib.graph import Graph, build_graph
 from lib.messages import suggest
 from lib.nisp.absolute import run_absolute
 from lib.nisp.frl import NO_ROW, find_classifier, pool
-from lib.plan import count_share
+from lib.plan import from_scores
 from lib.settings import CHW, check_float
 
 ROOM = 1000  # powers of two that scores may grow or shrink by in float64
@@ -38,20 +39,19 @@ def propagate(
 ) -> dict[str, Tensor]:
     """Importance of the outputs of every layer in front of the final response layer.
 
-    `frl_scores`: float [D], >= 0, one for each number that the FRL holds for an image
-    of `input_shape` (C, H, W). The FRL is what the classifier reads. Returned,
-    by convolution and linear layer in forward order: float64 [channels] on the model's
-    device, sums over positions of the neurons' scores at the layer's output, in front
-    of its BatchNorm, whose |gamma| / sigma therefore counts; with `behind_norm` at the
-    output of the BatchNorm that alone reads it (0 where gamma = 0). `neurons=True`
-    gives the neurons' scores instead, in the shape of the output of one image
-    ([C, H, W] or [C]).
+    `frl_scores`: float [D], >= 0, one for each number that the FRL, what the classifier
+    reads, holds for an image of `input_shape` (C, H, W). Returned, by convolution and
+    linear layer in forward order: float64 [channels] on the model's device, sums over
+    positions of the neurons' scores at the layer's output, in front of its BatchNorm,
+    whose |gamma| / sigma therefore counts; with `behind_norm` at the output of the
+    BatchNorm that alone reads it (0 where gamma = 0). `neurons=True` gives the neurons'
+    scores instead, in the shape of the output of one image ([C, H, W] or [C]).
 
     `joint` is the share of channels removed, for all layers that can be pruned or by
-    name; what is removed passes nothing on. Channels are removed as in
-    `plan.from_scores(..., rate=joint)`, which given the result removes the same. Tied
-    layers are reached at different times, so they are decided first, by the sum of
-    their scores in a pass without removal; those are the scores returned for them.
+    name, as `plan.from_scores(..., rate=joint)` given the result removes them; what is
+    removed passes nothing on. Tied layers are reached at different times, so they are
+    decided first, by the sum of their scores in a pass without removal; those are the
+    scores returned for them.
 
     `activity` puts back what the closed form replaces by one constant, the size of each
     neuron's output (`measure_activity`; [C, H, W] or [C] by layer): scores are
@@ -59,13 +59,12 @@ def propagate(
     is the sharper bound, which no scaling of a layer against its readers changes.
 
     All scores are on the scale of `frl_scores` if float64 can hold them; if not, all
-    are divided by the same power of two. Biases have no part. The model is left as
-    found; `graph` is its graph where that is known already.
+    are divided by the same power of two. `graph`: that of the model, if known.
 
-    Raises `ValueError` for scores that do not fit the FRL, are negative, not finite or
-    all zero; rates outside [0, 1) or of layers that cannot be pruned;
-    weights that are not finite; nets so deep that float64 ends; activity that does not
-    fit; and, by its name, an operation without a rule. Source: Yu et al. 2018, sec. 3.
+    `ValueError`: scores that do not fit the FRL, are negative, not finite or all zero;
+    rates outside [0, 1) or of layers that cannot be pruned; weights that are not
+    finite; nets so deep that float64 ends; activity that does not fit; and, by its
+    name, an operation without a rule. Source: Yu et al. 2018, sec. 3.
 
     Step by step in notebooks/21_nisp_propagation.ipynb.
     """
@@ -96,18 +95,18 @@ class Sweep:
     """
 
     def __init__(self, model, input_shape, graph, behind_norm, activity):
-        self.graph, self.behind_norm = graph, behind_norm
-        self.modules = dict(model.named_modules())
+        self.model, self.shape, self.graph = model, input_shape, graph
         self.layers = [n for n, layer in graph.layers.items() if layer.positions]
         self.activity = activity
-        check_activity(activity or {})
         pairs = graph.pairs if behind_norm else {}
+        scales = {n: model.get_submodule(norm).weight for n, norm in pairs.items()}
+        self.alive = {n: s.detach() != 0 for n, s in scales.items() if s is not None}
         end = find_classifier(graph, model)
         read, self.starts = run_absolute(
             model, input_shape, layers=set(self.layers),
             places={pairs.get(n, n): n for n in self.layers}, end=end, visit=self.visit,
         )  # fmt: skip
-        self.target = pool(self.modules[end], read)
+        self.target = pool(model.get_submodule(end), read)
         if not self.target.requires_grad:
             raise ValueError(
                 "no convolution or linear layer stands in front of the classifier"
@@ -140,11 +139,8 @@ class Sweep:
 
     def weigh(self, name: str, grad: Tensor) -> Tensor:
         """Scores of a layer's neurons as they are ranked."""
-        if self.behind_norm and name in self.graph.pairs:
-            gamma = self.modules[self.graph.pairs[name]].weight
-            if gamma is not None:
-                alive = gamma.detach() != 0
-                return grad * alive.view(-1, *[1] * (grad.ndim - 2))
+        if name in self.alive:
+            return grad * self.alive[name].view(-1, *[1] * (grad.ndim - 2))
         if self.activity is None:
             return grad
         if name not in self.activity:
@@ -157,11 +153,15 @@ class Sweep:
                 f"activity: the output of '{name}' has the shape {shape} per image, "
                 f"got {tuple(values.shape)}"
             )
+        if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
+            raise ValueError(
+                f"activity: '{name}' has values that are negative or not finite"
+            )
         return grad * values.to(grad)
 
     def channel_dim(self, name: str) -> int:
         """Where a layer's output has its channels."""
-        return -1 if isinstance(self.modules[name], nn.Linear) else 1
+        return -1 if isinstance(self.model.get_submodule(name), nn.Linear) else 1
 
     def sum_channels(self, name: str, calls: list[Tensor]) -> Tensor:
         """Channel scores: sums over positions and calls."""
@@ -192,36 +192,36 @@ def run_joint(sweep: Sweep, seed: Tensor, whole: dict, rates: Mapping) -> dict:
 
     `whole` is what a pass without removal found.
     """
-    group_of = sweep.graph.group_of
+    groups = {id(group): group for group in map(sweep.graph.group_of.get, rates)}
     alive: dict[str, Tensor] = {}
     decided: dict[str, list[Tensor]] = {}
-    for group in {id(group_of[n]): group_of[n] for n in rates}.values():
-        names = [n for n in group.layers if n in whole]
-        if sum(len(whole[n]) for n in names) > 1:
-            sums = {n: sweep.sum_channels(n, whole[n]) for n in names}
-            kept = choose_units(group, sums, rates[names[0]])
-            alive |= {n: kept[group.index[n]] for n in names}
-            decided |= {n: whole[n] for n in names}
+    for group in groups.values():
+        calls = {n: whole[n] for n in group.layers if n in whole}
+        if sum(map(len, calls.values())) > 1:
+            alive |= choose_channels(sweep, calls, rates)
+            decided |= calls
 
     def choose(name: str, own: Tensor) -> Tensor | None:
         if name in alive or name not in rates:
             return alive.get(name)
-        group = group_of[name]
-        sums = {name: sweep.sum_channels(name, [own])}
-        return choose_units(group, sums, rates[name])[group.index[name]]
+        return choose_channels(sweep, {name: [own]}, rates)[name]
 
     return sweep.run(seed, choose) | decided
 
 
-def choose_units(group: Group, scores: Mapping[str, Tensor], rate: float) -> Tensor:
-    """Kept units of a group, bool [size]: `plan.from_scores`'s rule for one rate."""
-    total = torch.zeros(group.size, dtype=torch.float64)
-    for name, values in scores.items():
-        total.index_add_(0, group.index[name], values.cpu())
-    kept = torch.ones(group.size, dtype=torch.bool)
-    for block in group.unit_blocks:
-        count = min(count_share(rate, len(block)), len(block) - 1)
-        kept[block[total[block].sort(stable=True).indices[:count]]] = False
+def choose_channels(sweep: Sweep, calls: Mapping, rates: Mapping) -> dict[str, Tensor]:
+    """Kept channels, bool, of layers of one group by their scores at each call."""
+    scores = {name: sweep.sum_channels(name, found) for name, found in calls.items()}
+    rate = {name: rates[name] for name in scores}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a low rate may well remove nothing
+        plan = from_scores(
+            sweep.model, scores, sweep.shape, rate=rate, graph=sweep.graph
+        )
+    kept = {name: torch.ones(len(s), dtype=torch.bool) for name, s in scores.items()}
+    for name in scores.keys() & plan.keep.keys():
+        kept[name][:] = False
+        kept[name][plan.keep[name]] = True
     return kept
 
 
@@ -254,15 +254,6 @@ def read_rates(
 
 
 # -- what is refused ---------------------------------------------------------------
-
-
-def check_activity(activity: Mapping[str, Tensor]) -> None:
-    """Raise `ValueError` for sizes that cannot be."""
-    for name, values in activity.items():
-        if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
-            raise ValueError(
-                f"activity: '{name}' has values that are negative or not finite"
-            )
 
 
 def check_scores(frl_scores: Tensor, responses: Tensor) -> None:
