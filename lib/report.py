@@ -317,6 +317,8 @@ def publish(profile: str) -> None:
             _write_table(f"{profile}_{kind}.csv", collect_rows(profile, kind), digits)
         publish_bases(profile)
     drawn = sorted((stages.profile_folder(profile) / "figures").glob("[!.]*"))
+    if profile != QUICK:  # a picture of one base among several tells its accidents
+        drawn = [path for path in drawn if path.stem.endswith(f"_{profile}")]
     for path in drawn:
         paths.write_atomic(paths.FIGURES / path.name, partial(shutil.copyfile, path))
     print(f"wrote {len(drawn)} files to {paths.shown(paths.FIGURES)}")

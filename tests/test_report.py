@@ -573,7 +573,13 @@ def test_bases_are_published_one_by_one_and_keep_those_of_before(monkeypatch, tm
     missing = {"base": 0}
     name = "toy/40_comparison/base0"
     RUNS["toy"].append(settings.Run("40_comparison", {"run": name, **missing}, missing))
+    for name in ("toy/40_comparison/base1", "toy/40_comparison"):
+        report.save_figure(name, "gaps", Figure(), pd.DataFrame({"x": [1]}))
     run_main(monkeypatch, "--profile", "toy", "--publish")
+    drawn = [
+        f"{name}_toy.{end}" for name in ("gaps", "results") for end in ("csv", "png")
+    ]
+    assert list_files(paths.FIGURES) == drawn, "no picture of one base"
     RUNS["toy"].pop()
     write_base(0, 80.0)
     baseline = paths.runs_root() / "toy" / "baselines" / "net.pt"
