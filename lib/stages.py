@@ -241,7 +241,7 @@ def write_metrics(
 
 def run_folder(run: str) -> Path:
     """The folder of a run, `PROFILE/NOTEBOOK[/VARIED]` below the runs."""
-    if not re.fullmatch(r"[\w=-][\w.=-]*(/[\w=-][\w.=-]*)*", run):
+    if not re.fullmatch(r"[\w=+-][\w.=+ -]*(/[\w=+-][\w.=+ -]*)*", run):
         raise ValueError(f"a run needs a plain name such as 'quick/x', got {run!r}")
     return paths.runs_root() / run
 

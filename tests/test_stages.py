@@ -318,6 +318,12 @@ def test_methods_stay_in_the_folder_of_the_run(sets, resnet, tmp_path, place):
     assert not (tmp_path / "outside").exists()
 
 
+@pytest.mark.parametrize("varied", ["rates0.1+0.2-seed0", "neta b", "lr1e-05"])
+def test_every_run_that_a_profile_may_plan_has_a_folder(varied):
+    """Lists of a profile are joined by "+", and a data set's name may hold a space."""
+    assert stages.run_folder(f"toy/x/{varied}") == paths.runs_root() / "toy/x" / varied
+
+
 def test_folders_of_runs():
     assert stages.run_folder("quick/02/seed1") == paths.runs_root() / "quick/02/seed1"
     assert stages.profile_folder("quick/02/seed1") == paths.runs_root() / "quick"
