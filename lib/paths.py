@@ -24,6 +24,11 @@ PUBLISHED = ROOT / "data" / "published"
 RESULTS = ROOT / "data" / "results"
 BASES = RESULTS / "bases"
 FIGURES = ROOT / "figures"
+# what a profile may commit beside its rows, as RESULTS / PROFILE_PART.csv
+PARTS = (
+    "points", "truth", "ranks", "hits", "curves", "arms", "swaps", "energies",
+    "errors", "leads",
+)  # fmt: skip
 LOCK = ".lock"  # in a scratch folder, held by the process that uses it
 
 

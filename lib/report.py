@@ -22,10 +22,6 @@ from lib.train import checkpoint
 from lib.verdicts import MACHINE
 
 KEYS = ["net", "dataset", "method", "share", "rate", "keep", "residual", "epochs"]
-TABLES = (  # published beside rows
-    "points", "truth", "ranks", "hits", "curves", "arms", "swaps", "energies",
-    "errors", "leads",
-)  # fmt: skip
 RESULT_COLUMNS = [
     "method", "net", "dataset", "base_id", "select_seed", "seed", "profile", "share",
     "length", "rate", "keep", "residual", "epochs", "lr", "d", "w", "r", "base",
@@ -45,20 +41,21 @@ def collect_rows(profile: str, kind: str = "rows") -> pd.DataFrame:
     """One row per pruned network over all metrics.json of a profile.
 
     Device, torch and revision are the row's own where it names them, else its run's.
-    `kind` "points": one row per measured point of an accuracy predictor instead.
+    `kind`: "latency", or one of `paths.PARTS`, e.g. the points of a predictor.
     """
     rows = []
     for run in settings.read_profile(profile):
-        if not _has_run(run):
+        if not run.metrics.is_file():
             continue
-        path = run.folder / "metrics.json"
-        metrics = paths.read_json(path)
+        metrics = paths.read_json(run.metrics)
         try:
             made_with = {key: metrics["environment"][key] for key in MADE_WITH}
             found = metrics["rows"] if kind == "rows" else metrics.get(kind, [])
             rows += [made_with | row for row in found]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not the metrics of a run ({error!r})") from None
+            raise ValueError(
+                f"{run.metrics}: not the metrics of a run ({error!r})"
+            ) from None
     return pd.DataFrame(rows)
 
 
@@ -66,26 +63,25 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard deviation over seeds; accuracies and reductions in percent."""
     if rows.empty:
         return rows
-    keys = [key for key in KEYS if key in rows]
     if "epochs" in rows:
         rows = rows.assign(epochs=rows["epochs"].astype("Int64"))
-    grouped = _average_networks(rows, [*keys, "seed"]).groupby(
-        keys, sort=False, dropna=False
-    )
-    clocks = {name: (name, "mean") for name in ("ms", "time_share") if name in rows}
-    table = grouped.agg(
-        n=("seed", "nunique"), base=("base", "mean"), before=("before", "mean"),
-        after=("after", "mean"), sd=("after", "std"),
-        macs_down=("macs_down", "mean"), params_down=("params_down", "mean"), **clocks,
-    )  # fmt: skip
+    columns = ["base", "before", "after", "sd", "macs_down", "params_down"]
+    columns += [name for name in ("ms", "time_share") if name in rows]
+    table = _average(rows, [key for key in KEYS if key in rows], columns)
     table.insert(4, "delta", table["after"] - table["base"])
     return table.reset_index()
 
 
-def _average_networks(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """One row for each seed or base: of several networks on one it has the mean."""
-    grouped = rows.groupby(keys, sort=False, dropna=False, as_index=False)
-    return grouped.mean(numeric_only=True)
+def _average(rows: pd.DataFrame, keys: list[str], columns: list[str]) -> pd.DataFrame:
+    """n seeds or bases and the means over them, by `keys`; `sd` is that of `after`.
+
+    Of several networks on one seed or base its mean counts.
+    """
+    again = "base_id" if "base_id" in rows else "seed"
+    how = {"sort": False, "dropna": False}
+    once = rows.groupby([*keys, again], as_index=False, **how).mean(numeric_only=True)
+    told = {name: (name, "mean") for name in columns} | {"sd": ("after", "std")}
+    return once.groupby(keys, **how).agg(n=(again, "nunique"), **told)
 
 
 def list_gaps(rows: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
@@ -127,10 +123,10 @@ def put_beside(
     if full.empty:
         raise ValueError(f"'{profile}' has no rows with {where}")
     sides = {"your run": pd.DataFrame(rows), "the full run": drop_repeats(full)}
-    return pd.concat(
-        {f"{name}: {_describe(part)}": _average(part) for name, part in sides.items()},
-        axis=1,
-    )
+    tables = {f"{name}: {_describe(part)}":
+              _average(part, ["method"], ["before", "after", "sd"])
+              for name, part in sides.items()}  # fmt: skip
+    return pd.concat(tables, axis=1)
 
 
 def drop_repeats(rows: pd.DataFrame) -> pd.DataFrame:
@@ -147,16 +143,6 @@ def _describe(rows: pd.DataFrame) -> str:
     epochs = sorted(rows["epochs"].unique())
     told = ", ".join(f"{n:g}" for n in epochs)
     return f"{nets}, {images}, {told} epoch{'' if epochs == [1] else 's'}"
-
-
-def _average(rows: pd.DataFrame) -> pd.DataFrame:
-    """n, before, after, sd by method, in the order in which methods come."""
-    again = "base_id" if "base_id" in rows else "seed"
-    grouped = _average_networks(rows, ["method", again]).groupby("method", sort=False)
-    return grouped.agg(
-        n=(again, "nunique"), before=("before", "mean"), after=("after", "mean"),
-        sd=("after", "std"),
-    )  # fmt: skip
 
 
 def format_table(table: pd.DataFrame) -> str:
@@ -247,7 +233,7 @@ def main() -> None:
         runs = settings.read_profile(profile)
     except ValueError as error:
         raise SystemExit(f"report: {error}") from None
-    missing = [run.name for run in runs if not _has_run(run)]
+    missing = [run.name for run in runs if not run.metrics.is_file()]
     blocked = all("base" in run.varied for run in runs)  # each base is an experiment
     if len(missing) == len(runs) or (missing and options.publish and not blocked):
         names = ", ".join(missing)
@@ -257,10 +243,6 @@ def main() -> None:
     print_results(profile)
     if options.publish:
         publish(profile)
-
-
-def _has_run(run: settings.Run) -> bool:
-    return (run.folder / "metrics.json").is_file()
 
 
 def print_results(profile: str) -> None:
@@ -305,16 +287,10 @@ def publish(profile: str) -> None:
     to `data/results/bases`.
     """
     if profile != QUICK:
-        rows = collect_rows(profile)
-        columns = [column for column in RESULT_COLUMNS if column in rows]
-        _write_table(f"{profile}.csv", rows[columns])
-        if "base_id" in rows:  # with the committed rows of what has not run here
-            save_results(profile, pd.read_csv(paths.RESULTS / f"{profile}.csv"))
-        publish_points(profile, collect_rows(profile, "points"))
-        _write_table(f"{profile}.csv", collect_rows(profile, "latency"))
-        for kind in TABLES[1:]:  # a channel's worth is often below a thousandth
-            digits = 6 if kind == "truth" else 4
-            _write_table(f"{profile}_{kind}.csv", collect_rows(profile, kind), digits)
+        for kind in ("rows", "latency", *paths.PARTS):
+            table = collect_rows(profile, kind)
+            if not table.empty:
+                publish_table(profile, kind, table)
         publish_bases(profile)
     drawn = sorted((stages.profile_folder(profile) / "figures").glob("[!.]*"))
     if profile != QUICK:  # a picture of one base among several tells its accidents
@@ -324,13 +300,27 @@ def publish(profile: str) -> None:
     print(f"wrote {len(drawn)} files to {paths.shown(paths.FIGURES)}")
 
 
-def publish_points(profile: str, points: pd.DataFrame) -> None:
-    """Write `data/results/PROFILE_points.csv`: each measured point once, in order."""
-    order = [column for column in ("seed", "chain", "round") if column in points]
-    told = [column for column in points if column not in ("seconds", *MADE_WITH)]
-    if not points.empty:
-        points = points.sort_values(order, kind="stable").drop_duplicates(told)
-    _write_table(f"{profile}_points.csv", points)
+def publish_table(profile: str, kind: str, table: pd.DataFrame) -> None:
+    """Write `data/results/PROFILE[_KIND].csv`: the agreed columns, each point once."""
+    suffix = "" if kind in ("rows", "latency") else f"_{kind}"
+    path = paths.RESULTS / f"{profile}{suffix}.csv"
+    digits = 6 if kind == "truth" else 4  # a channel's worth is below a thousandth
+    if kind == "rows":
+        table = table[[column for column in RESULT_COLUMNS if column in table]]
+    if kind == "points":
+        order = [name for name in ("seed", "chain", "round") if name in table]
+        told = [name for name in table if name not in ("seconds", *MADE_WITH)]
+        table = table.sort_values(order, kind="stable").drop_duplicates(told)
+    if "base_id" in table and path.is_file():
+        before = pd.read_csv(path)
+        part = [column for column in PART if column in table and column in before]
+        ran = pd.MultiIndex.from_frame(table[part].round(digits))
+        others = before[~pd.MultiIndex.from_frame(before[part]).isin(ran)]
+        table = pd.concat([others, table]).sort_values("base_id", kind="stable")
+    text = table.to_csv(index=False, float_format=f"%.{digits}f", lineterminator="\n")
+    print(f"wrote {paths.shown(paths.write_text(path, text))}")
+    if kind == "rows" and "base_id" in table:  # those that have not run here as well
+        save_results(profile, pd.read_csv(path))
 
 
 def publish_bases(profile: str) -> None:
@@ -345,20 +335,6 @@ def publish_bases(profile: str) -> None:
         paths.BASES.mkdir(parents=True, exist_ok=True)
         checkpoint.save(paths.BASES / path.name, state.pop("identity"), **state)
         print(f"wrote {paths.shown(paths.BASES / path.name)}")
-
-
-def _write_table(name: str, table: pd.DataFrame, digits: int = 4) -> None:
-    if table.empty:
-        return
-    path = paths.RESULTS / name
-    if "base_id" in table and path.is_file():
-        before = pd.read_csv(path)
-        part = [column for column in PART if column in table and column in before]
-        ran = pd.MultiIndex.from_frame(table[part].round(digits))
-        others = before[~pd.MultiIndex.from_frame(before[part]).isin(ran)]
-        table = pd.concat([others, table]).sort_values("base_id", kind="stable")
-    text = table.to_csv(index=False, float_format=f"%.{digits}f", lineterminator="\n")
-    print(f"wrote {paths.shown(paths.write_text(path, text))}")
 
 
 if __name__ == "__main__":

@@ -50,42 +50,35 @@ class Rule:
 CHW = tuple[int, int, int]  # channels, height and width of an image
 ABOVE_ZERO = 1e-12  # as a lower bound it keeps 0 out
 ABOVE_ONE = math.nextafter(1.0, 2.0)  # as an upper bound it lets 1 in
-COUNTS = """
-n_train epochs baseline_epochs finetune_epochs control_epochs select_epochs
-select_images resolution depth_images point_images part base others
-truth_images levels lots size
-""".split()
-ONES = """
-turns threads processes batch_size repetitions rounds multiple parts degree
-""".split()
-POSITIVE = "lr baseline_lr finetune_lr select_lr depth_lr".split()
 RUNTIMES = ("eager", "channels_last", "compile", "onnxruntime", "openvino")
-PARAMETERS = {
-    **dict.fromkeys(("run", "dataset", "net", "control", "points"), Rule(str)),
-    **dict.fromkeys(("methods", "controls"), Rule(str, many=True)),
-    **dict.fromkeys(("pretrained", "interior", "curve"), Rule(bool)),
-    **dict.fromkeys(COUNTS, Rule(int, 0)),
-    **dict.fromkeys(ONES, Rule(int, 1)),
-    **dict.fromkeys(POSITIVE, Rule(float, ABOVE_ZERO)),
-    "batches": Rule(int, 1, many=True),
+RULES = {  # what a notebook may declare; a name stands once
+    "run dataset net points": Rule(str),
+    "methods controls": Rule(str, many=True),
     "runtimes": Rule(str, choices=RUNTIMES, many=True),
-    **dict.fromkeys(("seeds", "depths", "lengths"), Rule(int, 0, many=True)),
-    "depth_epochs": Rule(int, 0, many=True, repeat=True),
-    "low": Rule(float, ABOVE_ZERO, ABOVE_ONE, many=True, repeat=True),
-    "shares": Rule(float, ABOVE_ZERO, ABOVE_ONE, many=True),
-    "weight_decay": Rule(float, 0.0),
-    "seed": Rule(int, 0, 2**31),
-    "warmup": Rule(float, 0.0),
-    "feature_images": Rule(int, 2),
-    "rate": Rule(float, 0.0, 1.0),
-    "rates": Rule(float, 0.0, 1.0, many=True),
-    "alpha": Rule(float, 0.0, ABOVE_ONE),
-    "share": Rule(float, ABOVE_ZERO, ABOVE_ONE),
-    "keep": Rule(float, ABOVE_ZERO, ABOVE_ONE),
     "residual": Rule(str, choices=("tie", "scatter", "keep")),
     "width": Rule(str, choices=("uniform", "inner", "scatter")),
     "design": Rule(str, choices=("axis", "grid")),
+    "pretrained interior curve": Rule(bool),
+    "n_train select_images depth_images point_images truth_images": Rule(int, 0),
+    "baseline_epochs finetune_epochs control_epochs select_epochs": Rule(int, 0),
+    "resolution size part base others levels lots": Rule(int, 0),
+    "turns threads processes batch_size repetitions rounds": Rule(int, 1),
+    "multiple parts degree": Rule(int, 1),
+    "feature_images": Rule(int, 2),
+    "seed": Rule(int, 0, 2**31),
+    "seeds depths lengths": Rule(int, 0, many=True),
+    "depth_epochs": Rule(int, 0, many=True, repeat=True),
+    "batches": Rule(int, 1, many=True),
+    "lr baseline_lr finetune_lr select_lr depth_lr": Rule(float, ABOVE_ZERO),
+    "weight_decay warmup": Rule(float, 0.0),
+    "rate": Rule(float, 0.0, 1.0),
+    "rates": Rule(float, 0.0, 1.0, many=True),
+    "alpha": Rule(float, 0.0, ABOVE_ONE),
+    "share keep": Rule(float, ABOVE_ZERO, ABOVE_ONE),
+    "shares": Rule(float, ABOVE_ZERO, ABOVE_ONE, many=True),
+    "low": Rule(float, ABOVE_ZERO, ABOVE_ONE, many=True, repeat=True),
 }
+PARAMETERS = {name: rule for names, rule in RULES.items() for name in names.split()}
 
 
 class Settings(types.SimpleNamespace):
@@ -218,8 +211,13 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where its executed notebook and metrics.json go."""
+        """Where its executed notebook goes."""
         return paths.runs_root() / self.name
+
+    @property
+    def metrics(self) -> Path:
+        """What it measured; there once it has finished."""
+        return self.folder / "metrics.json"
 
 
 def read_profile(profile: str, *, threads: int | None = None) -> list[Run]:
@@ -244,11 +242,12 @@ def read_profile(profile: str, *, threads: int | None = None) -> list[Run]:
         raise ValueError(f"{path.name}: not valid YAML ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path.name}: expected notebooks with their parameters")
-    runs = []
-    for notebook, changes in content.items():
-        for part in list_parts(changes):
-            runs += expand_runs(profile, str(notebook), part or {}, threads)
-    return runs
+    return [
+        run
+        for notebook, changes in content.items()
+        for part in list_parts(changes)
+        for run in expand_runs(profile, str(notebook), part or {}, threads)
+    ]
 
 
 def list_parts(changes: Any) -> list:
@@ -273,18 +272,16 @@ def expand_runs(
     for picked in itertools.product(*grid.values()):
         chosen = dict(zip(grid, picked, strict=True))
         varied = {n: tuple(v) if isinstance(v, list) else v for n, v in chosen.items()}
-        tag = "-".join(f"{name}{_tell(value)}" for name, value in varied.items())
+        tag = "-".join(
+            name + "+".join(map(str, value if isinstance(value, tuple) else [value]))
+            for name, value in varied.items()
+        )
         run = "/".join(filter(None, [profile, notebook, tag]))
         values = {**changes, **chosen, "run": run}
         busy = declared | values
         cores = busy.get("threads", 1) * busy.get("processes", 1)
         runs.append(Run(notebook, values, varied, cores))
     return runs
-
-
-def _tell(value: Any) -> str:
-    """A value in the name of a run; of a list its entries."""
-    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def is_varied(name: str, value: Any) -> bool:
@@ -354,8 +351,9 @@ def environment() -> dict[str, str]:
 
 def made_with() -> dict[str, str]:
     """What a measured row names: device, version of torch, revision of the code."""
-    found = {"device": device_name(), "torch": version("torch")}
-    return found | {"revision": code_revision()}
+    return {
+        "device": device_name(), "torch": version("torch"), "revision": code_revision(),
+    }  # fmt: skip
 
 
 def device_name() -> str:
@@ -387,10 +385,9 @@ def code_revision() -> str:
 
     if shutil.which("git") is None:
         return "unknown"
-
     revision = git("log", "-1", "--format=%h", "--", "lib")
     changed = git("status", "--porcelain", "--", "lib")
-    return revision + ("+" if changed else "") if revision else "unknown"
+    return revision + "+" * bool(changed) if revision else "unknown"
 
 
 if __name__ == "__main__":

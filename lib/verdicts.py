@@ -10,7 +10,7 @@ import bisect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -35,40 +35,36 @@ VERDICTS = (
 
 @dataclass(frozen=True)
 class Contrast:
-    """What one arm is better than another by, over bases.
+    """What one arm is better than another by, over `n` bases.
 
-    `differences`: one per base; `mean` and `sd` of them; `low`, `high`: their t
-    interval at 95 %, and `corrected` the one that Holm's step asks for; `p`: of the t
+    `mean` and `sd` of the differences; `low`, `high`: their t interval at 95 %, and
+    `corrected_low`, `corrected_high` the one that Holm's step asks for; `p`: of the t
     test against 0, two-sided, `p_flips` of the exact sign-flip test; `bases_needed`:
     the number that would decide an open case, None where it is decided.
     """
 
     name: str
-    differences: tuple[float, ...]
+    n: int
     mean: float
     sd: float
     low: float
     high: float
+    corrected_low: float
+    corrected_high: float
     p: float
     p_flips: float
-    corrected: tuple[float, float]
-    verdict: str
     bases_needed: int | None
+    verdict: str
 
     @property
-    def n(self) -> int:
-        """Number of bases."""
-        return len(self.differences)
+    def corrected(self) -> tuple[float, float]:
+        """The corrected interval."""
+        return self.corrected_low, self.corrected_high
 
     @property
     def row(self) -> dict[str, Any]:
-        """All but the single differences, as columns of a table."""
-        return {
-            "n": self.n, "mean": self.mean, "sd": self.sd, "low": self.low,
-            "high": self.high, "corrected_low": self.corrected[0],
-            "corrected_high": self.corrected[1], "p": self.p, "p_flips": self.p_flips,
-            "bases_needed": self.bases_needed,
-        }  # fmt: skip
+        """All but the name, as columns of a table."""
+        return {name: value for name, value in asdict(self).items() if name != "name"}
 
 
 def pair_arms(
@@ -129,37 +125,33 @@ def pair_all(rows: pd.DataFrame, against: str, *, value: str = "after") -> pd.Da
     return table.sub(table[against], axis=0).groupby("base_id").mean()
 
 
-def judge(rows: pd.DataFrame, registered: pd.DataFrame) -> pd.DataFrame:
+def judge(
+    rows: pd.DataFrame,
+    registered: pd.DataFrame,
+    *,
+    effect: float = EFFECT,
+    margin: float = MARGIN,
+) -> pd.DataFrame:
     """Verdicts on the registered contrasts, from the rows of one budget and length.
 
-    registered: columns contrast, within (see `pair_arms`), left, right. An arm is a
-    method, or several joined by "|": that of them with the highest mean accuracy on the
-    validation images (column `val`) stands for them. Returned, in the order of
-    `registered`: what was compared (left, right), then the fields of `Contrast`; a
-    contrast whose arms have fewer than two bases in common is "not tested", and Holm's
-    correction covers the others.
+    registered: columns contrast, left, right, and maybe within and value, see
+    `pair_arms`. An arm is a method, or several joined by "|": that of them with the
+    highest mean accuracy on the validation images (column `val`) stands for them.
+    Returned, in the order of `registered`: what was compared (left, right),
+    then the fields of `Contrast`; a contrast whose arms have fewer than two bases in
+    common is "not tested", and Holm's correction covers the others.
     """
-    arms = {
-        str(row.contrast): [
-            pick_best(rows, str(side)) for side in (row.left, row.right)
-        ]
-        for row in registered.itertuples()
-    }
-    tested = {
-        name: pair_arms(rows, left, right, within=within).tolist()
-        for within, (name, (left, right)) in zip(
-            registered["within"], arms.items(), strict=True
-        )
-        if count_common(rows, left, right) > 1
-    }
-    found = {contrast.name: contrast for contrast in compare(tested)}
-    table = []
-    for name, (left, right) in arms.items():
-        told = found[name].row if name in found else {"n": 0}
-        verdict = found[name].verdict if name in found else "not tested"
-        asked = {"contrast": name, "left": left, "right": right}
-        table.append(asked | told | {"verdict": verdict})
-    return pd.DataFrame(table)
+    table, differences = [], {}
+    for row in registered.to_dict("records"):
+        left, right = (pick_best(rows, row[side]) for side in ("left", "right"))
+        table.append({"contrast": row["contrast"], "left": left, "right": right})
+        if count_common(rows, left, right) > 1:
+            how = {name: row[name] for name in ("within", "value") if name in row}
+            differences[row["contrast"]] = pair_arms(rows, left, right, **how)
+    judged = compare(differences, effect=effect, margin=margin)
+    found = {contrast.name: contrast.row for contrast in judged}
+    untested = {"n": 0, "verdict": "not tested"}
+    return pd.DataFrame([row | found.get(row["contrast"], untested) for row in table])
 
 
 def count_common(rows: pd.DataFrame, left: str, right: str) -> int:
@@ -239,10 +231,9 @@ def compare(
         if verdict in ("direction only", "undecided"):
             # what would be seen as a difference, at the level of this step
             needed = count_bases_needed(max(abs(mean), effect), sd, alpha=level)
-        p_flips = flip_signs(d) if len(d) <= MOST_FLIPS else float("nan")
         found.append(Contrast(
-            name, tuple(d.tolist()), mean, sd, *interval, p[name], p_flips, corrected,
-            verdict, needed,
+            name, len(d), mean, sd, *interval, *corrected, p[name], flip_signs(d),
+            needed, verdict,
         ))  # fmt: skip
     return found
 
@@ -305,11 +296,12 @@ def flip_signs(differences: Sequence[float] | np.ndarray) -> float:
     """Exact two-sided p that the mean is 0, by all 2^n signs (Fisher 1935).
 
     It needs no normal distribution, only that each difference is as likely to have the
-    other sign; with n bases it is at least 2 / 2^n, so below .05 from n = 6 on.
+    other sign; with n bases it is at least 2 / 2^n, so below .05 from n = 6 on. NaN for
+    more than `MOST_FLIPS` bases.
     """
     d = _read("sign flips", differences)
     if len(d) > MOST_FLIPS:
-        raise ValueError(f"all signs of {len(d)} bases are too many to try")
+        return math.nan
     signs = np.array(list(itertools.product((-1, 1), repeat=len(d))))
     sums = np.abs(signs @ d)
     return float((sums >= abs(d.sum()) - 1e-9 * np.abs(d).sum()).mean())
@@ -334,30 +326,6 @@ def bootstrap_images(left: np.ndarray, right: np.ndarray) -> tuple[float, float]
         means[i] = weights @ gap @ counts / gap.size
     low, high = np.quantile(100 * means, [ALPHA / 2, 1 - ALPHA / 2])
     return float(low), float(high)
-
-
-def split_variance(rows: pd.DataFrame, *, value: str = "after") -> dict[str, float]:
-    """Variance of `value` from base, selection in base, fine-tuning in selection.
-
-    `rows`: balanced, columns base_id, select_seed, seed and `value`, of one arm. By
-    mean squares (nested analysis of variance); a negative estimate counts as 0. Raises
-    `ValueError` where the design is not balanced or a level has one member only.
-    """
-    counts = rows.groupby(["base_id", "select_seed"]).size().unstack()
-    if counts.isna().any(axis=None) or counts.nunique().max() > 1 or len(counts) < 2:
-        raise ValueError("needs two bases, each with as many runs nested in it")
-    selections, runs = counts.shape[1], int(counts.to_numpy()[0, 0])
-    cells = rows.groupby(["base_id", "select_seed"])[value].mean().unstack()
-    within = rows.groupby(["base_id", "select_seed"])[value].var(ddof=1)
-    fine = float(within.mean()) if runs > 1 else float("nan")
-    select = float(cells.var(axis=1, ddof=1).mean()) if selections > 1 else float("nan")
-    base = float(cells.mean(axis=1).var(ddof=1))
-    parts = {
-        "base": base - (0 if math.isnan(select) else select / selections),
-        "selection": select - (0 if math.isnan(fine) else fine / runs),
-        "finetuning": fine,
-    }
-    return {k: v if math.isnan(v) else max(v, 0.0) for k, v in parts.items()}
 
 
 def count_bases_needed(

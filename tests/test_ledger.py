@@ -11,6 +11,7 @@ from scipy import stats
 from test_published import PATH
 
 from lib import ledger, paths
+from lib.ledger import judging, kinds
 
 IDS = {f"{paper}{i + 1}" for paper, count in (("S", 18), ("N", 17), ("M", 17))
        for i in range(count)}  # fmt: skip
@@ -23,7 +24,7 @@ def stored() -> pd.DataFrame:
 
 def make_claim(name="S1", **fields) -> dict:
     """A claim as a table has it, that is not tested unless `fields` say more."""
-    claim = dict.fromkeys(ledger.COLUMNS, "")
+    claim = dict.fromkeys(judging.COLUMNS, "")
     return claim | {"id": name, "kind": "none", "filter": "not tested"} | fields
 
 
@@ -446,7 +447,7 @@ def test_times_are_judged_by_runtime(monkeypatch, tmp_path):
     rows.to_csv(tmp_path / "times.csv", index=False)
 
     def ask(net, margin):
-        return ledger.compare_times("times.csv", f"net={net}; batch=64", margin)
+        return kinds.compare_times("times.csv", f"net={net}; batch=64", margin)
 
     found = ask("a", 0.1)
     assert (found["low"], found["high"]) == pytest.approx((0, 0.3))
@@ -457,7 +458,7 @@ def test_times_are_judged_by_runtime(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="net 'c'"):
         ask("c", 0.1)
     with pytest.raises(ValueError, match=r"'time\.csv'"):
-        ledger.compare_times("time.csv", "net=a", 0.1)
+        kinds.compare_times("time.csv", "net=a", 0.1)
 
 
 def test_claims_say_how_long_the_rows_that_decide_them_were_tuned():

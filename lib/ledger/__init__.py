@@ -27,15 +27,5 @@ right-hand arms are joined by "|". `n` counts bases, of `size` printed numbers; 
 and `high` are the interval that decides, corrected for all that was asked of its rows.
 """
 
-from lib.ledger.judging import (
-    COLUMNS,
-    COMPUTED,
-    KINDS,
-    TABLES,
-    compute,
-    list_changes,
-    main,
-    read,
-)
-from lib.ledger.kinds import compare_times
+from lib.ledger.judging import COMPUTED, TABLES, compute, list_changes, main, read
 from lib.ledger.rows import ENOUGH, read_contrasts, read_rows

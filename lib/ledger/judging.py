@@ -3,14 +3,14 @@
 import argparse
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pandas as pd
 
 from lib import paths, verdicts
-from lib.ledger.kinds import ALONE, ANY, ARMS, find_test
-from lib.ledger.rows import ENOUGH, choose_rows, read_contrasts, read_rows
+from lib.ledger.kinds import ALONE
+from lib.ledger.rows import ENOUGH, choose_rows, read_arms, read_contrasts, read_rows
 from lib.messages import check_choice, check_known
 
 TABLES = ("claims", "our_claims")
@@ -19,8 +19,6 @@ COLUMNS = [
     "id", "paper", "claim", "form", "distance", "kind", "rows", "filter", "unit",
     "least", "margin", *COMPUTED, "would_change",
 ]  # fmt: skip
-TOGETHER = ("contrast", "ranks")  # corrected for all that is asked of the same rows
-KINDS = (*TOGETHER, *ALONE, "test", "none")
 
 
 def read(name: str) -> pd.DataFrame:
@@ -41,15 +39,30 @@ def compute(claims: pd.DataFrame) -> pd.DataFrame:
     if not claims["id"].is_unique:
         twice = claims["id"][claims["id"].duplicated()].iloc[0]
         raise ValueError(f"claim {twice} stands twice in the ledger")
-    families: dict[tuple, dict[str, Any]] = defaultdict(dict)
+    results: dict[str, dict] = {}
+    families = defaultdict(dict)  # comparisons that are corrected together
     for claim in claims.itertuples():
         with _named(claim):
-            _ask(claim, families)
-    results = []
-    for claim in claims.itertuples():
-        with _named(claim):
-            results.append(_answer(claim, families))
-    texts = {name: [_write(r.get(name)) for r in results] for name in COMPUTED}
+            check_choice("kind", claim.kind, ("contrast", "ranks", *ALONE))
+            if claim.kind in ALONE:
+                decide, margin = ALONE[claim.kind], float(claim.margin or 0)
+                results[claim.id] = decide(claim.rows, claim.filter, margin)
+                continue
+            question, *where = claim.filter.removeprefix("not ").split("; ")
+            check_question(question, claim.rows)
+            family = claim.kind, claim.rows, tuple(where), claim.least, claim.margin
+            families[family][claim] = question
+    for (kind, files, where, least, margin), asked in families.items():
+        limits = {"effect": float(least or verdicts.EFFECT),
+                  "margin": float(margin or verdicts.MARGIN)}  # fmt: skip
+        with _named(next(iter(asked))):
+            questions = dict.fromkeys(asked.values())
+            found = judge(kind, files, where, questions, limits)
+        for claim, question in asked.items():
+            opposite = claim.filter.startswith("not ")
+            results[claim.id] = _answer(found[question], limits, opposite)
+    ordered = [results[name] for name in claims["id"]]
+    texts = {name: [_write(r.get(name)) for r in ordered] for name in COMPUTED}
     return claims.assign(**texts)
 
 
@@ -73,100 +86,75 @@ def list_changes(stored: pd.DataFrame, computed: pd.DataFrame) -> list[str]:
     return lines
 
 
-def _split(claim) -> tuple[str, bool, tuple]:
-    """The question without its `not`, whether it had one, and its family."""
-    question, *where = claim.filter.removeprefix("not ").split("; ")
-    family = claim.kind, claim.rows, tuple(where), claim.least, claim.margin
-    return question, claim.filter.startswith("not "), family
-
-
-def _ask(claim, families: dict) -> None:
-    """Refuse a claim that points nowhere; put its comparison to its family."""
-    check_choice("kind", claim.kind, KINDS)
-    question, _, family = _split(claim)
-    if claim.kind == "none":
-        check_choice("filter", claim.filter, ("not tested", "not testable here"))
-    if claim.kind == "test":
-        find_test(claim.rows, question)
-    if claim.kind not in (*TOGETHER, "loss"):
-        return
-    rows, registered = read_rows(claim.rows), read_contrasts(claim.rows)
-    if len(registered) and claim.kind != "loss":
-        check_known("contrast", [question], registered["contrast"])
-    elif (arms := ARMS.fullmatch(question)) is None:
-        raise ValueError(f"'{question}' is no comparison: write LEFT - RIGHT")
-    elif len(rows):
-        named = [name for side in arms.groups()[:2] for name in side.split("|")]
-        check_known("arm", named, {*rows["method"], *[ANY] * (claim.kind == "loss")})
-    families[family][question] = None
-
-
-def _answer(claim, families: dict) -> dict[str, Any]:
-    question, opposite, family = _split(claim)
-    if claim.kind == "none":
-        return {"verdict": claim.filter}
-    if claim.kind == "test":
-        return {"verdict": "contradicted" if opposite else "reproduced"}
-    if claim.kind in ALONE:
-        return ALONE[claim.kind](claim.rows, claim.filter, float(claim.margin or 0))
-    limits = {
-        "effect": float(claim.least or verdicts.EFFECT),
-        "margin": float(claim.margin or verdicts.MARGIN),
-    }
-    if families[family][question] is None:
-        kind, files, where, *_ = family
-        families[family] = judge(kind, files, where, list(families[family]), limits)
-    found = families[family][question]
-    if found["n"] == 0:
-        return {"n": 0, "verdict": "not tested"}
-    sign = -1 if opposite else 1
-    if found["n"] == 1:  # its seeds repeat its accidents: no interval
-        return {"n": 1, "effect": sign * found["mean"], "verdict": "undecided"}
-    interval = sorted([sign * found["low"], sign * found["high"]])
-    low, high = sorted([sign * found["corrected_low"], sign * found["corrected_high"]])
-    mean = sign * found["mean"]
-    verdict = verdicts.decide(mean, tuple(interval), (low, high), **limits)
-    return {"effect": mean, "low": low, "high": high, "n": found["n"],
-            "needed": found["bases_needed"], "verdict": verdict}  # fmt: skip
-
-
 # -- comparisons -----------------------------------------------------------------------
 
 
+def check_question(question: str, files: str) -> None:
+    """ValueError for a contrast that is not registered, or an arm without rows."""
+    rows, registered = read_rows(files), read_contrasts(files)
+    if len(registered):
+        check_known("contrast", [question], registered["contrast"])
+    else:
+        read_arms(question, rows)
+
+
 def judge(
-    kind: str, files: str, where: tuple, asked: list[str], limits: dict[str, float]
+    kind: str,
+    files: str,
+    where: Iterable[str],
+    asked: Iterable[str],
+    limits: dict[str, float],
 ) -> dict[str, dict]:
     """Every question asked of one choice of rows, judged together.
 
     A profile with registered contrasts answers all of them and no others, each at the
     longest fine-tuning with at least `ENOUGH` bases, else at the longest with two.
     """
-    rows, registered = read_rows(files), read_contrasts(files)
-    rows = choose_rows(rows, where) if len(rows) else rows
-    if rows.empty or (kind == "ranks" and rows["base_id"].nunique() < 2):
+    rows, contrasts = choose_rows(read_rows(files), where), read_contrasts(files)
+    bases = rows["base_id"].nunique() if len(rows) else 0
+    if bases == 0 or (bases == 1 and kind == "ranks"):
         return {question: {"n": 0} for question in asked}
-    if len(registered):
-        every = pd.concat([verdicts.judge(part, registered).assign(length=length)
-                           for length, part in rows.groupby("length")])  # fmt: skip
-        every["enough"] = 1 * (every["n"] > 1) + (every["n"] >= ENOUGH)
-        best = every.sort_values(["enough", "length"]).drop_duplicates(
-            "contrast", keep="last"
-        )
-        return {row["contrast"]: row for row in best.to_dict("records")}
     if kind == "ranks":
         measure = rows["rank" if "rank" in rows else "lead"]
         rows = rows.assign(after=measure, val=measure, macs=1)
-    differences, found = {}, {}
-    for question in asked:
-        left, right, before = ARMS.findall(question)[0]
-        right, value = verdicts.pick_best(rows, right), before or "after"
-        if rows["base_id"].nunique() > 1:
-            gaps = verdicts.pair_arms(rows, left, right, value=value.strip())
-            differences[question] = gaps.to_list()
-        else:
-            mean = rows.groupby("method")[value.strip()].mean()
-            found[question] = {"n": 1, "mean": mean[left] - mean[right]}
-    return found | {c.name: c.row for c in verdicts.compare(differences, **limits)}
+    if contrasts.empty:
+        arms = [(question, *read_arms(question, rows)) for question in asked]
+        if bases == 1:
+            return {question: _subtract(rows, *pair) for question, *pair in arms}
+        contrasts = pd.DataFrame(arms, columns=["contrast", "left", "right", "value"])
+    lengths = rows.groupby("length") if "length" in rows else [(0, rows)]
+    every = pd.concat([verdicts.judge(part, contrasts, **limits).assign(length=length)
+                       for length, part in lengths])  # fmt: skip
+    every["enough"] = 1 * (every["n"] > 1) + (every["n"] >= ENOUGH)
+    best = every.sort_values(["enough", "length"]).drop_duplicates(
+        "contrast", keep="last"
+    )
+    return {row["contrast"]: row for row in best.to_dict("records")}
+
+
+def _subtract(rows: pd.DataFrame, left: str, right: str, value: str) -> dict[str, Any]:
+    """The difference on the one base that there is."""
+    means = rows.groupby("method")[value].mean()
+    return {"n": 1, "mean": means[left] - means[verdicts.pick_best(rows, right)]}
+
+
+def _answer(found: dict[str, Any], limits: dict, opposite: bool) -> dict[str, Any]:
+    """What is found, or its opposite, by the names of `COMPUTED`."""
+    if found["n"] == 0:
+        return {"n": 0, "verdict": "not tested"}
+    sign = -1 if opposite else 1
+    mean = sign * found["mean"]
+    if found["n"] == 1:  # its seeds repeat its accidents: no interval
+        return {"n": 1, "effect": mean, "verdict": "undecided"}
+    plain, corrected = (
+        tuple(sorted(sign * found[f"{kind}{end}"] for end in ("low", "high")))
+        for kind in ("", "corrected_")
+    )
+    return {
+        "effect": mean, "low": corrected[0], "high": corrected[1], "n": found["n"],
+        "needed": found["bases_needed"],
+        "verdict": verdicts.decide(mean, plain, corrected, **limits),
+    }  # fmt: skip
 
 
 def _write(value: Any) -> str:

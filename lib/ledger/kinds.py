@@ -5,7 +5,6 @@ Each returns the fields of `lib.ledger.COMPUTED` that it fills.
 
 import ast
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +14,10 @@ import torch
 
 from lib import baselines, cost, map3d, models, paths, plan, scop, surgery, verdicts
 from lib.graph import build_graph
-from lib.ledger.rows import ENOUGH, choose_rows, read_rows
-from lib.messages import check_known
+from lib.ledger.rows import ENOUGH, choose_rows, read_arms, read_rows
+from lib.messages import check_choice, check_known
 
 ANY = "any"
-ARMS = re.compile(r"(\S+) - (\S+)( before)?")
 
 
 def compare_losses(files: str, question: str, margin: float) -> dict[str, Any]:
@@ -29,9 +27,10 @@ def compare_losses(files: str, question: str, margin: float) -> dict[str, Any]:
     below; at the longest fine-tuning with `ENOUGH` bases, else at that with most.
     """
     rows = read_rows(files)
+    asked = read_arms(question, rows, ANY)
     found: dict[tuple, dict] = {}
     for length, part in rows.groupby("length") if len(rows) else ():
-        left, right, _ = ARMS.findall(question)[0]
+        left, right, _ = asked
         if right == ANY:
             part = verdicts.list_networks(part, left)
             right = "|".join(sorted(set(part["method"]) - {left}))
@@ -50,7 +49,7 @@ def judge_form(file: str, form: str, _margin: float = 0) -> dict[str, Any]:
     "reproduced" where that is no more than chance leaves (`low` to `high`: 0 to that).
     """
     points = read_rows(file)
-    if len(points) == 0 or points["base_id"].nunique() < 2:
+    if points.empty or points["base_id"].nunique() < 2:
         return {"n": 0, "verdict": "not tested"}
     found = map3d.find_misfit(points, form)
     verdict = "reproduced" if found["misfit"] <= found["noise"] else "undecided"
@@ -64,9 +63,8 @@ def judge_bound(file: str, question: str, margin: float) -> dict[str, Any]:
 
     `ANY` in place of an arm: on every base the arm whose largest value is smallest.
     """
-    rows = read_rows(file)
     asked, *where = question.split("; ")
-    rows = choose_rows(rows, where) if len(rows) else rows
+    rows = choose_rows(read_rows(file), where)
     if rows.empty or rows["base_id"].nunique() < 2:
         return {"n": 0, "verdict": "not tested"}
     arm, found, column = asked.partition(": ")
@@ -185,13 +183,21 @@ def measure_size(net: str, rate: float, layers: str = "", *, inside: bool) -> di
     return cost.count(small, shape).down_from(cost.count(whole, shape))
 
 
-def find_test(file: str, name: str) -> None:
-    """Raise `ValueError` unless `file` has a test of that name."""
+def judge_test(file: str, question: str, _margin: float = 0) -> dict[str, Any]:
+    """The test of that name, which passes, decides; ValueError where there is none."""
     files = [paths.shown(path) for path in (paths.ROOT / "tests").glob("test_*.py")]
     check_known("file", [file], files)
     nodes = ast.walk(ast.parse((paths.ROOT / file).read_text(encoding="utf-8")))
     names = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    name = question.removeprefix("not ")
     check_known("test", [name], names)
+    return {"verdict": "reproduced" if name == question else "contradicted"}
+
+
+def leave_open(_file: str, verdict: str, _margin: float = 0) -> dict[str, Any]:
+    """No rows decide: the filter says why."""
+    check_choice("filter", verdict, ("not tested", "not testable here"))
+    return {"verdict": verdict}
 
 
 ALONE: dict[str, Callable[[str, str, float], dict[str, Any]]] = {
@@ -201,4 +207,6 @@ ALONE: dict[str, Callable[[str, str, float], dict[str, Any]]] = {
     "speed": compare_speeds,
     "size": compare_sizes,
     "latency": compare_times,
+    "test": judge_test,
+    "none": leave_open,
 }

@@ -1,5 +1,6 @@
 """The rows that decide: committed tables, registered contrasts, and choices of them."""
 
+import re
 from collections.abc import Iterable
 
 import pandas as pd
@@ -8,9 +9,6 @@ from lib import paths
 from lib.messages import check_known
 
 ENOUGH = 6  # bases; of fewer, no signs are rare enough to exclude chance
-# what a profile commits beside its rows, and a claim may ask
-PARTS = ("ranks", "points", "swaps", "energies", "errors", "leads",
-         "curves")  # fmt: skip
 
 
 def read_contrasts(files: str = "") -> pd.DataFrame:
@@ -26,10 +24,9 @@ def read_rows(files: str) -> pd.DataFrame:
     A file that is neither there nor that of a known profile is refused. Rows without
     `base_id` are of one base, unless the unpruned accuracy differs from seed to seed.
     """
-    profiles = {path.stem for path in (paths.NOTEBOOKS / "params").glob("*.yaml")}
-    profiles |= set(read_contrasts()["profile"])
-    known = {f"{name}.csv" for name in profiles}
-    known |= {f"{name}_{part}.csv" for name in profiles for part in PARTS}
+    profiles = [path.stem for path in (paths.NOTEBOOKS / "params").glob("*.yaml")]
+    parts = ["", *(f"_{part}" for part in paths.PARTS)]
+    known = {f"{name}{part}.csv" for name in profiles for part in parts}
     known |= {path.name for path in paths.RESULTS.glob("*.csv")}
     check_known("file of rows", files.split("|"), known)
     there = [paths.RESULTS / name for name in files.split("|")]
@@ -43,9 +40,24 @@ def read_rows(files: str) -> pd.DataFrame:
 
 def choose_rows(rows: pd.DataFrame, where: Iterable[str]) -> pd.DataFrame:
     """Those with each `column=value`; ValueError for a value that no row has."""
-    for item in where:
+    for item in where if len(rows) else ():
         column, value = item.split("=")
         check_known("column", [column], rows.columns)
         check_known(column, [value], set(rows[column].astype(str)))
         rows = rows[rows[column].astype(str) == value]
     return rows
+
+
+def read_arms(question: str, rows: pd.DataFrame, *others: str) -> tuple[str, str, str]:
+    """Left, right and the compared column of `LEFT - RIGHT [before]`.
+
+    ValueError for an arm that is neither a method of the rows nor one of `others`.
+    """
+    found = re.fullmatch(r"(\S+) - (\S+)( before)?", question)
+    if found is None:
+        raise ValueError(f"'{question}' is no comparison: write LEFT - RIGHT")
+    left, right, before = found.groups()
+    if len(rows):
+        named = [*left.split("|"), *right.split("|")]
+        check_known("arm", named, {*rows["method"], *others})
+    return left, right, "before" if before else "after"
