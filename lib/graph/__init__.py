@@ -4,6 +4,7 @@ trace (the operations of one pass, with a tag on every channel) -> structure (wh
 channels stand or fall together).
 """
 
+from lib.graph.dry_run import Node
 from lib.graph.structure import (
     RELUS,
     Graph,
@@ -13,7 +14,7 @@ from lib.graph.structure import (
     dropped_units,
     list_prunable,
 )
-from lib.graph.tracing import Layer, Node, trace
+from lib.graph.tracing import Layer
 
 __all__ = [
     "RELUS",
@@ -25,5 +26,4 @@ __all__ = [
     "droppable_blocks",
     "dropped_units",
     "list_prunable",
-    "trace",
 ]

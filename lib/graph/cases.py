@@ -41,32 +41,32 @@ def _read_layer(trace: "Trace", node: Node, evaluating: bool) -> bool:
     if isinstance(module, nn.Linear):
         known = node.op in {"addmm", "mm"} and not node.kwargs
         bias, x, weight = [None, None, *node.operands][-3:]
-        known = known and weight is not None and weight.value is not None
+        known = known and weight is not None and weight.place >= 0
     elif isinstance(module, _ConvNd) and node.op == "convolution":
-        known = node.raw[6] is False and node.raw[8] == module.groups
+        known = node.args[6] is False and node.args[8] == module.groups
         x, weight, bias = [*node.operands, None][:3]
     else:
         return False
     for key, given in (("weight", weight), ("bias", bias)):
         if given is not None:
             known = known and given.parameter == f"{name}.{key}".removeprefix(".")
-    if not known or weight is None or x is None or x.value is None:
+    if not known or weight is None or x is None or x.place < 0:
         return False
-    trace.read_layer_call(node, module, x.value, evaluating)
+    trace.read_layer_call(node, module, x, evaluating)
     return True
 
 
 def _read_norm(trace: "Trace", node: Node) -> bool:
     """Statistics, scale and shift lie along the channels."""
     x, *rest = node.operands
-    if x.value is None or x.tags is None or any(not y.parameter for y in rest):
+    if x.tags is None or any(not y.parameter for y in rest):
         return False
     where = trace.record.locate(node.module)
-    row = trace.ledger.row(x.value, 1, x.shape[1], where)
+    row = trace.ledger.row(x, 1, x.shape[1], where)
     owners = {str(y.parameter).rpartition(".")[0] for y in rest}
     owner = owners.pop() if len(owners) == 1 else None
     if owner is not None and isinstance(trace.record.modules[owner], _BatchNorm):
-        trace.read_norm(owner, x.value)
+        trace.read_norm(owner, x)
         trace.normed[node.inputs[0]] = owner
     else:
         for y in rest:

@@ -6,16 +6,18 @@ runs, control flow and shape arithmetic need no special handling, and a net that
 pruned once can be traced and pruned again. `lib.graph.tracing` reads the record.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lib.graph.leaves import LAYERS, guess_output, is_leaf, numbers_of
+from lib.graph.leaves import LAYERS, guess_output, is_leaf, names_of_numbers
 from lib.graph.on_meta import (
     SCRIPT,
     Args,
@@ -27,12 +29,12 @@ from lib.graph.on_meta import (
     own_tensors,
     run_operation,
     tensors_in,
-    without_tensors,
 )
-from lib.graph.tags import Operand, Value
+from lib.graph.tags import Value
 from lib.graph.watch import dtype_of
 
 BATCH = 2  # images in the pass: one would make batch and channels hard to tell apart
+NO_FORWARD = nn.Module.forward
 
 
 @dataclass(slots=True, eq=False)
@@ -40,21 +42,24 @@ class Node:
     """One operation: a leaf module's type ("Conv2d") or an ATen name ("mean").
 
     `module` is the innermost of the modules `within` which it ran. `inputs` and
-    `outputs` are positions in `DryRun.values`, `args` and `kwargs` the other arguments.
-    `function`, `operands` and `raw` (all arguments) are for the rules of `trace`; a
-    leaf module has no function.
+    `outputs` are positions in `DryRun.values`, `operands` all tensors that it read.
+    `function` is what ran with `args` and `kwargs`; a leaf module has none, and its
+    `args` are the numbers that it computes with.
     """
 
     op: str
-    module: str
+    within: tuple[str, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    args: tuple[Any, ...] = ()
+    operands: Sequence[Value]
+    args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
-    within: tuple[str, ...] = ()
     function: Function | None = None
-    operands: Sequence[Operand] = ()
-    raw: tuple[Any, ...] = ()
+
+    @property
+    def module(self) -> str:
+        """The innermost module."""
+        return self.within[-1]
 
     @property
     def constant(self) -> bool:
@@ -77,18 +82,20 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
     `events` holds nodes and calls in the order of the evaluation pass and, behind the
     first `evaluated` of them, of the training pass; operations on constants alone are
     among them. `images` and `results` are the positions in `values` of what went in and
-    came out. `has_other_work` says whether something else than a layer has MACs.
+    came out, `leaves` the modules that ran as one node. `macs` counts those of the
+    evaluation pass, per image.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()  # type: ignore[no-untyped-call]
         self.modules = dict(model.named_modules())
+        self.leaves: set[str] = set()
         self.events: list[Node | Call] = []
         self.evaluated = 0
         self.values: list[Value] = []
         self.images: list[int] = []
         self.results: list[int] = []
-        self.has_other_work = False
+        self.macs = 0
         self._known: dict[int, int] = {}
         # Ids tell tensors apart, so none may die and leave its id to another.
         self._alive: list[Tensor] = []
@@ -131,12 +138,14 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Let every module report here; `parameters` names them by the id of each."""
         self._parameters = parameters
         for name, module in self.modules.items():
-            kind = type(module)
-            if isinstance(module, SCRIPT) or kind.forward is nn.Module.forward:
+            if isinstance(module, SCRIPT) or type(module).forward is NO_FORWARD:
                 continue  # a script is not run by Python, a list of modules not at all
+            wrap = self._wrap_module
             # Torch's own layers are known by type and their shapes are guessed: through
             # ATen and its meta kernels, slow Python, a trace takes twice as long.
-            wrap = self._wrap_leaf if is_leaf(module) else self._wrap_module
+            if is_leaf(module):
+                wrap = self._wrap_leaf
+                self.leaves.add(name)
             module.__dict__["forward"] = wrap(name, module, module.forward)
 
     def _wrap_module(self, name: str, module: nn.Module, forward: Function) -> Function:
@@ -153,24 +162,33 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _wrap_leaf(self, name: str, module: nn.Module, forward: Function) -> Function:
         kind = type(module).__name__
+        numbers = names_of_numbers(module)
+
+        def guess_or_run(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            x = tensors_in((*args, *kwargs.values()))[0]
+            y = guess_output(module, x)
+            if y is not None:
+                return x, y
+            self._in_leaf = True
+            try:
+                return x, forward(*args, **kwargs)
+            finally:
+                self._in_leaf = False
 
         def run(*args: Any, **kwargs: Any) -> Any:
             plain = all(id(t) in self._parameters for t in own_tensors(module))
             if self._in_leaf or not plain:  # a hook gave it other tensors
                 return forward(*args, **kwargs)
-            x = tensors_in((*args, *kwargs.values()))[0]
-            y = self._run_inside(name, guess_output, (module, x), {})
-            if y is None:
-                self._in_leaf = True
-                try:
-                    y = self._run_inside(name, forward, args, kwargs)
-                finally:
-                    self._in_leaf = False
-            operand = self._read(x)
+            with torch._C.DisableTorchFunction():  # which makes every look at x slow
+                x, y = self._run_inside(name, guess_or_run, args, kwargs)
+            operand, within = self._read(x), (*self._within, name)
             inputs = () if operand.constant else (operand.place,)
-            node = Node(kind, name, inputs, (), numbers_of(module), {}, self._within)
-            node.operands, node.outputs = [operand], (self._put(y, not inputs),)
-            self.events.append(node)
+            made, state = (self._put(y, not inputs),), vars(module)
+            if isinstance(module, LAYERS):
+                work = count_positions(module, x.shape, y.shape) * module.weight.numel()
+                self._count_macs(work, not inputs)
+            values = tuple((key, state.get(key)) for key in numbers)
+            self.events.append(Node(kind, within, inputs, made, [operand], values))
             return y
 
         return run
@@ -190,15 +208,18 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # -- operations ----------------------------------------------------------------
 
     def _put(self, tensor: Tensor, constant: bool = False) -> int:
-        self._known[id(tensor)] = len(self.values)
+        place = self._known[id(tensor)] = len(self.values)
         self._alive.append(tensor)
-        self.values.append(Value(tuple(tensor.shape), None, constant))
-        return len(self.values) - 1
+        value = Value(tuple(tensor.shape), place, constant)
+        if constant and not tensor.is_meta:
+            value.content = tensor.detach()
+        self.values.append(value)
+        return place
 
     def _place_of(self, tensor: Any) -> int | None:
         """Where a tensor stands in `values`, if it comes from the images."""
         place = self._known.get(id(tensor))
-        return None if place is None or self.values[place].derived else place
+        return None if place is None or self.values[place].constant else place
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -211,43 +232,55 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one operation on the meta device and write it down."""
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
-        output = run_operation(name, func, args, kwargs)
+        tensors = tensors_in((*args, *kwargs.values()))
+        output = run_operation(name, func, args, kwargs, tensors)
         if self._in_leaf:
             return output
-        if not self.evaluated and func._overloadpacket in flop_registry:
-            self.has_other_work = True
         # Before `_put`: what an operation wrote in place is the same tensor.
-        operands = [self._read(t) for t in tensors_in((*args, *kwargs.values()))]
+        operands = [self._read(t) for t in tensors]
         inputs = tuple(x.place for x in operands if not x.constant)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self._count_macs(count(*args, **kwargs, out_val=output) // 2, not inputs)
         made = tuple(self._put(t, not inputs) for t in tensors_in((output,)))
         # A linear layer reads its weight transposed: the transpose keeps the name.
-        if name == "t" and not inputs and operands[0].value is None:
+        if name == "t" and not inputs and operands[0].place < 0:
             self.values[made[0]].parameter = operands[0].parameter
-        rest, within = tuple(without_tensors(args)), self._within or ("",)
-        node = Node(name, within[-1], inputs, made, rest, kwargs, within, func)
-        node.operands, node.raw = operands, args
-        self.events.append(node)
+        within = self._within or ("",)
+        self.events.append(
+            Node(name, within, inputs, made, operands, args, kwargs, func)
+        )
         return output
 
-    def _read(self, tensor: Tensor) -> Operand:
-        place = self._place_of(tensor)
-        if place is not None:
-            return Operand(self.values[place].shape, place, self.values[place])
-        found = Operand(tuple(tensor.shape), self._known.get(id(tensor), -1))
-        found.parameter = self._parameters.get(id(tensor))
-        if found.parameter is None and found.place >= 0:  # made of constants
-            found.value = self.values[found.place]
-            found.parameter = found.value.parameter
-        if not tensor.is_meta:
-            found.content = tensor.detach()
-        return found
+    def _count_macs(self, macs: int, constant: bool) -> None:
+        if not self.evaluated:
+            self.macs += macs // (1 if constant else BATCH)
+
+    def _read(self, tensor: Tensor) -> Value:
+        """What is known of a tensor; a parameter goes by its name."""
+        place, name = self._known.get(id(tensor)), self._parameters.get(id(tensor))
+        if place is not None and not (name and self.values[place].constant):
+            return self.values[place]
+        content = None if tensor.is_meta else tensor.detach()
+        return Value(tuple(tensor.shape), -1, True, name, content)
 
 
-def run_dry(model: nn.Module, input_shape: tuple[int, ...]) -> DryRun:
+def count_positions(
+    module: _ConvNd | nn.Linear, read: tuple[int, ...], made: tuple[int, ...]
+) -> int:
+    """Output positions of a call on all images (of the input where transposed)."""
+    counted = read if isinstance(module, _ConvTransposeNd) else made
+    return math.prod(counted) // module.weight.shape[0]
+
+
+def run_dry(
+    model: nn.Module, input_shape: tuple[int, ...], *, training: bool = True
+) -> DryRun:
     """Watch one evaluation pass, and a training pass where that reaches more layers.
 
-    `input_shape` is (C, H, W). Auxiliary heads run only in training. The model is left
-    as found. Raises `ValueError` naming the module in which the pass failed.
+    `input_shape` is (C, H, W). Auxiliary heads run only in training (not watched unless
+    `training`). The model is left as found. Raises `ValueError` naming the module in
+    which the pass failed.
     """
     record = DryRun(model)
     _refuse_wrappers(record.modules)
@@ -258,7 +291,7 @@ def run_dry(model: nn.Module, input_shape: tuple[int, ...]) -> DryRun:
         record.run(model, input_shape)
         record.evaluated = len(record.events)
         wanted = {n for n, m in record.modules.items() if isinstance(m, LAYERS)}
-        if wanted - {node.module for node in record.nodes}:
+        if training and wanted - {node.module for node in record.nodes}:
             record.run(model.train(), input_shape)
     record._alive.clear()
     record._known.clear()

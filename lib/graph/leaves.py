@@ -58,13 +58,13 @@ def is_overridden(module: nn.Module) -> bool:
     )
 
 
-def numbers_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+def names_of_numbers(module: nn.Module) -> list[str]:
     """What a leaf computes with beside its tensors, such as its stride or its eps."""
-    return tuple(
-        (name, value)
+    return [
+        name
         for name, value in vars(module).items()
         if name not in SIZES and not name.startswith("_") and _is_plain_value(value)
-    )
+    ]
 
 
 def _is_plain_value(value: Any) -> bool:

@@ -81,30 +81,26 @@ def _stand_in(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def run_operation(name: str, func: Function, args: Args, kwargs: Kwargs) -> Any:
+def run_operation(
+    name: str, func: Function, args: Args, kwargs: Kwargs, tensors: list[Tensor]
+) -> Any:
     """The operation on the meta device, or its shape alone where that is plain.
 
-    Real tensors (constants, indices) are moved there, or, where they are by themselves
-    and on several devices, to the CPU. Meta kernels of element-wise operations are slow
-    Python, so equal shapes skip them: a view of the input stands in for the output.
+    `tensors` are those among the arguments. Real ones (constants, indices) are moved
+    there, or, where they are by themselves and on several devices, to the CPU. Meta
+    kernels of element-wise operations are slow Python, so equal shapes skip them: a
+    view of the input stands in for the output.
     """
-    tensors = tensors_in((*args, *kwargs.values()))
-    devices = {t.device for t in tensors}
     # No kernel takes tensors of two devices: shapes alone go to meta, but an operation
     # on constants must keep their numbers, by which channels may be picked later.
-    if len(devices) > 1:
+    if len({t.device for t in tensors}) > 1:
         place = "meta" if any(t.is_meta for t in tensors) else "cpu"
-        args, kwargs = move_all(args, place), move_all(kwargs, place)
+        args, kwargs = tree_map_only(Tensor, lambda t: t.to(place), (args, kwargs))
     elif name in SHAPE_KEEPING and tensors[0].is_meta:
         x = tensors[0]
         if all(t.shape == x.shape and t.dtype == x.dtype for t in tensors):
             return x if name.endswith("_") else x.detach()
     return func(*args, **kwargs)
-
-
-def move_all(tree: Any, device: str) -> Any:
-    """The same nest of arguments with every tensor on `device`."""
-    return tree_map_only(Tensor, lambda t: t.to(device), tree)
 
 
 def tensors_in(items: Iterable[Any]) -> list[Tensor]:
@@ -116,16 +112,6 @@ def tensors_in(items: Iterable[Any]) -> list[Tensor]:
         elif isinstance(item, (list, tuple)):
             found.extend(tensors_in(item))
     return found
-
-
-def without_tensors(args: Iterable[Any]) -> list[Any]:
-    """The same nest of arguments, lists all through, with None for every tensor."""
-    kept: list[Any] = []
-    for item in args:
-        nested = isinstance(item, (list, tuple))
-        plain = None if isinstance(item, Tensor) else item
-        kept.append(without_tensors(item) if nested else plain)
-    return kept
 
 
 # -- things that hold tensors ----------------------------------------------------------

@@ -88,5 +88,5 @@ def _keeps_zero(node: Node, value: int) -> bool:
         return node.operands[0].place == value or node.op.startswith("mul")
     if len(node.operands) > 1 or node.function is None:
         return False
-    zero: Tensor = node.function(torch.zeros(1, 1, 1, 1), *node.raw[1:], **node.kwargs)
+    zero: Tensor = node.function(torch.zeros(1, 1, 1, 1), *node.args[1:], **node.kwargs)
     return not bool(zero.any())

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lib.graph.dry_run import DryRun, Node, run_dry
 from lib.graph.leaves import LAYERS
 from lib.graph.scattering import find_pairs, find_readers, writes_zeros
-from lib.graph.tracing import Layer, Node, Trace, trace
+from lib.graph.tracing import Trace
 from lib.settings import check_shape
 
 RELUS = {"relu", "relu_"}
@@ -51,51 +52,37 @@ class Group:
         ]
 
 
-class Graph:
-    """A traced network: operations, layers, units and groups. Built by `build_graph`.
+class Graph(Trace):
+    """A traced network with its units and groups. Built by `build_graph`.
 
-    `layers`, `norms`, `moves`, `mixes`, `shuffles`, `made`, `normed` and `calls` are as
-    in `Trace`, `vectors` as in its ledger. `pairs` maps each layer to the BatchNorm
-    that alone reads it, `readers` a value to the nodes that read it; `unit_of` maps
-    tags to units, the last unit stands for constants and is always kept. `rows` and
-    `columns` are the units of what each layer makes and reads, `frozen` marks those
-    that must stay and `wide` those whose channels stay in the tensors between layers,
-    silent (bool, one more for constants). `has_other_work` says whether the pass has
-    MACs outside of `layers`; `record` is the dry run itself.
+    `pairs` maps each layer to the BatchNorm that alone reads it, `readers` a value to
+    the nodes that read it; `unit_of` maps tags to units, the last unit stands for
+    constants and is always kept. `rows` and `columns` are the units of what each layer
+    makes and reads, `frozen` marks those that must stay and `wide` those whose channels
+    stay in the tensors between layers, silent (bool, one more for constants).
     """
 
-    def __init__(self, record: Trace):
-        ledger = record.ledger
-        self.nodes: list[Node] = record.nodes
-        self.values = record.values
-        self.layers: dict[str, Layer] = record.layers
-        self.norms = record.norms
-        self.made, self.normed = record.made, record.normed
-        self.vectors = ledger.vectors
-        self.moves = record.moves
-        self.shuffles, self.mixes = record.shuffles, record.mixes
-        self.calls = record.calls
-        self.record = record.record
-        self.has_other_work = self.record.has_other_work
-        self.num_tags = ledger.count
+    def __init__(self, record: DryRun):
+        super().__init__(record)
+        ledger = self.ledger
+        self.vectors, self.num_tags = ledger.vectors, ledger.count
         self.readers = find_readers(self.nodes)
-        self.pairs: dict[str, str] = find_pairs(record, self.readers)
+        self.pairs: dict[str, str] = find_pairs(self, self.readers)
         found, self.num_units = find_components(ledger.count, ledger.ties)
         # The tag of constants is -1, which as an index is the last place.
-        self._units = torch.cat([found, torch.tensor([self.num_units])])
+        self.units = torch.cat([found, torch.tensor([self.num_units])])
         self.rows = {n: self.unit_of(x.outputs) for n, x in self.layers.items()}
         self.columns = {n: self.unit_of(x.inputs) for n, x in self.layers.items()}
         self.wide = torch.zeros(self.num_units + 1, dtype=torch.bool)
         self.wide[self.unit_of(torch.cat([NONE, *ledger.wide]))] = True
-        self.followers = frozenset(n for n, x in self.layers.items() if x.depthwise)
-        grouping = _Grouping(self, record)
+        grouping = _Grouping(self)
         self.groups: list[Group] = grouping.groups
         self.frozen = grouping.reason_of >= 0
         self.group_of = {name: group for group in self.groups for name in group.layers}
 
     def unit_of(self, tags: Tensor) -> Tensor:
         """The unit of each tag; constants get the extra, always kept, last unit."""
-        return self._units[tags]
+        return self.units[tags]
 
     def count_macs(self, rows: dict[str, Tensor], alive: Tensor) -> int:
         """MACs for kept output rows (bool per layer) and kept units (bool per unit)."""
@@ -114,7 +101,7 @@ def build_graph(model: nn.Module, input_shape: tuple[int, ...]) -> Graph:
     The model, its parameters and its train/eval mode are left as found. Nothing is
     remembered: build it once at the entry of a task and hand it down.
     """
-    return Graph(trace(model, check_shape(input_shape)))
+    return Graph(run_dry(model, check_shape(input_shape)))
 
 
 def list_prunable(graph: Graph, model: nn.Module) -> dict[str, str | None]:
@@ -146,16 +133,15 @@ class _Grouping:
     `owners` the place in `names` of the layer that each comes from.
     """
 
-    def __init__(self, graph: Graph, record: Trace):
-        self.graph, self.record = graph, record
-        rows = graph.rows
+    def __init__(self, graph: Graph):
+        self.graph, rows = graph, graph.rows
         self.names = list(rows)
         self.units = torch.cat([NONE, *rows.values()])
         sizes = torch.tensor([len(row) for row in rows.values()], dtype=torch.long)
         self.owners = torch.arange(len(rows)).repeat_interleave(sizes)
         self.joined = self._find_joined()
-        self.bound = self._mark(record.ledger.bound)
-        self.reasons = [reason for _, reason in record.ledger.frozen]
+        self.bound = self._mark(graph.ledger.bound)
+        self.reasons = [reason for _, reason in graph.ledger.frozen]
         self.reason_of = self._find_reasons()
         self.strangers = self._find_strangers()
         self.place = torch.full((graph.num_units,), -1)
@@ -170,14 +156,14 @@ class _Grouping:
     def _find_joined(self) -> set[str]:
         """The layers whose own outputs are tied by an addition."""
         outputs = [layer.outputs for layer in self.graph.layers.values()]
-        joined = self._mark(self.record.ledger.added)[torch.cat([NONE, *outputs])]
+        joined = self._mark(self.graph.ledger.added)[torch.cat([NONE, *outputs])]
         return {self.names[i] for i in torch.unique(self.owners[joined]).tolist()}
 
     def _find_reasons(self) -> Tensor:
         """For each unit the position of the first reason to leave it alone, or -1."""
         found = torch.full((self.graph.num_units + 1,), -1)
         # The first reason is nearest to the cause; written last, it stands.
-        for i, (tags, _) in reversed(list(enumerate(self.record.ledger.frozen))):
+        for i, (tags, _) in reversed(list(enumerate(self.graph.ledger.frozen))):
             found[self.graph.unit_of(tags)] = i
         return found
 
@@ -232,13 +218,13 @@ class _Grouping:
             for name, move in (graph.moves | graph.shuffles | graph.mixes).items()
         }
         for name, layer in graph.layers.items():
-            if not self.record.is_whole(name):
+            if not graph.is_whole(name):
                 mixers[name] = [layer.inputs, layer.outputs]
         for name, rows in mixers.items():
             units = graph.unit_of(torch.cat(rows))
             self._fix(
                 units[graph.wide[units]],
-                f"{self.record.record.locate(name)} reads or makes channels that code "
+                f"{graph.record.locate(name)} reads or makes channels that code "
                 "elsewhere picks by number",
             )
 
@@ -298,7 +284,7 @@ class _Grouping:
             return False
         if len(torch.unique(rows)) < len(rows):  # its outputs are tied to one another
             return False
-        return writes_zeros(self.record, graph.readers, name, graph.pairs.get(name))
+        return writes_zeros(graph, graph.readers, name, graph.pairs.get(name))
 
 
 def _meet_blocks(units: Tensor, partitions: list[Tensor]) -> tuple[Tensor, str | None]:

@@ -47,43 +47,20 @@ MOVES = set(
 
 @dataclass(slots=True, eq=False)
 class Value:
-    """A tensor of the pass: its shape and its tags, None where they were lost.
-
-    `derived` says that no image changes it, `parameter` which of the parameters it is
-    the transpose of.
-    """
-
-    shape: tuple[int, ...]
-    tags: Tensor | None = None
-    derived: bool = False
-    parameter: str | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Operand:
-    """One tensor that an operation reads: its shape, and what is known of it.
+    """A tensor of the pass: its shape, what is known of it, and its tags.
 
     `place` is its position among the values, -1 for what the pass did not make.
-    `value` is None for what the pass did not make, `parameter` its name if it is one of
-    the model's (or the transpose of one), `content` the tensor where it holds numbers,
-    not just a shape.
+    `constant` says that no image changes it, `parameter` which of the model's
+    parameters it is or is the transpose of; `content` is the tensor where a constant
+    holds numbers, not just a shape. `tags` are None where channels were lost.
     """
 
     shape: tuple[int, ...]
-    place: int
-    value: Value | None = None
+    place: int = -1
+    constant: bool = False
     parameter: str | None = None
     content: Tensor | None = None
-
-    @property
-    def tags(self) -> Tensor | None:
-        """Its tags; None for a constant and for what could not be followed."""
-        return None if self.value is None else self.value.tags
-
-    @property
-    def constant(self) -> bool:
-        """The same for every image."""
-        return self.value is None or self.value.derived
+    tags: Tensor | None = None
 
 
 class Ledger:
@@ -141,7 +118,7 @@ class Ledger:
         are frozen with all that will be tied to them.
         """
         tags = value.tags
-        if value.derived and tags is None:
+        if value.constant and tags is None:
             return torch.full((size,), CONSTANT)
         if tags is not None and tags.numel() in (1, tags.shape[dim % tags.ndim]):
             return tags.flatten().expand(size)
@@ -157,9 +134,9 @@ class Ledger:
     # -- rules: what an operation makes of the tags of its operands ---------------
 
     def elementwise(
-        self, name: str, operands: Sequence[Operand], shape: Sequence[int], where: str
+        self, name: str, operands: Sequence[Value], shape: Sequence[int], where: str
     ) -> Tensor | None:
-        """Operands broadcast against one another; channels keep their places."""
+        """Values broadcast against one another; channels keep their places."""
         # Activations say where the channels are; parameters beside them follow.
         rows = [x.tags for x in operands if x.tags is not None and not x.constant]
         vectors = [x.tags for x in operands if x.tags is not None and x.constant]
@@ -213,7 +190,7 @@ class Ledger:
         return torch.where(constant.all(0), CONSTANT, result)
 
     def _meet_constant(
-        self, x: Operand, row: Tensor, shape: Sequence[int], where: str
+        self, x: Value, row: Tensor, shape: Sequence[int], where: str
     ) -> None:
         """A parameter that lies along the channels is pruned with them; else frozen."""
         size = (1,) * (len(shape) - len(x.shape)) + tuple(x.shape)
@@ -254,7 +231,7 @@ class Ledger:
         self.freeze(tags, f"'{parameter}' is used along two dimensions")
         return None
 
-    def spatial(self, name: str, x: Operand, where: str) -> Tensor | None:
+    def spatial(self, name: str, x: Value, where: str) -> Tensor | None:
         """Pooling and resizing: channels are dimension 1 and stay."""
         tags = x.tags
         if tags is None or all(n == 1 for n in tags.shape[2:]):
@@ -262,9 +239,7 @@ class Ledger:
         self.freeze(tags, f"{where} runs '{name}' across channels")
         return None
 
-    def shuffle_pixels(
-        self, name: str, x: Operand, r: int, where: str
-    ) -> Tensor | None:
+    def shuffle_pixels(self, name: str, x: Value, r: int, where: str) -> Tensor | None:
         """r^2 channels become the pixels of one, or the pixels of one r^2 channels."""
         tags = x.tags
         if tags is None or tags.numel() == 1:
@@ -281,7 +256,7 @@ class Ledger:
     def reduce(
         self,
         name: str,
-        x: Operand,
+        x: Value,
         dims: int | Sequence[int],
         keepdim: bool,
         where: str,
@@ -299,7 +274,7 @@ class Ledger:
             return tags
         return tags.reshape([n for d, n in enumerate(tags.shape) if d not in gone])
 
-    def cat(self, operands: Sequence[Operand], dim: int, where: str) -> Tensor:
+    def cat(self, operands: Sequence[Value], dim: int, where: str) -> Tensor:
         """Tags one behind the other along `dim`."""
         ndim = len(operands[0].shape)
         dim %= ndim

@@ -6,12 +6,12 @@ tags of its inputs on to its outputs (`lib.graph.tags`), layer by layer.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from lib.graph.cases import (
@@ -22,8 +22,8 @@ from lib.graph.cases import (
     read_known_module,
     settle_tensors,
 )
-from lib.graph.dry_run import BATCH, Call, DryRun, Node, run_dry
-from lib.graph.leaves import filters_of, is_leaf
+from lib.graph.dry_run import BATCH, Call, DryRun, Node, count_positions
+from lib.graph.leaves import filters_of
 from lib.graph.moves import move_tags
 from lib.graph.tags import (
     CONSTANT,
@@ -34,11 +34,8 @@ from lib.graph.tags import (
     REDUCTIONS,
     SPATIAL,
     Ledger,
-    Operand,
     Value,
 )
-
-__all__ = ["BATCH", "Layer", "Move", "Node", "Trace", "trace"]
 
 
 @dataclass(eq=False)
@@ -88,9 +85,19 @@ class Trace:
     their own layer or norm nor a step along the channels, and what does.
     """
 
-    def __init__(self, record: DryRun, mixers: frozenset[str] = frozenset()):
-        self.record, self.mixers = record, mixers
+    def __init__(self, record: DryRun):
+        self.record = record
         self.nodes, self.values = record.nodes, record.values
+        self._read_events(frozenset())
+        # Only a first reading shows what loses track of channels; the second one, with
+        # those modules taken as a whole, forgets what the first froze because of them.
+        if mixers := find_mixers(record, self.lossy):
+            self._read_events(mixers)
+        freeze_attention(self)
+        settle_tensors(self)
+
+    def _read_events(self, mixers: frozenset[str]) -> None:
+        self.mixers = mixers
         self.ledger = Ledger()
         self.layers: dict[str, Layer] = {}
         self.made: dict[str, list[int]] = {}
@@ -106,9 +113,6 @@ class Trace:
         self._moving: dict[str, list[Tensor]] = {}
         for value in self.values:
             value.tags = None
-        self._read_events()
-
-    def _read_events(self) -> None:
         for place in self.record.images:
             value = self.values[place]
             row = self.ledger.fresh(value.shape[1])
@@ -116,7 +120,7 @@ class Trace:
             self.ledger.freeze(row, "they are the channels of the input images")
         for i, event in enumerate(self.record.events):
             evaluating = i < self.record.evaluated
-            if self._is_inside_mixer(event):
+            if mixers and self._is_inside_mixer(event):
                 continue
             if isinstance(event, Call):
                 self._read_call(event, evaluating)
@@ -132,9 +136,7 @@ class Trace:
 
     def _read_leaf(self, node: Node, evaluating: bool) -> None:
         module = self.record.modules[node.module]
-        operand = node.operands[0]
-        value = operand.value or Value(operand.shape, derived=True)
-        made = self.values[node.outputs[0]]
+        value, made = node.operands[0], self.values[node.outputs[0]]
         if isinstance(module, (_ConvNd, nn.Linear)):
             self.read_layer_call(node, module, value, evaluating)
         elif isinstance(module, _DropoutNd):
@@ -153,11 +155,8 @@ class Trace:
         made.tags = _along(layer.outputs, dim, len(made.shape))
         if evaluating:
             self.made.setdefault(node.module, []).append(node.outputs[0])
-            counted, width = made, len(layer.outputs)
-            if isinstance(module, _ConvTransposeNd):
-                counted, width = value, len(layer.inputs)
-            numbers = torch.Size(counted.shape).numel()
-            layer.positions.append(numbers // (BATCH * width))
+            positions = count_positions(module, value.shape, made.shape)
+            layer.positions.append(positions // BATCH)
 
     def _read_layer(
         self, name: str, module: _ConvNd | nn.Linear, value: Value
@@ -257,7 +256,7 @@ class Trace:
 
     def is_whole(self, name: str) -> bool:
         """Does the layer's module read and make what the layer does, and no more?"""
-        if is_leaf(self.record.modules[name]):
+        if name in self.record.leaves:
             return True
         if name not in self.calls:
             return False
@@ -331,20 +330,18 @@ class Trace:
                 self.attending.add(node.module)
         return [row] * len(node.outputs)
 
-    def _see_vector(self, x: Operand) -> Operand:
+    def _see_vector(self, x: Value) -> Value:
         """A parameter with one dimension gets tags, for what is made of it."""
-        if x.parameter is None or x.value is not None:
+        if x.parameter is None or x.place >= 0:
             return x
-        tags = self.ledger.vector(x.parameter, x.shape)
-        value = Value(x.shape, tags, derived=True)
-        return Operand(x.shape, x.place, value, x.parameter)
+        return replace(x, tags=self.ledger.vector(x.parameter, x.shape))
 
-    def _move(self, node: Node, operands: Sequence[Operand]) -> list[Tensor | None]:
+    def _move(self, node: Node, operands: Sequence[Value]) -> list[Tensor | None]:
         """Where channels are picked or reordered: by whom, if it can be rewritten."""
         source = operands[0]
         assert source.tags is not None and node.function is not None
         pieces, in_order = move_tags(
-            node.op, node.function, source.tags, source.shape, node.raw, node.kwargs
+            node.op, node.function, source.tags, source.shape, node.args, node.kwargs
         )
         if node.constant and node.op in {"view", "reshape", "expand"}:
             if source.tags.numel() in node.args[1]:
@@ -361,20 +358,6 @@ class Trace:
             else:
                 self.ledger.widen(source.tags)
         return list(pieces)
-
-
-def trace(model: nn.Module, input_shape: tuple[int, ...]) -> Trace:
-    """What the passes of `run_dry` do with channels; its errors."""
-    record = run_dry(model, input_shape)
-    found = Trace(record)
-    # Only a first reading shows what loses track of channels; the second one, with
-    # those modules taken as a whole, forgets what the first froze because of them.
-    mixers = find_mixers(record, found.lossy)
-    if mixers:
-        found = Trace(record, mixers)
-    freeze_attention(found)
-    settle_tensors(found)
-    return found
 
 
 def _along(row: Tensor, dim: int, ndim: int) -> Tensor:

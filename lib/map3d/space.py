@@ -20,7 +20,6 @@ from lib import cost
 from lib import plan as plans
 from lib.graph import Graph, build_graph
 from lib.graph.leaves import filters_of
-from lib.graph.tracing import trace
 from lib.map3d.blocks import find_blocks
 from lib.messages import check_choice, check_finite
 from lib.plan import Plan, resolve
@@ -290,7 +289,7 @@ class Space:
         """Output positions per image, int64 [sides, layers]."""
         rows = []
         for side in self.sides():
-            found = trace(model, (self.input_shape[0], side, side)).layers
+            found = build_graph(model, (self.input_shape[0], side, side)).layers
             rows.append([sum(found[n].positions) for n in self.graph.layers])
         return np.array(rows)
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lib import cost
 from lib.graph import Graph, Group, build_graph, list_prunable
 from lib.messages import check_choice
 from lib.plan.record import Plan
@@ -80,7 +79,7 @@ def from_scores(
     if rate is not None:
         removed = _meet_rate(pools, rate, scope)
     else:
-        cost_of = _make_cost(graph, pools, table, model, input_shape)
+        cost_of = _make_cost(graph, pools, table)
         removed = _meet_share(pools, macs, latency, scope, cost_of)
     plan = _make_plan(pools, removed)
     if not plan.keep:
@@ -90,14 +89,9 @@ def from_scores(
 
 
 def _make_cost(
-    graph: Graph,
-    pools: list["_Pool"],
-    table: Timetable | None,
-    model: nn.Module,
-    input_shape: CHW,
+    graph: Graph, pools: list["_Pool"], table: Timetable | None
 ) -> Callable[[list[int]], float]:
     """What a plan costs by the steps removed per pool: MACs, or a table's time."""
-    other = 0  # MACs that no layer owns, those of functional convolutions
 
     def cost_of(counts: list[int]) -> float:
         kept = resolve(graph, _make_plan(pools, counts), check=False)
@@ -105,9 +99,9 @@ def _make_cost(
             return table(graph, kept)
         return other + graph.count_macs(kept.rows, kept.units)
 
-    if table is None and graph.has_other_work:
-        whole = cost_of([0] * len(pools))
-        other = cost.count(model, input_shape).macs - int(whole)
+    other = 0  # MACs that no layer owns, those of functional convolutions
+    if table is None:
+        other = graph.record.macs - int(cost_of([0] * len(pools)))
     return cost_of
 
 

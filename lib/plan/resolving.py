@@ -156,7 +156,7 @@ def _check_agreement(
     """Every tied layer keeps exactly the units that all of them keep."""
     for name in tied:
         wanted, kept = alive[group.index[name]], marks.get(name)
-        if kept is None and name in graph.followers:
+        if kept is None and graph.layers[name].depthwise:
             continue  # a depthwise convolution has no say of its own
         if not (wanted.all() if kept is None else torch.equal(wanted, kept)):
             more = ", ..." if len(tied) > 6 else ""
