@@ -102,7 +102,7 @@ def freeze_attention(found: "Trace") -> None:
         name: [x.outputs for n, x in layers if n.startswith(f"{name}.")]
         for name in found.attending - {""}
     }
-    for event in found.record.events:
+    for event in found.record.events if inner else ():
         if not isinstance(event, Call) or not inner.get(event.module):
             continue
         where = found.record.locate(event.module)
@@ -148,7 +148,11 @@ def find_mixers(record: DryRun, lossy: set[str]) -> frozenset[str]:
 def settle_tensors(found: "Trace") -> None:
     """Freeze or tie the channels of every tensor that more than its owner uses."""
     _freeze_shared(found)
-    _tie_vectors(found)
+    # Parameters of a layer or a norm that are also used beside it go with it.
+    for path, (_, tags) in list(found.ledger.vectors.items()):
+        row = _find_along(found, path)
+        if row is not None:
+            found.ledger.tie(tags, row)
 
 
 def _freeze_shared(found: "Trace") -> None:
@@ -159,6 +163,8 @@ def _freeze_shared(found: "Trace") -> None:
             if tensor is not None:
                 owners[id(tensor)].append((name, f"{name}.{key}" if name else key))
     for owned in owners.values():
+        if len(owned) == 1 and not {owned[0][1]} & (vectors.keys() | found.uses.keys()):
+            continue
         names, paths = zip(*owned, strict=True)
         users = [n for n in names if n in found.layers or n in found.norms]
         users += [p for p in paths if p in vectors and _find_along(found, p) is None]
@@ -173,14 +179,6 @@ def _freeze_shared(found: "Trace") -> None:
             rows = [layer.inputs, layer.outputs] if layer else [found.norms.get(user)]
             for row in (*rows, vectors.get(user, (0, None))[1]):
                 found.ledger.freeze(row, reason)
-
-
-def _tie_vectors(found: "Trace") -> None:
-    """Parameters of a layer or a norm that are also used beside it go with it."""
-    for path, (_, tags) in list(found.ledger.vectors.items()):
-        row = _find_along(found, path)
-        if row is not None:
-            found.ledger.tie(tags, row)
 
 
 def _find_along(found: "Trace", path: str) -> Tensor | None:

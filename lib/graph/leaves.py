@@ -1,6 +1,6 @@
 """Leaf modules: those that a rule knows by their type, and what shape they make."""
 
-from typing import Any
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ HARMLESS = set(
 )
 SIZES = set(  # numbers that follow from the tensors of a leaf, or do not matter
     "in_channels out_channels in_features out_features num_features num_parameters "
-    "groups training".split()
+    "groups".split()
 )
 
 
@@ -42,35 +42,32 @@ def is_overridden(module: nn.Module) -> bool:
     kind, own = type(module), vars(module)
     base = next(k for k in kind.__mro__ if k.__module__.startswith("torch.nn.modules."))
     tensors = module._parameters.keys() | module._buffers.keys()
-    needed = ("weight", "bias") if hasattr(module, "bias") else ("weight",)
-    if any(name not in tensors for name in needed if hasattr(module, name)):
+    if any(hasattr(module, n) and n not in tensors for n in ("weight", "bias")):
         return True  # a parametrization or a hook computes it
-    if not own.keys().isdisjoint(tensors) or any(hasattr(base, name) for name in own):
+    names = _names_of(base)
+    if not own.keys().isdisjoint(tensors) or not own.keys().isdisjoint(names):
         return True
     # What a forward of torch's calls changes between versions, so that a list of what
     # matters would grow old: every name that torch has counts, but for the harmless.
     inherited = kind.__mro__[: kind.__mro__.index(base)]
     return any(
-        name not in HARMLESS and (hasattr(base, name) or name in own or name in tensors)
+        name not in HARMLESS and (name in names or name in own or name in tensors)
         for each in inherited
         for name in vars(each)
         if not name.startswith("__") or name in {"__call__", "__getattr__"}
     )
 
 
+@cache
+def _names_of(base: type) -> frozenset[str]:
+    """What a class of torch's has."""
+    return frozenset(dir(base))
+
+
 def names_of_numbers(module: nn.Module) -> list[str]:
     """What a leaf computes with beside its tensors, such as its stride or its eps."""
-    return [
-        name
-        for name, value in vars(module).items()
-        if name not in SIZES and not name.startswith("_") and _is_plain_value(value)
-    ]
-
-
-def _is_plain_value(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain_value, value))
-    return isinstance(value, (int, float, str))
+    listed = (vars(kind).get("__constants__", ()) for kind in type(module).__mro__)
+    return sorted({name for names in listed for name in names if name not in SIZES})
 
 
 def filters_of(module: _ConvNd | nn.Linear, weight: Tensor | None = None) -> Tensor:

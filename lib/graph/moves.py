@@ -1,36 +1,31 @@
 """Where channels go in an operation that reshapes, picks or pads: run on their tags."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from lib.graph.dry_run import Node
 from lib.graph.tags import CONSTANT, compress
 
 
-def move_tags(
-    name: str,
-    function: Callable[..., Any],
-    tags: Tensor,
-    shape: Sequence[int],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[list[Tensor], bool]:
+def move_tags(node: Node, tags: Tensor) -> tuple[list[Tensor], bool]:
     """Tags after a reshaping or indexing operation, one row per output.
 
     The flag says whether removing channels before the operation gives the same as
     removing them after it: true for flattening, false for picking and shuffling.
     """
+    name, args, shape = node.op, node.args[1:], node.operands[0].shape
+    if name == "constant_pad_nd":
+        return _pad(tags, shape, args[0])
     # The operation itself says where channels go: it is run on tags in the place of
     # values, at full size, since a view may mix dimensions in which they do not vary.
-    full = tags.expand(tuple(shape))
-    if name == "constant_pad_nd":
-        return _pad(tags, shape, args[1])
+    full = tags.expand(shape)
     if name in {"view", "_unsafe_view", "_reshape_alias", "reshape"}:
-        moved = full.reshape(args[1])
+        moved = full.reshape(args[0])
     else:
-        moved = function(full, *args[1:], **kwargs)
+        assert node.function is not None
+        moved = node.function(full, *args, **node.kwargs)
     pieces = list(moved) if isinstance(moved, (list, tuple)) else [moved]
     pieces = [compress(piece) for piece in pieces]
     return pieces, all(_keeps_order(tags, piece) for piece in pieces)

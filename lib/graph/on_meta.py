@@ -124,6 +124,7 @@ PLAIN = (
 OPAQUE = (nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType)
 EMPTY = object()
 INTERNAL = set(vars(nn.Module()))
+HOOKS = [name for name in INTERNAL if name.endswith("hooks")]
 
 
 def find_tensors(output: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
@@ -180,12 +181,11 @@ def contents_kept(modules: list[nn.Module]) -> Iterator[None]:
     seen: set[int] = set()
     for module in modules:
         state = module.__dict__
-        kept.append((state, dict(state)))
-        for name in ("_parameters", "_buffers", "_modules"):
-            kept.append((state[name], dict(state[name])))
-        for name, value in state.items():
-            if name not in INTERNAL or (value and name.endswith("hooks")):
-                _keep(value, kept, seen)
+        for held in (state, module._parameters, module._buffers, module._modules):
+            kept.append((held, dict(held)))
+        hooked = [name for name in HOOKS if state.get(name)]
+        for name in (*(state.keys() - INTERNAL), *hooked):
+            _keep(state[name], kept, seen)
     try:
         yield
     finally:
@@ -231,7 +231,7 @@ def _put_back(holder: Any, content: Any) -> None:
         if content is not EMPTY:
             holder.cell_contents = content
     # Untouched holders are left alone: one of a class of its own may not be cleared.
-    elif len(holder) != len(content) or not _are_same(holder, content):
+    elif not _are_same(holder, content):
         holder.clear()
         if isinstance(holder, (list, deque)):
             holder.extend(content)
@@ -240,6 +240,9 @@ def _put_back(holder: Any, content: Any) -> None:
 
 
 def _are_same(holder: Any, content: Any) -> bool:
+    """Do they hold the very same things, in the same order?"""
+    if len(holder) != len(content) or not all(map(operator.is_, holder, content)):
+        return False
     if isinstance(holder, dict):
-        return all(holder.get(key, EMPTY) is value for key, value in content.items())
-    return all(map(operator.is_, holder, content))
+        return all(map(operator.is_, holder.values(), content.values()))
+    return True

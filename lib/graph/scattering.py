@@ -1,6 +1,7 @@
 """Which layers can be narrowed on their own and written back before an addition."""
 
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -8,6 +9,9 @@ from torch import Tensor
 from lib.graph.dry_run import Node
 from lib.graph.tags import ADDITIONS, ELEMENTWISE, MOVES, REDUCTIONS, SPATIAL
 from lib.graph.tracing import Trace
+
+if TYPE_CHECKING:
+    from lib.graph.structure import Graph
 
 # Zero in the first operand is zero in the result, whatever the others are.
 KEEP_ZERO = set("mul mul_ div div_ clone detach alias contiguous to _to_copy".split())
@@ -38,30 +42,24 @@ def find_pairs(found: Trace, readers: dict[int, list[Node]]) -> dict[str, str]:
     return pairs
 
 
-def writes_zeros(
-    found: Trace, readers: dict[int, list[Node]], name: str, norm: str | None
-) -> bool:
+def writes_zeros(found: "Graph", name: str) -> bool:
     """Is a channel that is zero behind the layer (and its BatchNorm) zero when added?
 
     The channels that are removed are written back as zeros, right behind the layer or
     its BatchNorm: an activation between there and the addition must keep them so.
     """
+    norm = found.pairs.get(name)
     for value in found.made.get(name, ()):
-        end = value if norm is None else _find_end(found, readers[value][0], norm)
-        if end is None or not _stays_zero(found, readers, end):
+        if norm is not None:  # what it makes, unless its own module goes on from there
+            value = found.readers[value][0].outputs[0]
+            if found.calls.get(norm, (0, value))[1] != value:
+                return False
+        if not _stays_zero(found, value):
             return False
     return True
 
 
-def _find_end(found: Trace, node: Node, norm: str) -> int | None:
-    """What a BatchNorm makes, if nothing in its own module comes behind it."""
-    (made, *_) = node.outputs
-    if norm in found.calls and found.calls[norm][1] != made:
-        return None
-    return made
-
-
-def _stays_zero(found: Trace, readers: dict[int, list[Node]], start: int) -> bool:
+def _stays_zero(found: "Graph", start: int) -> bool:
     """Follow a value to the additions and layers that end its way, over zeros alone.
 
     What has no rule, a GroupNorm say, may make anything of zeros.
@@ -70,7 +68,7 @@ def _stays_zero(found: Trace, readers: dict[int, list[Node]], start: int) -> boo
     waiting, seen = [start], {start}
     while waiting:
         value = waiting.pop()
-        for node in readers[value]:
+        for node in found.readers[value]:
             others = [v for v in node.inputs if v != value]
             if (node.op in ADDITIONS and others) or not made.isdisjoint(node.outputs):
                 continue

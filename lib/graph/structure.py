@@ -202,7 +202,7 @@ class _Grouping:
     def _fix_mixed_groups(self, member: Tensor) -> None:
         """A grouped convolution balances what it reads: many layers, or constants."""
         for name, layer in self.graph.layers.items():
-            if layer.groups == 1 or layer.depthwise:
+            if not layer.grouped:
                 continue
             columns = self.graph.columns[name]
             units = columns[columns < self.graph.num_units]
@@ -239,7 +239,7 @@ class _Grouping:
         """For each side of each grouped convolution: the block of every unit, or -1."""
         found = []
         for name, layer in self.graph.layers.items():
-            if layer.groups == 1 or layer.depthwise:
+            if not layer.grouped:
                 continue
             for units in (self.graph.columns[name], self.graph.rows[name]):
                 block = torch.full((self.graph.num_units + 1,), -1)
@@ -284,7 +284,7 @@ class _Grouping:
             return False
         if len(torch.unique(rows)) < len(rows):  # its outputs are tied to one another
             return False
-        return writes_zeros(graph, graph.readers, name, graph.pairs.get(name))
+        return writes_zeros(graph, name)
 
 
 def _meet_blocks(units: Tensor, partitions: list[Tensor]) -> tuple[Tensor, str | None]:

@@ -5,7 +5,6 @@ tags of its inputs on to its outputs (`lib.graph.tags`), layer by layer.
 `lib.graph.structure` draws the conclusions.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,6 +57,11 @@ class Layer:
     def depthwise(self) -> bool:
         """Each channel is convolved on its own."""
         return self.groups > 1 and self.groups == len(self.inputs)
+
+    @property
+    def grouped(self) -> bool:
+        """Channels go in several groups of more than one."""
+        return self.groups > 1 and not self.depthwise
 
     def count_work(self, inputs: int, outputs: int) -> int:
         """MACs at one output position with so many channels read and made."""
@@ -318,7 +322,7 @@ class Trace:
             and operands[0].tags is not None
             and all(x.content is not None for x in node.operands[1:])
         ):
-            return self._move(node, operands)
+            return self._move(node, operands[0].tags)
         else:
             for x in operands:
                 ledger.freeze(x.tags, f"{where} uses '{name}', {_why_frozen(name)}")
@@ -336,16 +340,12 @@ class Trace:
             return x
         return replace(x, tags=self.ledger.vector(x.parameter, x.shape))
 
-    def _move(self, node: Node, operands: Sequence[Value]) -> list[Tensor | None]:
+    def _move(self, node: Node, tags: Tensor) -> list[Tensor | None]:
         """Where channels are picked or reordered: by whom, if it can be rewritten."""
-        source = operands[0]
-        assert source.tags is not None and node.function is not None
-        pieces, in_order = move_tags(
-            node.op, node.function, source.tags, source.shape, node.args, node.kwargs
-        )
+        pieces, in_order = move_tags(node, tags)
         if node.constant and node.op in {"view", "reshape", "expand"}:
-            if source.tags.numel() in node.args[1]:
-                self.ledger.widen(source.tags)  # the number may be written in the code
+            if tags.numel() in node.args[1]:
+                self.ledger.widen(tags)  # the number may be written in the code
         if not in_order:
             # A module without parameters can be wrapped as a whole, and the outermost
             # such module sees most of the way; ShuffleNetV2's unit is rewritten.
@@ -354,9 +354,9 @@ class Trace:
             bare[-1] = bare[-1] or is_shuffle_unit(modules[-1])
             if any(bare):
                 moved = self._moving.setdefault(node.within[bare.index(True)], [])
-                moved.append(source.tags)
+                moved.append(tags)
             else:
-                self.ledger.widen(source.tags)
+                self.ledger.widen(tags)
         return list(pieces)
 
 

@@ -4,7 +4,7 @@ import itertools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -158,16 +158,12 @@ def _make_pools(
             "these layers cannot be pruned safely; leave them out of the scores, or "
             "give skip_fixed=True, to keep them whole. " + _say_each(refused)
         )
-    pools: list[_Pool] = []
-    for group, parts in zip(graph.groups, find_partial(graph), strict=True):
-        scored = [n for n in group.layers if n in scores]
-        if not scored or (residual == "keep" and group.joined):
-            continue
-        alone = residual == "scatter" and group.joined
-        pools += [
-            _make_pool(graph, group, names, scores, multiple, parts, bool(alone))
-            for names in ([(n,) for n in scored] if alone else [tuple(scored)])
-        ]
+    partial = dict(zip(graph.groups, find_partial(graph), strict=True))
+    pools = [
+        _make_pool(graph, group, members, scores, multiple, partial[group], alone)
+        for group, names, alone in _list_scored(graph, scores, residual)
+        for members in ([(name,) for name in names] if alone else [names])
+    ]
     if multiple > 1 and pools and not any(pool.most for pool in pools):
         raise ValueError(
             f"multiple={multiple}: no layer with scores can keep a smaller multiple of "
@@ -176,17 +172,24 @@ def _make_pools(
     return pools
 
 
+def _list_scored(
+    graph: Graph, scores: Scores, residual: str
+) -> Iterator[tuple[Group, tuple[str, ...], bool]]:
+    """Groups to prune, with their scored layers, and whether each goes by itself."""
+    for group in graph.groups:
+        names = tuple(name for name in group.layers if name in scores)
+        if names and not (residual == "keep" and group.joined):
+            yield group, names, residual == "scatter" and bool(group.joined)
+
+
 def _find_refused(graph: Graph, scores: Scores, residual: str) -> dict[str, str]:
     """The scored layers that cannot be pruned, with the reason."""
     refused: dict[str, str] = {}
-    for group in graph.groups:
-        if residual == "keep" and group.joined:
-            continue
-        alone = residual == "scatter" and group.joined
-        for name in group.layers:
-            if name in scores and group.fixed:
+    for group, names, alone in _list_scored(graph, scores, residual):
+        for name in names:
+            if group.fixed:
                 refused[name] = group.fixed
-            elif name in scores and alone and name not in group.scatterable:
+            elif alone and name not in group.scatterable:
                 refused[name] = (
                     "cannot be scattered, something other than its own BatchNorm "
                     "stands between it and the addition"

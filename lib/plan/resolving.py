@@ -59,7 +59,7 @@ def _check_layer(graph: Graph, name: str, makes: Tensor, reads: Tensor) -> None:
     for side, kept in (("make", makes), ("read", reads)):
         if not bool(kept.any()):
             raise ValueError(f"plan: '{name}' would {side} no channel at all")
-        if layer.groups == 1 or layer.depthwise:
+        if not layer.grouped:
             continue
         counts = kept.view(layer.groups, -1).sum(1).tolist()
         if len(set(counts)) > 1:

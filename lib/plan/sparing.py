@@ -1,5 +1,6 @@
 """What every plan leaves: one channel of each layer, of parts of a stream too."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,19 +13,20 @@ def find_partial(graph: Graph) -> list[list[Tensor]]:
     Those of layers that write or read only some of the units (of a stream that is
     split); any other layer keeps something as long as the group does.
     """
-    owner = torch.full((graph.num_units + 1,), -1)
-    place = torch.full((graph.num_units + 1,), -1)
+    owner, place = np.full((2, graph.num_units + 1), -1)
     for number, group in enumerate(graph.groups):
         for name in group.layers:
             owner[graph.rows[name]] = number
             place[graph.rows[name]] = group.index[name]
     found: list[list[Tensor]] = [[] for _ in graph.groups]
-    for units in (*graph.rows.values(), *graph.columns.values()):
-        (number, *others) = torch.unique(owner[units]).tolist() or [-1]
-        if number >= 0 and not others:
-            part = torch.unique(place[units])
-            if len(part) < graph.groups[number].size:
-                found[number].append(part)
+    for row in (*graph.rows.values(), *graph.columns.values()):
+        units = row.numpy()
+        number = int(owner[units[0]]) if len(units) else -1
+        if number >= 0 and (owner[units] == number).all():
+            part = np.zeros(graph.groups[number].size, dtype=bool)
+            part[place[units]] = True
+            if not part.all():
+                found[number].append(torch.from_numpy(part.nonzero()[0]))
     return found
 
 

@@ -79,9 +79,8 @@ def _find_difference(graph: Graph, kept: Kept, after: DryRun) -> Node | Call | N
     left, units = (kept.units | graph.wide).numpy(), graph.units.numpy()
     before = _Reading(graph.record, surgery, lambda x: _shape_left(x, left, units))
     found = _Reading(after, surgery, lambda x: x.shape)
-    for training in (False, True):
-        if training and len(after.events) == after.evaluated:
-            break  # the one pass reached every layer that is left
+    twice = all(len(r.events) > r.evaluated for r in (graph.record, after))
+    for training in (False, True) if twice else (False,):
         steps = before.list_steps(training), found.list_steps(training)
         for old, new in itertools.zip_longest(*steps):
             if old is None or new is None or old[1] != new[1]:
@@ -204,6 +203,8 @@ class _Reading:
 
 def _list_numbers(node: Node) -> tuple[Any, ...]:
     """The numbers with which an operation runs, but for those that are sizes."""
+    if node.function is None:
+        return node.args
     sizes = SIZES.get(node.op, ())
     own = [_plain(a) for i, a in enumerate(node.args) if i not in sizes]
     named = [(k, _plain(v)) for k, v in node.kwargs.items() if k not in PLACES]
