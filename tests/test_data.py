@@ -124,6 +124,24 @@ def test_import_needs_no_library_that_few_calls_need():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=paths.ROOT)
 
 
+def test_no_thread_imports_a_library(tmp_path):
+    """Those that import one at a time find it half imported, now and then."""
+    write_tree(tmp_path / "own", side=(12, 20))
+    code = f"""
+import builtins, sys, threading
+from lib import data
+def watch(name, *rest, real=builtins.__import__):
+    known = {{*sys.modules}}
+    found = real(name, *rest)
+    new = [n for n in {{*sys.modules}} - known if n.startswith("torch")]
+    assert not new or threading.current_thread() is threading.main_thread(), new
+    return found
+builtins.__import__ = watch
+data.load("own", "train", root={str(tmp_path)!r}, size=8)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=paths.ROOT)
+
+
 # Sets of one's own
 
 

@@ -121,6 +121,9 @@ class Stream:
 
     def load(self) -> Tensor:
         """All pixels, decoded in threads."""
+        # here, for threads that import it at a time can find it half imported
+        import torchvision.transforms.v2  # noqa: F401
+
         pixels = torch.empty(self.shape, dtype=torch.uint8)
 
         def decode(i: int) -> Broken:
