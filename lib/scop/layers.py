@@ -6,8 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lib.graph import Graph, build_graph
-from lib.graph.tracing import Node
+from lib.graph import Graph, Node, build_graph
 from lib.settings import CHW
 
 

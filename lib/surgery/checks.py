@@ -35,6 +35,7 @@ SIZES = {
     "split_with_sizes": (1,),
 }
 PLACES = {"device", "layout", "pin_memory", "memory_format"}  # change no number
+Step = tuple[Any, ...]  # what should be the same in both networks
 
 
 def check_result(
@@ -129,7 +130,7 @@ class _Reading:
         self.numbers = {place: next(self.count) for place in record.images[:1]}
         self.roots: dict[int, int] = {}  # of copies and views: what they are views of
 
-    def list_steps(self, training: bool) -> Iterator[tuple[Node | Call, tuple]]:
+    def list_steps(self, training: bool) -> Iterator[tuple[Node | Call, Step]]:
         """What happens in a pass, and where; views of the same shape do not count."""
         surgery, end = self.surgery, self.record.evaluated
         for event in self.record.events[end:] if training else self.record.events[:end]:
@@ -147,18 +148,18 @@ class _Reading:
 
     def _read_ends(
         self, inputs: tuple[int | None, ...], output: int | None, name: str
-    ) -> tuple:
+    ) -> Step:
         """What surgery took out or put in: what it reads and makes."""
         read = [None if place is None else self._number(place) for place in inputs]
         if output is None:
             return name, read, None
-        if name in self.surgery.kept.dropped:
-            self.roots[output] = self.roots.get(inputs[0], inputs[0])
+        if name in self.surgery.kept.dropped and (source := inputs[0]) is not None:
+            self.roots[output] = self.roots.get(source, source)
         else:
             self._give_number(output)
         return name, read, self.shape_of(self.record.values[output])
 
-    def _read_node(self, node: Node) -> tuple:
+    def _read_node(self, node: Node) -> Step:
         """An operation: with which numbers and on what it runs, and what it makes."""
         read = [self._describe(x) for x in node.operands]
         for place in node.outputs:
@@ -201,7 +202,7 @@ class _Reading:
         return True
 
 
-def _list_numbers(node: Node) -> tuple[Any, ...]:
+def _list_numbers(node: Node) -> Step:
     """The numbers with which an operation runs, but for those that are sizes."""
     if node.function is None:
         return node.args
