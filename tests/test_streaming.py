@@ -219,7 +219,7 @@ def test_broken_files_are_named_and_replaced_within_their_class(broken, capsys):
     assert len(out.splitlines()) <= 1
     mine = broken / "own/train"
     named = [str(mine / n) for n in ("ant/0003.jpg", "ant/0004.jpg", "bee/0005.jpg")]
-    text = str(images.images.faults)
+    text = images.images.source.describe_broken()
     assert all(f"{name}: not a readable image (" in text for name in named)
     assert text.endswith("...: 4 of 60 files cannot be read")
     last = images.subset([6]), images.subset([4, 6, 3])  # none after it, in its part
@@ -562,7 +562,7 @@ def test_damaged_tars_are_one_line(tmp_path, case, shards):
     expected = {
         "huge": "a.jpg claims 1,000,000,000,000 bytes", "link": "no image a.jpg",
         "cut": "train-0.tar: ", "compressed": "not a readable tar",
-        "text": "not a readable tar", "label": "test has label 3, expected 0..2",
+        "text": "not a readable tar", "label": "labels run from 3 to 3, expected 0..2",
     }[case]  # fmt: skip
     if case == "cut":
         file.write_bytes(file.read_bytes()[:1900])

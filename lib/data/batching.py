@@ -49,12 +49,10 @@ def batches(
     that many pixels; None or the native size is no resize. The order and every crop
     depend on (seed, epoch) only, not on the batch size, the device or the number of
     workers; torch's own generators are not touched. Keep the set on `device`
-    (`images.to(device)`) to spare a copy per epoch. Of a set of ImageNet the random
-    crops are of 8 to 100 % of the picture. share: (i, n) gives part i of n of every
-    batch, cut as evenly as it can be, or with `whole` every n-th batch from the i-th
-    on. ValueError: an empty set, an argument out of range, too many broken files.
+    (`images.to(device)`) to spare a copy per epoch. share: (i, n) gives part i of n of
+    every batch, cut as evenly as it can be, or with `whole` every n-th batch from the
+    i-th on. ValueError: an empty set, an argument out of range, too many broken files.
     """
-    batch_size = check_int("batch_size", batch_size, 1)
     start = check_int("start", start, 0)
     count = count_batches(images, batch_size, train=train)
     if resolution is not None:

@@ -6,7 +6,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from lib.data.listing import (
     list_tree,
 )
 from lib.data.pictures import BROKEN_IMAGE, Fit, describe_image, explain
-from lib.data.streaming import SHARE, Faults, Stream
+from lib.data.streaming import Stream
 from lib.settings import check_float
 
 SPLITS = ("train", "test")
@@ -44,10 +44,10 @@ BROKEN_NPZ = (
 class Reading:
     """How folders of images and tar shards are read: see `data.load`."""
 
-    size: int | None = None
-    stream: bool | None = None
-    transforms: Any = None
-    broken: float = SHARE
+    size: int | None
+    stream: bool | None
+    transforms: Any
+    broken: float
 
 
 def read_own(
@@ -93,12 +93,6 @@ def measure(
     return ImageSet(images, labels, classes, folder.name, *rest)
 
 
-def map_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list:
-    """`[function(item) ...]`, in threads: inflating and decoding let go of the GIL."""
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(function, items))
-
-
 # -- npz files -------------------------------------------------------------------------
 
 
@@ -119,16 +113,12 @@ def read_shards(folder: Path, split: str, *, like: ImageSet | None = None) -> Im
     # before reading: a machine out of memory ends the process without a word
     hint = "; image folders and tar shards are streamed"
     check_memory(folder, sum(map(inflated_size, files)), hint)
-    parts = map_threads(read_npz, files)
+    with ThreadPoolExecutor() as pool:  # inflating lets go of the GIL
+        parts = list(pool.map(read_npz, files))
     shape = (parts[0][0] if like is None else like.images).shape[1:]
-    high = 2**31 if like is None else len(like.classes)
     for file, (images, labels) in zip(files, parts, strict=True):
         check_shape(file, images.shape[1:], shape)
-        low, top = labels.min(), labels.max()
-        if low < 0 or top >= high:
-            raise ValueError(
-                f"{file}: labels run from {low} to {top}, expected 0..{high - 1}"
-            )
+        check_labels(file, labels, like)
     images, labels = parts[0]
     if len(parts) > 1:
         images, labels = map(torch.cat, zip(*parts, strict=True))
@@ -158,10 +148,10 @@ def check_memory(where: Path, size: int, hint: str = "") -> None:
 
 def memory_size() -> float:
     """Bytes of memory that the machine has; infinite where it cannot be asked."""
-    names = getattr(os, "sysconf_names", ())  # Windows has none
-    if not {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(names):
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):  # Windows has none
         return math.inf
-    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def read_npz(path: Path) -> tuple[Tensor, Tensor]:
@@ -191,6 +181,16 @@ def check_shape(where: Path, shape: tuple[int, ...], expected: tuple[int, ...]) 
         )
 
 
+def check_labels(where: Path, labels: Tensor, like: ImageSet | None) -> None:
+    """Refuse labels that are no classes of the set."""
+    low, top = int(labels.min()), int(labels.max())
+    high = 2**31 if like is None else len(like.classes)
+    if low < 0 or top >= high:
+        raise ValueError(
+            f"{where}: labels run from {low} to {top}, expected 0..{high - 1}"
+        )
+
+
 def name_classes(folder: Path, labels: Tensor) -> tuple[str, ...]:
     """Names "0".."max"; ValueError for a class without an image."""
     seen = labels.unique()
@@ -211,11 +211,11 @@ def read_pictures(
 ) -> ImageSet:
     """Pictures of `<split>/<class>/*` or of `<split>*.tar`, in memory or streamed."""
     where, source, classes = list_pictures(folder, split, like)
-    faults = Faults(source, how.broken)
+    source.share = how.broken
     imagenet = all(SYNSET.fullmatch(name) for name in classes)
-    fit = find_fit(where, faults, how, imagenet=imagenet, like=like)
+    fit = find_fit(where, source, how, imagenet=imagenet, like=like)
     labels = torch.from_numpy(source.labels.astype(np.int64))
-    images = Stream(source, np.arange(len(source)), fit, faults)
+    images = Stream(source, np.arange(len(source)), fit)
     bytes_needed = len(source) * math.prod(fit.shape)
     stream = how.stream
     if stream is None:
@@ -243,12 +243,9 @@ def list_pictures(
     if shards := find_shards(folder, split, "tar"):
         source = list_shards(folder, shards)
         labels = torch.from_numpy(source.labels)
-        if like is None:
-            return folder, source, name_classes(folder, labels)
-        if (top := int(labels.max())) >= len(like.classes):
-            high = len(like.classes) - 1
-            raise ValueError(f"{folder}: {split} has label {top}, expected 0..{high}")
-        return folder, source, like.classes
+        check_labels(folder / f"{split}*.tar", labels, like)
+        classes = name_classes(folder, labels) if like is None else like.classes
+        return folder, source, classes
     where = next((p for name in TREES[split] if (p := folder / name).is_dir()), None)
     if where is None:
         raise FileNotFoundError(f"{folder / split}: no such folder, nor {split}*.tar")
@@ -263,7 +260,7 @@ def list_pictures(
 
 
 def find_fit(
-    where: Path, faults: Faults, how: Reading, *, imagenet: bool, like: ImageSet | None
+    where: Path, source: Files, how: Reading, *, imagenet: bool, like: ImageSet | None
 ) -> Fit:
     """What all pictures are brought to: one channel only where all are grey."""
     if how.transforms is not None:
@@ -275,18 +272,18 @@ def find_fit(
         return Fit(size, size, 3, round(size * 256 / 224), area=True)
     # A sample tells what the headers of a million pictures would; but grey ones have to
     # be grey without exception, and without `size` all must have one size.
-    count, size = len(faults.source), how.size
-    shapes = scan(faults, np.linspace(0, count - 1, min(64, count)).astype(int))
+    count, size = len(source), how.size
+    shapes = scan(source, np.linspace(0, count - 1, min(64, count)).astype(int))
     channels = max((shape[2] for shape in shapes.values()), default=1)
     if size is None or channels == 1:
-        shapes = scan(faults, np.arange(count))
+        shapes = scan(source, np.arange(count))
         channels = max(shape[2] for shape in shapes.values())
     first, (height, width, _) = next(iter(shapes.items()))
     for i, shape in shapes.items():
         if size is None and shape[:2] != (height, width):
             raise ValueError(
-                f"{faults.source.name(first)} has {height} x {width} pixels, "
-                f"{faults.source.name(i)} {shape[0]} x {shape[1]}; pass size= to bring "
+                f"{source.name(first)} has {height} x {width} pixels, "
+                f"{source.name(i)} {shape[0]} x {shape[1]}; pass size= to bring "
                 "all to one size"
             )
     if like is not None:
@@ -298,19 +295,21 @@ def find_fit(
     return Fit(*shape, shorter=min(shape[:2]))
 
 
-def scan(faults: Faults, numbers: np.ndarray) -> dict[int, tuple[int, int, int]]:
+def scan(source: Files, numbers: np.ndarray) -> dict[int, tuple[int, int, int]]:
     """(H, W, C) of pictures by number, from their headers."""
 
     def describe(i: int) -> Any:
         try:
-            with faults.source.open(i) as file, Image.open(file) as image:
+            with source.open(i) as file, Image.open(file) as image:
                 return describe_image(image)
         except BROKEN_IMAGE as error:
             return explain(error)
 
-    found = dict(zip(numbers.tolist(), map_threads(describe, numbers), strict=True))
-    faults.add((i, reason) for i, reason in found.items() if isinstance(reason, str))
-    return {i: shape for i, shape in found.items() if not isinstance(shape, str)}
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(numbers.tolist(), pool.map(describe, numbers), strict=True))
+    broken = {i: reason for i, reason in found.items() if isinstance(reason, str)}
+    source.add_broken(broken.items())
+    return {i: shape for i, shape in found.items() if i not in broken}
 
 
 def memory_limit() -> float:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,7 @@ class ImageSet:
     """Labelled images of one size; treat the tensors as read-only.
 
     images: uint8 [N, H, W, C], C = 1 or 3: a tensor, or a `Stream` that decodes them
-    from disk. All that training, evaluation and selection use of a set are its fields,
-    the methods here, and `batches`; they mean the same for both.
+    from disk, with the same fields, methods and batches.
     labels: int64 [N], indices into `classes`, in memory in any case.
     mean, std: per channel, of pixels scaled to 0..1. pad: zero padding in pixels of
     the random crop; flip: whether a mirror image keeps its label.
@@ -107,17 +105,15 @@ class ImageSet:
     def scale(self, side: int) -> "ImageSet":
         """The set with images of `side` x `side` pixels, and so much in its name.
 
-        Bilinear, antialiased, rounded to uint8; the padding of crops goes along. The
-        very set where there is nothing to do. ValueError: `side` below 1.
+        The padding of crops goes along. The very set where there is nothing to do.
         """
         side = check_int(f"{self.name}: the side in pixels", side, 1)
         if self.shape[1:] == (side, side):
             return self
-        scale = (
-            self.images.scale if self.streamed else partial(scale_pixels, self.images)
-        )
+        streamed, pixels = self.streamed, self.images
+        scaled = pixels.scale(side) if streamed else scale_pixels(pixels, side)
         pad = round(self.pad * side / self.shape[1])
-        return replace(self, images=scale(side), name=f"{self.name}-{side}px", pad=pad)
+        return replace(self, images=scaled, name=f"{self.name}-{side}px", pad=pad)
 
 
 def split_validation(

