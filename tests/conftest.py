@@ -1,11 +1,12 @@
 """What test files share, how they are spread over processes, and the closing line."""
 
+import multiprocessing
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
-import torch
-from measure_course import course
+from forked_kernels import ForkedKernel
+from jupyter_client.provisioning import local_provisioner
 from nbformat.v4 import new_code_cell
 from nbval.plugin import IPyNbCell
 from xdist.scheduler import LoadScopeScheduling
@@ -39,6 +40,11 @@ SLOW = [
 ]
 
 
+def pytest_configure():
+    """Who starts a kernel, nbval or papermill, gets one of `forked_kernels.py`."""
+    local_provisioner.launch_kernel = ForkedKernel
+
+
 def find_group(path: Path) -> str:
     """The files that one process runs, in order: all of a line of `SLOW`, or one."""
     return next((line for line in SLOW if path.stem in line.split()), path.stem)
@@ -46,6 +52,8 @@ def find_group(path: Path) -> str:
 
 def list_untouched(notebook):
     """Cells behind a notebook's last: unsolved exercises must fail their checks."""
+    from measure_course import course
+
     exercises = course.find_exercises(notebook.nb, notebook.path.stem)
     for exercise in exercises:
         if exercise.checks:
@@ -86,10 +94,20 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture
 def one_thread():
     """One torch thread: for small tensors several would only wait for one another."""
+    import torch  # not by the process that hands out the tests
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """Processes that have all that this one has; a GPU's threads allow no fork."""
+    import torch
+
+    return multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
 
 
 def count_outcomes(reports: dict[str, list], *, notebooks: bool) -> str:

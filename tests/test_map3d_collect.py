@@ -3,8 +3,8 @@
 import copy
 import dataclasses
 import itertools
+import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -446,35 +446,25 @@ def unbroken(model, sets, tmp_path_factory):
         return collect(model, sets, SHORT, epochs=2)
 
 
-KILLED = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-import test_map3d_collect as here
-from lib.train import loop
-model, calls, real = here.models.build("resnet14", in_channels=1), [], loop._run_epoch
-model.load_state_dict(torch.load({weights!r}, weights_only=True))
+def die_in_the_fourth_epoch(model, sets):
+    calls, real = [], loop._run_epoch
 
-def run(*arguments):
-    calls.append(1)
-    if len(calls) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*arguments)
+    def run(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments)
 
-loop._run_epoch = run
-here.collect(model, here.make_sets(), here.SHORT, epochs=2)
-"""
+    loop._run_epoch = run
+    collect(model, sets, SHORT, epochs=2)
 
 
-def test_a_collection_that_was_killed_goes_on(model, sets, unbroken, epochs, tmp_path):
+def test_a_collection_that_was_killed_goes_on(model, sets, unbroken, epochs, forked):
     """SIGKILL in the second of two epochs of the second of three points."""
-    weights = tmp_path / "baseline.pt"
-    torch.save(model.state_dict(), weights)
-    tests = str(Path(__file__).parent)
-    code = KILLED.format(tests=tests, weights=str(weights))
-    ended = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, timeout=500)
-    assert ended.returncode == -signal.SIGKILL
+    child = forked.Process(target=die_in_the_fourth_epoch, args=(model, sets))
+    child.start()
+    child.join(500)
+    assert child.exitcode == -signal.SIGKILL
     assert len(list(points_folder().glob("*/point.json"))) == 1
     assert len(list(points_folder().glob("*/finetune.pt"))) == 2
     same_points(collect(model, sets, SHORT, epochs=2), unbroken)

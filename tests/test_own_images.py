@@ -4,13 +4,8 @@ One of them has its images streamed from disk, by a limit of the memory, and two
 processes that train on them.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
+import papermill
 import pytest
 import torch
 from PIL import Image
@@ -37,39 +32,42 @@ def photographs(tmp_path_factory):
     return root
 
 
-def run_notebook(book, folder, photographs, values, gb=""):
-    """Its text when executed, with its runs in `folder`."""
-    values = values | {"run": f"tiny/{book}", "dataset": "tiny", "size": 24}
-    command = [Path(sys.executable).with_name("papermill"), f"notebooks/{book}.ipynb"]
-    command += [folder / "out.ipynb", "-k", "python3", "--no-progress-bar"]
-    roots = {"PRUNING_DATA": str(photographs), "PRUNING_RUNS": str(folder)}
-    done = subprocess.run(
-        [*map(str, command), "-y", json.dumps(values)], cwd=paths.ROOT,
-        env=os.environ | roots | {"PRUNING_MEMORY": gb}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    metrics = paths.read_json(folder / "tiny" / book / "metrics.json")
-    assert metrics["settings"]["dataset"] == "tiny"
-    return (folder / "out.ipynb").read_text(encoding="utf-8")
+@pytest.fixture
+def run_notebook(photographs, tmp_path, monkeypatch):
+    """`run_notebook(name, values)`: its text when executed, its runs in `tmp_path`."""
+    monkeypatch.setenv("PRUNING_DATA", str(photographs))
+    monkeypatch.setenv("PRUNING_RUNS", str(tmp_path))
+
+    def run(book, values, gb=""):
+        monkeypatch.setenv("PRUNING_MEMORY", gb)
+        values = values | {"run": f"tiny/{book}", "dataset": "tiny", "size": 24}
+        out = tmp_path / "out.ipynb"
+        papermill.execute_notebook(
+            paths.NOTEBOOKS / f"{book}.ipynb", out, values, kernel_name="python3",
+            progress_bar=False, cwd=paths.ROOT,
+        )  # fmt: skip
+        metrics = paths.read_json(tmp_path / "tiny" / book / "metrics.json")
+        assert metrics["settings"]["dataset"] == "tiny"
+        return out.read_text(encoding="utf-8")
+
+    return run
 
 
 @pytest.mark.parametrize("book", ["00_start_here", "10_scop_knockoffs"])
-def test_a_notebook_runs_on_a_small_set(photographs, tmp_path, book):
+def test_a_notebook_runs_on_a_small_set(run_notebook, book):
     declared = settings.declared_parameters(book)
     values = {name: value for name, value in SHORT.items() if name in declared}
-    assert "streamed from disk" not in run_notebook(
-        book, tmp_path, photographs, values)  # fmt: skip
+    assert "streamed from disk" not in run_notebook(book, values)
 
 
 def test_two_processes_on_a_streamed_set_train_as_one_in_memory(
-    photographs, tmp_path, monkeypatch
+    run_notebook, tmp_path, monkeypatch
 ):
     """LeNet, for BatchNorms take the statistics of a process's part."""
     values = {"net": "lenet", "baseline_epochs": 2, "baseline_lr": 0.02}
     values |= {"batch_size": 16, "processes": 2}
-    assert "streamed from disk" in run_notebook(
-        "01_baseline", tmp_path, photographs, values, gb="1e-6")  # fmt: skip
-    monkeypatch.setenv("PRUNING_DATA", str(photographs))
+    assert "streamed from disk" in run_notebook("01_baseline", values, gb="1e-6")
+    monkeypatch.setenv("PRUNING_MEMORY", "")
     monkeypatch.setenv("PRUNING_RUNS", str(tmp_path / "one"))
     sets = stages.load_sets("tiny", size=24, resolution=14)
     recipe = train.Recipe(2, lr=0.02, warmup=1.0, batch_size=16)

@@ -1,7 +1,6 @@
 """Controls: what each arm makes; trainings killed, read back, refused."""
 
 import copy
-import multiprocessing
 import os
 import signal
 from contextlib import nullcontext
@@ -237,10 +236,10 @@ def die_in_the_second_epoch(images, folder):
     build("generator", images, folder=folder)
 
 
-def test_a_training_ended_by_sigkill_ends_the_same(images, arms, tmp_path, capsys):
-    child = multiprocessing.get_context("fork").Process(
-        target=die_in_the_second_epoch, args=(images, tmp_path)
-    )
+def test_a_training_ended_by_sigkill_ends_the_same(
+    images, arms, tmp_path, capsys, forked
+):
+    child = forked.Process(target=die_in_the_second_epoch, args=(images, tmp_path))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL

@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import copy
 import io
-import multiprocessing
 import subprocess
 import sys
 import warnings
@@ -92,20 +91,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("name", CIFAR + VISION)
 def test_shrunk_equals_masked_and_hooked_and_trains(name):
-    model, shape = make(name)
+    """By scores in float64, and by random counts in float32."""
+    dtype = torch.float32 if name == "vgg16_bn" else torch.float64  # 134 M weights
+    model, shape = make(name, dtype)
     scores = baselines.random(model, 0)
     plan = plans.from_scores(model, scores, shape, rate=0.55)
-    small = check(name, model, plan, shape, oracle.images(shape))
+    small = check(name, model, plan, shape, oracle.images(shape, dtype))
     assert type(small) is type(model)
-    assert cost.count(small, shape).macs < cost.count(model, shape).macs
-    oracle.train_step(small, oracle.images(shape))
-
-
-@pytest.mark.parametrize("name", sorted({*CIFAR, *VISION} - {"vgg16_bn"}))
-def test_random_kept_counts_in_float32(name):
-    model, shape = make(name, torch.float32)
-    plan = oracle.random_plan(surgery.channel_groups(model, shape), seed=3)
-    check(name, model, plan, shape, oracle.images(shape, torch.float32))
+    sizes = [sum(p.numel() for p in net.parameters()) for net in (small, model)]
+    assert sizes[0] < 0.8 * sizes[1]
+    oracle.train_step(small, oracle.images(shape, dtype))
+    if dtype == torch.float64:
+        model = model.float()
+        plan = oracle.random_plan(surgery.channel_groups(model, shape), seed=3)
+        check(name, model, plan, shape, oracle.images(shape, torch.float32))
 
 
 @pytest.mark.parametrize("residual", ["tie", "scatter", "keep"])
@@ -126,13 +125,13 @@ def test_every_treatment_of_the_residual_stream(name, scope, residual):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_random_streams_of_the_zero_padded_resnet56(seed):
-    model, shape = make("resnet56")
+def test_random_streams_of_a_zero_padded_resnet(seed):
+    model, shape = make("resnet20")
     groups = surgery.channel_groups(model, shape)
     plan = oracle.random_plan(groups, seed, share=0.9)
     stream = {"conv1", "layer2.0.conv2", "layer3.0.conv2"}
     assert seed or stream & plan.keep.keys()
-    check("resnet56", model, plan, shape, oracle.images(shape))
+    check("resnet20", model, plan, shape, oracle.images(shape))
 
 
 @pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d", "regnet_y_400mf"])
@@ -255,7 +254,9 @@ def test_counts_of_a_thin_lenet_by_hand():
 
 
 def test_counts_of_a_thin_vgg_by_hand():
-    model, shape = make("vgg16_bn", torch.float32)
+    shape = (3, 32, 32)
+    with torch.device("meta"):
+        model = models.build("vgg16_bn")
     convs = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     widths = [17, 33, 40, 41, 90, 91, 92, 7, 8, 9, 10, 11, 12]
     keep = {n: range(w) for n, w in zip(convs, widths, strict=True)}
@@ -538,8 +539,8 @@ def test_nothing_pruned_warns():
 @pytest.mark.parametrize(
     ("name", "residual"),
     [
-        ("resnet20", "tie"),  # padded shortcuts
-        ("resnet20", "scatter"),
+        ("resnet8", "tie"),  # padded shortcuts
+        ("resnet8", "scatter"),
         ("shufflenet_v2_x1_0", "tie"),
         ("caffenet", "tie"),  # response normalisation with gaps
     ],
@@ -550,10 +551,9 @@ def test_on_a_card_as_on_the_cpu(name, residual, apart):
 
 
 @pytest.fixture(scope="module")
-def apart():
+def apart(forked):
     """A process of its own: torch does not forget a card once it was told of one."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=forked) as pool:
         yield pool
 
 
@@ -593,8 +593,8 @@ def plan_on(model, shape, residual, on_card):
     return outputs, first, second
 
 
-def test_the_import_is_light():
-    code = "import sys; from lib import surgery; print(*sys.modules)"
+def test_the_imports_of_surgery_and_of_data_are_light():
+    code = "import sys; from lib import data, surgery; print(*sys.modules)"
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
