@@ -154,9 +154,9 @@ def pad_shortcuts(model: nn.Module, plan: Plan) -> dict[str, list[int]]:
 def recount(model: nn.Module, shape) -> tuple[int, int]:
     """MACs and parameters of a real pass over one image, by torch's own counter."""
     counter = FlopCounterMode(display=False)
-    dtype = next(model.parameters()).dtype
+    parameter = next(model.parameters())
     with torch.no_grad(), counter:
-        model.eval()(torch.zeros(1, *shape, dtype=dtype))
+        model.eval()(parameter.new_zeros(1, *shape))
     return counter.get_total_flops() // 2, sum(p.numel() for p in model.parameters())
 
 

@@ -203,7 +203,7 @@ case "$*" in
     cp "$0" .venv/bin/python3 ;;
   *nms*) echo "${FAKE_TORCH:-}"; test -z "${FAKE_TORCH:-}" ;;
   "-m pip "*) echo "$*" >> pip.calls; echo "${FAKE_PIP:-}"
-    test -z "${FAKE_HANG:-}" || { touch hanging; exec sleep 15; }
+    test -z "${FAKE_HANG:-}" || { touch hanging; exec /bin/sleep 15; }
     test -z "${FAKE_PIP:-}" ;;
 esac
 """
@@ -221,6 +221,7 @@ def setup(tmp_path):
     for name in ("python3", *(f"python3.{minor}" for minor in range(11, 15))):
         write_script(fakes / name, FAKE_PYTHON)
     write_script(fakes / "df", DF.format(free=50))
+    write_script(fakes / "sleep", "#!/bin/sh\nexec /bin/sleep 0.05\n")  # of progress
 
     def run(*arguments, wait=True, **settings):
         environment = {"HOME": str(tmp_path), **settings}

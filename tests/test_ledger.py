@@ -36,6 +36,8 @@ def compute(*claims: dict) -> pd.DataFrame:
 
 
 def test_stored_verdicts_are_what_their_rows_give(stored):
+    """But for sizes, for which networks are built: notebook 41 compares all."""
+    stored = stored[stored["kind"] != "size"]
     assert ledger.list_changes(stored, ledger.compute(stored)) == []
 
 

@@ -40,17 +40,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @functools.cache
 def make(name: str):
-    """The net with the classes of its data set, and its input shape.
-
-    Sizes alone count: the weights of the large ones are whatever is in memory.
-    """
-    in_channels = 1 if name == "lenet" else 3
-    shape = models.input_shape(name, in_channels)
-    if name not in IMAGENET:
-        return models.build(name, in_channels=in_channels), shape
+    """The net with the classes of its data set, no weights, and its input shape."""
+    options = {"in_channels": 1} if name == "lenet" else {}
+    options |= {"num_classes": 1000} if name in IMAGENET else {}
     with torch.device("meta"):
-        model = models.build(name, num_classes=1000)
-    return model.to_empty(device="cpu"), shape
+        model = models.build(name, **options)
+    return model, models.input_shape(name, options.get("in_channels", 3))
 
 
 def shrink_by(model, shape, scores, rate, residual: str = "tie") -> tuple[float, float]:

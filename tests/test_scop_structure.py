@@ -36,10 +36,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @functools.cache
 def make(name: str):
-    """The net with the classes of its data set, and its input shape."""
-    if name in models.names():
-        return models.build(name), CIFAR
-    return models.build(name, num_classes=1000), IMAGENET
+    """The net with the classes of its data set, no weights, and its input shape."""
+    with torch.device("meta"):
+        if name in models.names():
+            return models.build(name), CIFAR
+        return models.build(name, num_classes=1000), IMAGENET
 
 
 def widths(model, names) -> int:

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -539,16 +538,8 @@ def run_and_die(folder, precision, moment, count):
     fit(make_net(), precision=precision, checkpoint=folder / "run.pt")
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Fresh processes that have imported torch already and started no thread pool."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lib.models", "lib.train", "pytest"])
-    return context
-
-
-def start(processes, *arguments):
-    process = processes.Process(target=run_and_die, args=arguments)
+def start(forked, *arguments):
+    process = forked.Process(target=run_and_die, args=arguments)
     process.start()
     return process
 
@@ -560,12 +551,12 @@ def finish(process) -> int:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(processes, tmp_path_factory):
+def uninterrupted(forked, tmp_path_factory):
     """The final checkpoint of a run that nobody stopped, for each precision."""
     found = {}
     for precision in ("float32", "bfloat16") if HAS_BF16 else ("float32",):
         folder = tmp_path_factory.mktemp(precision)
-        assert finish(start(processes, folder, precision, "never", 0)) == 0
+        assert finish(start(forked, folder, precision, "never", 0)) == 0
         found[precision] = train.load_checkpoint(folder / "run.pt")
     return found
 
@@ -576,27 +567,27 @@ MOMENTS = [("step", 1), ("step", 5), ("saved", 1), ("save", 2), ("step", 9)]
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("moment, count", MOMENTS)
 def test_a_killed_run_ends_bit_identical(
-    processes, uninterrupted, tmp_path, precision, moment, count
+    forked, uninterrupted, tmp_path, precision, moment, count
 ):
-    died = finish(start(processes, tmp_path, precision, moment, count))
+    died = finish(start(forked, tmp_path, precision, moment, count))
     assert died == -signal.SIGKILL
     if (tmp_path / "run.pt").exists():  # whole, whatever the moment was
         assert 1 <= len(train.load_checkpoint(tmp_path / "run.pt")["rows"]) < EPOCHS
-    assert finish(start(processes, tmp_path, precision, "never", 0)) == 0
+    assert finish(start(forked, tmp_path, precision, "never", 0)) == 0
     assert_same(uninterrupted[precision], train.load_checkpoint(tmp_path / "run.pt"))
 
 
 def test_a_run_killed_again_and_again_ends_bit_identical(
-    processes, uninterrupted, tmp_path
+    forked, uninterrupted, tmp_path
 ):
     pause, kills = random.Random(0), 0
     for _ in range(5):
-        process = start(processes, tmp_path, "float32", "slow", 0)
+        process = start(forked, tmp_path, "float32", "slow", 0)
         process.join(pause.uniform(0.05, 0.25))
         kills += process.exitcode is None
         process.kill()
         finish(process)
-    assert finish(start(processes, tmp_path, "float32", "never", 0)) == 0
+    assert finish(start(forked, tmp_path, "float32", "never", 0)) == 0
     assert_same(uninterrupted["float32"], train.load_checkpoint(tmp_path / "run.pt"))
     assert kills, "every run ended before its kill: this tested nothing"
 
