@@ -65,12 +65,10 @@ slides:  ## the same as slides for a lecture, below data/runs/slides
 lab: venv  ## open the notebooks in JupyterLab
 	@jupyter lab --LabApp.default_url=/lab/tree/notebooks $(ARGS)
 
-# one run for both, on one thread a process; a fresh folder keeps tests away from yours,
-# and tests/light spares each process a second
+# one run for both, on one thread a process; a fresh folder keeps tests away from yours
 test: venv  ## unit tests, and every committed notebook against its outputs
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
-	PRUNING_RUNS=$$runs PYTHONPATH='$(CURDIR)/tests/light' \
-	TQDM_DISABLE=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
+	PRUNING_RUNS=$$runs TQDM_DISABLE=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
 	  .venv/bin/python -m pytest -q -n "$$CORES" --no-loadscope-reorder \
 	  tests notebooks --ignore=tests/benchmarks --nbval-lax --nbval-current-env \
 	  --nbval-cell-timeout=600 --nbval-kernel-startup-timeout=120 \
