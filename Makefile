@@ -37,7 +37,7 @@ miniature: venv  ## PROFILE=imagenet or cifar10 in small, on generated pictures
 	@.venv/bin/python .ci/miniature.py "$$PROFILE" --cores "$$CORES" $(ARGS)
 
 publish: venv  ## copy a finished profile's figures and rows to where they are committed
-	@.venv/bin/python -m lib.report --profile "$$PROFILE" --publish
+	@.venv/bin/python .ci/publish.py --profile "$$PROFILE" --publish
 
 readme: venv  ## write the measured parts of README.md from the committed rows
 	@.venv/bin/python .ci/readme.py

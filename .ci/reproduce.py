@@ -250,8 +250,8 @@ def run_snakemake(arguments, remote, log):
 
 
 def show_results(profile):
-    report = [sys.executable, "-m", "lib.report", "--profile", profile]
-    if subprocess.call(report, cwd=ROOT) != 0:
+    command = [sys.executable, ".ci/publish.py", "--profile", profile]
+    if subprocess.call(command, cwd=ROOT) != 0:
         say("failed: the results table could not be made (see above)", sys.stderr)
         return 1
     folder = shown(RUNS / profile)

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import lib
-from lib import paths, report, settings
+from lib import paths, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
@@ -145,12 +144,6 @@ def test_an_installed_lib_says_what_is_missing(installed, use):
 def test_an_installed_lib_works_in_folders_of_ones_own(installed, tmp_path):
     assert paths.data_root(tmp_path / "a") == tmp_path / "a"
     assert settings.code_revision() == "unknown"
-
-
-def test_the_report_ends_in_one_line_where_there_is_no_profile(installed, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["report"])
-    with pytest.raises(SystemExit, match=r"^report: lib is installed without"):
-        report.main()
 
 
 # ---- types ----

@@ -16,6 +16,9 @@ from matplotlib.figure import Figure
 from lib import paths, report, settings
 from lib.train import checkpoint
 
+sys.path.append(str(paths.ROOT / ".ci"))
+import publish
+
 RUNS: dict[str, list[settings.Run]] = {}  # what the profile of a test declares
 ENVIRONMENT = {"device": "CPU", "torch": "2.11", "revision": "abc", "python": "3.11"}
 
@@ -55,8 +58,8 @@ ROWS = [
 
 
 def run_main(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["report", *arguments])
-    report.main()
+    monkeypatch.setattr(sys, "argv", ["publish", *arguments])
+    publish.main()
 
 
 # -- rows and tables -------------------------------------------------------------------
@@ -67,16 +70,16 @@ def test_rows_of_all_runs_of_one_profile():
     write_run("toy/02_surgery/seed1", ROWS[1:])
     write_run("toy/00_start_here", [])
     write_run("other/02_surgery", ROWS)
-    rows = report.collect_rows("toy")
+    rows = publish.collect_rows("toy")
     assert rows["after"].tolist() == [80, 82, 87, 70.25]
     assert set(rows["torch"]) == {"2.11"} and set(rows["revision"]) == {"abc"}
-    assert report.collect_rows("none").empty
+    assert publish.collect_rows("none").empty
 
 
 def test_a_rows_own_revision_goes_before_its_runs():
     write_run("toy/a", [make_row(seed=0), make_row(seed=1, revision="earlier")])
     now = ENVIRONMENT["revision"]
-    assert report.collect_rows("toy")["revision"].tolist() == [now, "earlier"]
+    assert publish.collect_rows("toy")["revision"].tolist() == [now, "earlier"]
 
 
 def test_summary_is_mean_and_deviation_over_seeds():
@@ -119,7 +122,7 @@ def test_results_are_drawn_network_by_network():
     rows = [make_row("random", rate=0.5, after=70.0, macs_down=80.0)]
     rows += [make_row(seed=s, rate=r, after=80 + s + 10 * r, macs_down=100 * r)
              for r in (0.25, 0.5) for s in (0, 1)]  # fmt: skip
-    before, after = report.draw_results(pd.DataFrame(rows)).axes
+    before, after = publish.draw_results(pd.DataFrame(rows)).axes
     names = [tick.get_text() for tick in before.get_yticklabels()]
     assert names == ["l1, rate 0.25", "l1, rate 0.5", "random, rate 0.5"]
     means = after.collections[-1].get_offsets()[:, 0]
@@ -156,7 +159,7 @@ def test_summary_keeps_settings_apart(key):
 
 
 def test_table_is_markdown():
-    lines = report.format_table(report.summarise(pd.DataFrame(ROWS))).splitlines()
+    lines = publish.format_table(report.summarise(pd.DataFrame(ROWS))).splitlines()
     assert len(lines) == 4 and {line.count("|") for line in lines} == {15}
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
     assert cells == [
@@ -170,7 +173,7 @@ def test_rows_with_different_columns_share_a_table():
     plain = make_row("scop")
     for key in ("rate", "residual", "epochs"):
         del plain[key]
-    text = report.format_table(report.summarise(pd.DataFrame([*ROWS, plain])))
+    text = publish.format_table(report.summarise(pd.DataFrame([*ROWS, plain])))
     assert "scop" in text
     assert "nan" not in text.lower()
     assert "| 3 |" in text and "| 3.00 |" not in text, "epochs are whole numbers"
@@ -182,7 +185,7 @@ def test_a_run_found_twice_is_not_counted_twice():
     RUNS.clear()
     write_run("toy/02_surgery/seed0", [make_row(seed=0, after=80.0)])
     write_run("toy/02_surgery/seed1", [make_row(seed=1, after=80.0)])
-    table = report.summarise(report.collect_rows("toy"))
+    table = report.summarise(publish.collect_rows("toy"))
     assert table["after"].tolist() == [80.0] and table["n"].tolist() == [2]
 
 
@@ -194,7 +197,7 @@ def test_damaged_metrics_are_one_error_that_names_the_file(content):
     file = write_run("toy/x", ROWS)
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"toy/x/metrics\.json"):
-        report.collect_rows("toy")
+        publish.collect_rows("toy")
 
 
 # -- main ------------------------------------------------------------------------------
@@ -214,7 +217,7 @@ def test_main_prints_and_keeps_and_publishes_only_when_asked(
 ):
     write_run("toy/x", ROWS)
     run_main(monkeypatch, "--profile", "toy")
-    table = report.format_table(report.summarise(pd.DataFrame(ROWS)))
+    table = publish.format_table(report.summarise(pd.DataFrame(ROWS)))
     assert table in capsys.readouterr().out
     folder = paths.runs_root() / "toy"
     assert (folder / "table.md").read_text() == table + "\n"
@@ -236,7 +239,7 @@ def test_published_rows_have_the_agreed_columns(monkeypatch):
     run_main(monkeypatch, "--profile", "toy", "--publish")
     published = pd.read_csv(paths.RESULTS / "toy.csv")
     assert len(published) == 4 and list_files(paths.RESULTS) == ["toy.csv"]
-    wanted = [c for c in report.RESULT_COLUMNS if c in {*ROWS[0], *report.MADE_WITH}]
+    wanted = [c for c in publish.RESULT_COLUMNS if c in {*ROWS[0], *publish.MADE_WITH}]
     assert list(published) == wanted, "in this order, and only those that rows have"
     assert published["after"].tolist() == [80, 82, 87, 70.25]
     assert published["macs"].dtype == "int64"
@@ -290,17 +293,17 @@ def test_points_of_all_runs_are_collected():
     write_run("toy/30/part0", [], points=[make_point("d", 0.9), make_point("d", 0.8)])
     write_run("toy/30/part1", [], points=[make_point("d", 0.7)])
     write_run("toy/02", [{"method": "l1", "after": 1.0}])
-    found = report.collect_rows("toy", kind="points")
+    found = publish.collect_rows("toy", kind="points")
     assert found["d"].tolist() == [0.9, 0.8, 0.7]
     assert set(found["device"]) == {"CPU"} and "after" not in found
-    assert report.collect_rows("toy")["after"].tolist() == [1.0]
+    assert publish.collect_rows("toy")["after"].tolist() == [1.0]
 
 
 @pytest.mark.parametrize("points", [5, [1], ["x"]])
 def test_damaged_points_are_one_error_that_names_the_file(points):
     write_run("toy/30", [], points=points)
     with pytest.raises(ValueError, match=r"toy/30/metrics\.json"):
-        report.collect_rows("toy", kind="points")
+        publish.collect_rows("toy", kind="points")
 
 
 def test_a_profile_with_points_only_is_published(monkeypatch, capsys):
@@ -328,7 +331,7 @@ def test_the_same_shares_of_another_network_are_another_point(other):
     whole = make_point("whole", 1.0)
     write_run("toy/30/a", [], points=[whole])
     write_run("toy/30/b", [], points=[whole | other])
-    report.publish("toy")
+    publish.publish("toy")
     assert len(pd.read_csv(paths.RESULTS / "toy_points.csv")) == 2
 
 
