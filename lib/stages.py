@@ -140,27 +140,27 @@ def recover(
     """Shrink, recalibrate, fine-tune, measure; everything is kept under `run`.
 
     Writes `plan.json` and `finetune.pt`, which together rebuild the network, into a
-    folder named after method, extra columns, epochs and seed. The row has accuracy on
-    the test set before pruning (`base_top1`, in percent), after recalibration over 100
-    batches (`before`) and after fine-tuning (`after`, last epoch; `val` the same on the
-    validation images, for choices), MACs and parameters of the shrunk network, its time
-    (`latency.compare`), what the last epoch was trained with (device, torch and
-    revision; a later run may have taken it up), and the `extra` columns. The images'
-    side is the plan's; an empty plan is that of the unpruned network.
+    folder named after method, `extra` columns, epochs and seed. The row has top-1 in
+    percent, on the test images unpruned (`base_top1`), recalibrated (`before`) and
+    fine-tuned (`after`, last epoch; `val` on the validation images, for choices), MACs
+    and parameters of the shrunk network, its time (`latency.compare`), what the last
+    epoch was trained with, then or now, and `extra`. The images' side is the plan's; an
+    empty plan is that of the unpruned network.
 
     With `scratch` the shrunk network starts from new random weights, drawn from the
     recipe's seed: what the small architecture is worth without the large one's weights.
     A recipe with `distill` has `model` as its teacher. `curve` also measures the
     validation images, before and after every epoch. `graph`: that of `model`, if known.
     """
-    recipe = _at_side(recipe, plan.resolution)
+    side, shape = plan.resolution, sets.train.shape
+    recipe = _at_side(recipe, side)
     tag = "-".join([method, *map(str, extra.values()), f"{recipe.epochs}epochs"])
     folder = run_folder(f"{run}/{tag}-seed{recipe.seed}")
     plan.save(folder / "plan.json")
     small = _start_from(model, plan, sets.train, recipe, graph, scratch)
 
     def measure(images: ImageSet) -> float:
-        return train.evaluate(small, images, resolution=recipe.resolution)["top1"]
+        return train.evaluate(small, images, resolution=side)["top1"]
 
     before = measure(sets.test)
     start = [measure(sets.val)] if curve else []
@@ -169,14 +169,15 @@ def recover(
         checkpoint=folder / "finetune.pt", label=folder.name,
         teacher=model if recipe.distill else None,
     )  # fmt: skip
-    hits = train.find_hits(small, sets.test, resolution=recipe.resolution)
+    hits = train.find_hits(small, sets.test, resolution=side)
+    spent = cost.count(small, (shape[0], side, side) if side else shape)
     row = {
         "method": method, "net": net, "dataset": sets.train.name, "seed": recipe.seed,
         "profile": run.split("/")[0], **extra, "epochs": recipe.epochs,
         "lr": recipe.lr, "base": base_top1, "before": before,
         "after": 100 * float(hits.double().mean()), "val": measure(sets.val),
-        **_count_costs(model, small, sets.train.shape, recipe.resolution),
-        **latency.compare(model, small, sets.train.shape, side=recipe.resolution),
+        **asdict(spent), **spent.down_from(cost.count(model, shape)),
+        **latency.compare(model, small, shape, side=side),
         "seconds": history.seconds, "images_per_s": history.images_per_s,
         "precision": history.precision, **history.made_with,
     }  # fmt: skip
@@ -213,13 +214,6 @@ def _at_side(recipe: Recipe, side: int | None) -> Recipe:
             f"{side or 'the native side'}: leave the recipe's resolution out"
         )
     return replace(recipe, resolution=side)
-
-
-def _count_costs(model: nn.Module, small: nn.Module, shape, side: int | None) -> dict:
-    """MACs and parameters of the shrunk network, and the share that is gone."""
-    spent = cost.count(small, (shape[0], side, side) if side else shape)
-    down = spent.down_from(cost.count(model, shape))
-    return {"macs": spent.macs, "params": spent.params, **down}
 
 
 def write_metrics(

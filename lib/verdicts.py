@@ -79,38 +79,38 @@ def pair_arms(
     """`value` of method `left` minus that of `right`, by base (mean over nested seeds).
 
     `rows` has the columns method, base_id, macs and `value`. Bases that have only one
-    of the two arms are left out. Raises `ValueError` where an arm is missing, where
+    of the two arms are left out; one that has both on several kinds of machine (columns
+    `MACHINE`) is paired within each. Raises `ValueError` where an arm is missing, where
     fewer than two bases are left, where a number is not finite, where the arms differ
     by more than `within` in MACs (a share) or at all in one of the columns `same`, and
-    where a base has both arms, but never on one kind of machine (columns `MACHINE`). A
-    base that has both on several kinds is paired within each.
+    where a base has both arms, but never on one kind of machine.
     """
+    both, names = rows[rows["method"].isin([left, right])], f"{left} - {right}"
     for arm in (left, right):
-        if arm not in set(rows["method"]):
+        if arm not in set(both["method"]):
             raise ValueError(f"no rows of arm '{arm}'")
-    both = rows[rows["method"].isin([left, right])]
     if not np.isfinite(both[value].astype(float)).all():
-        raise ValueError(f"{left} - {right}: '{value}' is not finite everywhere")
+        raise ValueError(f"{names}: '{value}' is not finite everywhere")
     for column in [name for name in same if name in both]:
         if both[column].nunique(dropna=False) > 1:
             found = sorted(map(str, both[column].unique()))
-            raise ValueError(f"{left} - {right}: arms differ in '{column}': {found}")
+            raise ValueError(f"{names}: arms differ in '{column}': {found}")
     work = both.groupby("method")["macs"].mean()
     if abs(work[left] / work[right] - 1) > within:
         raise ValueError(
-            f"{left} - {right}: {work[left]:.0f} against {work[right]:.0f} MACs; "
-            "arms are compared at equal cost"
+            f"{names}: {work[left]:.0f} against {work[right]:.0f} MACs; arms are "
+            "compared at equal cost"
         )
     gaps = pair_all(both, right, value=value)[left].dropna()
     arms = both.groupby("base_id")["method"].nunique()
     apart = set(arms.index[arms == 2]) - set(gaps.index)
     if apart:
         raise ValueError(
-            f"{left} - {right}: base {min(apart)} has them on two kinds of machine "
+            f"{names}: base {min(apart)} has them on two kinds of machine "
             f"({', '.join(MACHINE)}); a base is compared on one machine"
         )
     if len(gaps) < 2:
-        raise ValueError(f"{left} - {right}: {len(gaps)} base(s) in common, needs two")
+        raise ValueError(f"{names}: {len(gaps)} base(s) in common, needs two")
     return gaps
 
 
@@ -147,7 +147,8 @@ def judge(
         table.append({"contrast": row["contrast"], "left": left, "right": right})
         if count_common(rows, left, right) > 1:
             how = {name: row[name] for name in ("within", "value") if name in row}
-            differences[row["contrast"]] = pair_arms(rows, left, right, **how)
+            gaps = pair_arms(rows, left, right, **how)
+            differences[row["contrast"]] = gaps.tolist()
     judged = compare(differences, effect=effect, margin=margin)
     found = {contrast.name: contrast.row for contrast in judged}
     untested = {"n": 0, "verdict": "not tested"}
@@ -209,7 +210,6 @@ def unpack_hits(text: str, count: int) -> np.ndarray:
 def compare(
     differences: Mapping[str, Sequence[float]],
     *,
-    alpha: float = ALPHA,
     effect: float = EFFECT,
     margin: float = MARGIN,
 ) -> list[Contrast]:
@@ -221,11 +221,11 @@ def compare(
     """
     values = {name: _read(name, d) for name, d in differences.items()}
     p = {name: find_p(d) for name, d in values.items()}
-    levels = holm_levels(p, alpha)
+    levels = holm_levels(p)
     found = []
     for name, d in values.items():
         mean, sd, level = float(d.mean()), float(d.std(ddof=1)), levels[name]
-        interval, corrected = interval_of(d, alpha), interval_of(d, level)
+        interval, corrected = interval_of(d), interval_of(d, level)
         verdict = decide(mean, interval, corrected, effect=effect, margin=margin)
         needed = None
         if verdict in ("direction only", "undecided"):
@@ -244,13 +244,12 @@ def holm_levels(p: dict[str, float], alpha: float = ALPHA) -> dict[str, float]:
     From the first that is not below its level on, all keep that level: nothing behind
     it can be rejected (Holm 1979).
     """
-    order = sorted(p, key=p.__getitem__)
-    levels, open_at = {}, None
-    for rank, name in enumerate(order):
-        level = alpha / (len(order) - rank) if open_at is None else open_at
+    levels, stopped = {}, False
+    for rank, name in enumerate(sorted(p, key=p.__getitem__)):
+        if not stopped:
+            level = alpha / (len(p) - rank)
         levels[name] = level
-        if open_at is None and p[name] > level:
-            open_at = level
+        stopped = p[name] > level
     return levels
 
 
@@ -328,16 +327,14 @@ def bootstrap_images(left: np.ndarray, right: np.ndarray) -> tuple[float, float]
     return float(low), float(high)
 
 
-def count_bases_needed(
-    mean: float, sd: float, *, alpha: float = ALPHA, power: float = 0.8
-) -> int | None:
-    """The fewest bases with which a true difference `mean` is seen at `power`.
+def count_bases_needed(mean: float, sd: float, *, alpha: float = ALPHA) -> int | None:
+    """The fewest bases with which a true difference `mean` is seen at a power of .8.
 
     By the noncentral t distribution, two-sided; None where more than 1,000 would be.
     """
     enough = range(2, 1001)
     place = bisect.bisect_left(
-        enough, power, key=lambda n: find_power(mean, sd, n, alpha=alpha)
+        enough, 0.8, key=lambda n: find_power(mean, sd, n, alpha=alpha)
     )
     return enough[place] if place < len(enough) else None
 

@@ -40,7 +40,9 @@ def compute(claims: pd.DataFrame) -> pd.DataFrame:
         twice = claims["id"][claims["id"].duplicated()].iloc[0]
         raise ValueError(f"claim {twice} stands twice in the ledger")
     results: dict[str, dict] = {}
-    families = defaultdict(dict)  # comparisons that are corrected together
+    # comparisons that are corrected together: claim -> question
+    families: dict[tuple, dict[Any, str]] = defaultdict(dict)
+    claim: Any
     for claim in claims.itertuples():
         with _named(claim):
             check_choice("kind", claim.kind, ("contrast", "ranks", *ALONE))
