@@ -18,11 +18,8 @@ import hours
 
 from lib import ledger, paths, report, verdicts
 
-ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-RESULTS = ROOT / "data" / "results"
-NETS = ROOT / "tests" / "benchmarks" / "nets.csv"
-CLAIMS = ROOT / "data" / "published" / "claims.csv"
+README = paths.ROOT / "README.md"
+NETS = paths.ROOT / "tests" / "benchmarks" / "nets.csv"
 MARKED = re.compile(r"(<!-- rows (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NAMES = {
     "l1": "L1 norm", "random": "random", "gamma": "\\|γ\\| alone",
@@ -51,7 +48,7 @@ SHORT = {"l1": "L1", "map": "MAP"}
 
 
 def read(profile):
-    return pd.read_csv(RESULTS / f"{profile}.csv")
+    return pd.read_csv(paths.RESULTS / f"{profile}.csv")
 
 
 def show(values, digits=2):
@@ -119,9 +116,9 @@ def comparison(profile, against="l1", shares=()):
         cells += [f"{own[c].mean():.2f}" if one else "" for c in shares]
         for length in lengths:
             part = half[half["length"] == length]
-            own = part[part["method"] == method]
-            own = report.drop_repeats(own)  # they count in gaps
-            found, bases = own.groupby("base_id")["after"].mean(), counts[length]
+            # repeats on another machine count in gaps alone
+            once = report.drop_repeats(part[part["method"] == method])
+            found, bases = once.groupby("base_id")["after"].mean(), counts[length]
             few = f" ({len(found)} of {bases} bases)" if 0 < len(found) < bases else ""
             cells.append(f"{show(found)}{few}" if len(found) else "")
             cells.append(gap_to(part, method, against))
@@ -171,13 +168,9 @@ def strategies(profile):
     return f"{describe(rows)}\n\n{markdown(head, lines)}"
 
 
-def read_claims():
-    return pd.read_csv(CLAIMS, dtype=str, keep_default_na=False)
-
-
 def findings():
     """Five sentences: one per paper, one on what a criterion decides, one on length."""
-    claims = read_claims()
+    claims = ledger.read("claims")
     lines = []
     for paper, part in claims.groupby("paper", sort=False):
         yes, no = ((part["verdict"] == v).sum() for v in ("reproduced", "contradicted"))
@@ -193,28 +186,27 @@ def findings():
 
 def weigh(rows):
     """What the choice of channels decides beside pruning at all, and beside length."""
-    rows = rows[rows["share"].isin([0.5, 1.0])]
-    anew = rows[rows["method"] == "scratch-compute"].groupby("length")
+    rows = report.drop_repeats(rows[rows["share"].isin([0.5, 1.0])])
+    anew = rows[rows["method"] == "scratch-compute"]
     rows = rows[~rows["method"].str.contains("scratch|distilled")]
-    rows = report.drop_repeats(rows)
-    bases = {n: set(part["base_id"]) for n, part in rows.groupby("length")}
-    bases = {n: found for n, found in bases.items() if len(found) >= ledger.ENOUGH}
-    common = set.intersection(*bases.values())  # means over others are other means
-    tops = {}
-    for length in bases:
+    bases = rows.groupby("length")["base_id"].agg(set)
+    bases = bases[bases.map(len) >= ledger.ENOUGH]
+    common = set.intersection(*bases)  # means over others are other means
+
+    def average(rows, length):
         part = rows[(rows["length"] == length) & rows["base_id"].isin(common)]
         table = part.pivot_table("after", "base_id", "method")
-        tops[length] = table.dropna(axis="columns").mean()
-    last = tops[max(tops)]
+        return table.dropna(axis="columns").mean() if len(table) == len(common) else {}
+
+    tops = {length: average(rows, length) for length in bases.index}
+    first, last = tops[min(tops)], tops[max(tops)]
     pruned = last.drop("unpruned")
     best, least = pruned.idxmax(), pruned.idxmin()
-    first = tops[min(tops)]
+    scratch = average(anew, max(tops))
     told = ""
-    if max(tops) in anew.groups:
-        scratch = anew.get_group(max(tops)).set_index("base_id")["after"]
-        if common <= set(scratch.index):
-            scratch = scratch.loc[sorted(common)].mean()
-            told = f", from scratch with as much compute in all: {scratch:.1f} %"
+    if len(scratch):
+        told = (", from scratch with as much compute in all: "
+                f"{scratch['scratch-compute']:.1f} %")  # fmt: skip
     yield (
         f"Of {len(pruned)} ways to choose channels at half of the MACs none ends above "
         f"{last[best]:.1f} % ({NAMES[best]}) or below {last[least]:.1f} % "
@@ -242,7 +234,7 @@ def tell(claim):
 
 def decided():
     """The claims of all papers that several bases have decided."""
-    claims = read_claims()
+    claims = ledger.read("claims")
     measured = claims[claims["kind"].isin(["contrast", "loss", "ranks", "bound"])]
     measured = measured[measured["n"].replace("", "0").astype(int) > 1]
     done = measured[measured["verdict"] != "undecided"]
