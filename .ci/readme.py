@@ -180,7 +180,7 @@ def findings():
             f"rows in the ledger {yes} are reproduced here, {no} contradicted, and "
             f"{len(part) - yes - no} open."
         )
-    lines += weigh(read("compare_16_cpu"))
+    lines += weigh(ledger.read_rows("compare_16_cpu.csv|compare_16_long_cpu.csv"))
     return "\n".join(f"{place}. {line}" for place, line in enumerate(lines, 1))
 
 
@@ -219,8 +219,22 @@ def weigh(rows):
         yield (
             f"From {min(tops)} to {number(max(tops), 'epoch')} of fine-tuning random "
             f"channels gain {last['random'] - first['random']:.1f} points, and the "
-            f"lead of the L1 norm over them goes from {gaps[0]:.1f} to {gaps[1]:.1f}."
+            f"lead of the L1 norm over them goes from {gaps[0]:.1f} to {gaps[1]:.1f}"
+            f"{lead_later(rows[rows['length'] > max(tops)])}."
         )
+
+
+def lead_later(rows):
+    """The lead of the L1 norm over random channels at lengths with fewer bases."""
+    told = ""
+    for length, part in rows.groupby("length"):
+        table = part.pivot_table("after", "base_id", "method")
+        if {"l1", "random"} <= set(table):
+            leads = (table["l1"] - table["random"]).dropna()
+            if len(leads) > 1:
+                told += (f"; after {number(length, 'epoch')} it is {leads.mean():.1f} "
+                         f"({len(leads)} bases)")  # fmt: skip
+    return told
 
 
 def tell(claim):

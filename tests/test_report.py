@@ -560,6 +560,7 @@ def test_readme_weighs_methods_that_all_bases_have_at_lengths_with_enough(readme
     assert "above 80.0 % (L1 norm) or below 75.0 % (" in best
     assert "90.0 % (means of 6 bases)" in best
     assert "gain 5.0 points" in length and "goes from 10.0 to 5.0" in length
+    assert length.endswith("; after 20 epochs it is 10.0 (5 bases).")
 
 
 # -- blocked by base -------------------------------------------------------------------
