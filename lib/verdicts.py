@@ -327,6 +327,32 @@ def bootstrap_images(left: np.ndarray, right: np.ndarray) -> tuple[float, float]
     return float(low), float(high)
 
 
+def split_variance(rows: pd.DataFrame, *, value: str = "after") -> dict[str, float]:
+    """Variance of `value` from base, selection in base, fine-tuning in selection.
+
+    `rows`: balanced, columns base_id, select_seed, seed and `value`, of one arm. By
+    mean squares (nested analysis of variance); a negative estimate counts as 0. Raises
+    `ValueError` where the design is not balanced or a level has one member only.
+    """
+    nested = rows.groupby("base_id")["select_seed"].rank("dense")  # whatever its name
+    rows = rows.assign(select_seed=nested)
+    counts = rows.groupby(["base_id", "select_seed"]).size().unstack()
+    if counts.isna().any(axis=None) or counts.nunique().max() > 1 or len(counts) < 2:
+        raise ValueError("needs two bases, each with as many runs nested in it")
+    selections, runs = counts.shape[1], int(counts.to_numpy()[0, 0])
+    cells = rows.groupby(["base_id", "select_seed"])[value].mean().unstack()
+    within = rows.groupby(["base_id", "select_seed"])[value].var(ddof=1)
+    fine = float(within.mean()) if runs > 1 else float("nan")
+    select = float(cells.var(axis=1, ddof=1).mean()) if selections > 1 else float("nan")
+    base = float(cells.mean(axis=1).var(ddof=1))
+    parts = {
+        "base": base - (0 if math.isnan(select) else select / selections),
+        "selection": select - (0 if math.isnan(fine) else fine / runs),
+        "finetuning": fine,
+    }
+    return {k: v if math.isnan(v) else max(v, 0.0) for k, v in parts.items()}
+
+
 def count_bases_needed(mean: float, sd: float, *, alpha: float = ALPHA) -> int | None:
     """The fewest bases with which a true difference `mean` is seen at a power of .8.
 

@@ -135,6 +135,29 @@ def test_bootstrap_covers_bases_and_images():
     assert verdicts.bootstrap_images(left, left) == (0, 0)
 
 
+def test_variance_is_split_as_it_was_drawn():
+    draw = np.random.default_rng(3)
+    rows = [
+        {"base_id": b, "select_seed": s, "seed": f,
+         "after": base + select + draw.normal(0, 0.5)}
+        for b in range(300)
+        for base in [draw.normal(0, 2)]
+        for s in range(3)
+        for select in [draw.normal(0, 1)]
+        for f in range(3)
+    ]  # fmt: skip
+    parts = verdicts.split_variance(pd.DataFrame(rows))
+    assert parts["base"] == pytest.approx(4, rel=0.2)
+    assert parts["selection"] == pytest.approx(1, rel=0.15)
+    assert parts["finetuning"] == pytest.approx(0.25, rel=0.1)
+    named = [
+        row | {"select_seed": 10 * row["base_id"] + row["select_seed"]} for row in rows
+    ]
+    assert verdicts.split_variance(pd.DataFrame(named)) == parts, "seeds are nested"
+    with pytest.raises(ValueError, match="two bases"):
+        verdicts.split_variance(pd.DataFrame(rows[:-1]))
+
+
 def test_arms_are_paired_by_base():
     rows = make_rows({"a": [1, 2, 4], "b": [0, 0, 1]})
     again = make_rows({"a": [3, 2, 4]})  # a second fine-tuning of arm a
