@@ -93,7 +93,8 @@ def compare_speeds(file: str, question: str, _margin: float) -> dict[str, Any]:
     values = curves.pivot_table("val", ["method", "epoch"], "base_id")
     best = values.groupby("method").cummax()
     left, right = (best.loc[arm] for arm in arms)
-    goal = np.minimum(left.iloc[-1], right.iloc[-1]).dropna()
+    ends = pd.concat([left.iloc[-1], right.iloc[-1]], axis=1)
+    goal = ends.dropna().min(axis=1)
     if len(goal) < 2:
         return {"n": len(goal), "verdict": "not tested"}
     later = (right[goal.index] < goal).sum() - (left[goal.index] < goal).sum()
