@@ -317,14 +317,19 @@ def test_swap_exchanges_the_masked_columns():
     assert exchange(x, knock, rows)[0].tolist() == [[1, 0, 0], [0, 0, 1]]
 
 
-def test_a_partial_swap_takes_any_columns_but_none_and_all():
-    x, seen = torch.zeros(8, 3), set()
-    for seed in range(30):
-        halves = diagnostics.split_pairs(x, x + 1, swap="partial", seed=seed)
-        mask = halves[1][0, :3]
-        assert torch.equal(halves[1][0, 3:], 1 - mask)
+def test_groups_swap_as_one_unit():
+    groups = torch.tensor([7, 3, 7, 3, 9, 9])
+    x, seen = torch.zeros(8, 6), set()
+    for seed in range(20):
+        halves = diagnostics.split_pairs(
+            x, x + 1, swap="partial", groups=groups, seed=seed
+        )
+        mask = halves[1][0, :6]
+        assert torch.equal(halves[1][0, 6:], 1 - mask)
+        for label in groups.unique():
+            assert len(mask[groups == label].unique()) == 1
         seen.add(tuple(mask.tolist()))
-    assert len(seen) == 6
+    assert len(seen) == 6  # every subset of three groups but none and all
 
 
 def test_the_halves_are_a_partition_of_the_rows():
@@ -337,7 +342,9 @@ def test_the_halves_are_a_partition_of_the_rows():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"swap": "half"}, "swap must be one of"),
+        ({"swap": "half"}, "swap one of"),
+        ({"swap": "partial", "groups": torch.zeros(3)}, "at least two"),
+        ({"swap": "partial", "groups": torch.zeros(2)}, "labels"),
         ({"bandwidths": (1.0, 0.0)}, "positive"),
         ({"bandwidths": ()}, "positive"),
         ({"permutations": 0}, "permutations must lie"),

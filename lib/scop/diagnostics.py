@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lib.graph.watch import modes_kept, recorded
-from lib.messages import check_choice, check_finite, check_known
+from lib.messages import check_finite, check_known
 from lib.scop.controls.base import exchange
 from lib.scop.controls.gaussian import check_covariance
 from lib.settings import check_int
+
+OCTAVES = tuple(2.0**k for k in range(8))  # 1, 2, ..., 128
+SWAPS = ("full", "partial")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ def split_pairs(
     knock: Tensor,
     *,
     swap: str = "full",
+    groups: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """[X', X~'] of a random half of the rows, [X'', X~''] of the other half, swapped.
@@ -48,36 +52,44 @@ def split_pairs(
     x, knock: [n, p]; returned: two float64 [n // 2, 2 p], equally distributed where the
     swap leaves the distribution alone. swap "full": every column; "partial": each with
     probability 1/2, one draw from `seed` for all rows (Romano et al. 2020), but never
-    all or none.
-    ValueError: fewer than 8 rows, an unknown swap, a partial swap of a single column.
+    all or none. groups: int [p], columns with one label swap as one unit.
+    ValueError: fewer than 8 rows, an unknown swap, a partial swap of a single unit.
     """
     if x.dim() != 2 or x.shape != knock.shape:
         raise ValueError(
             "expected x and knock of one shape [n, p], got "
             f"{list(x.shape)} and {list(knock.shape)}"
         )
-    if len(x) < 8:
-        raise ValueError(f"expected at least 8 rows, got {len(x)}")
-    check_choice("swap", swap, ("full", "partial"))
+    if len(x) < 8 or swap not in SWAPS:
+        raise ValueError(
+            f"expected at least 8 rows and swap one of {SWAPS}, got {len(x)} rows and "
+            f"swap={swap!r}"
+        )
     check_finite("the sample", {"x": x, "knock": knock})
     # Halves of the rows, for the same ones before and after a swap are no two samples.
     generator, half = torch.Generator().manual_seed(seed), len(x) // 2
-    mask = _draw_mask(x.shape[1], swap, generator).to(x.device)
+    mask = _draw_mask(x.shape[1], swap, groups, generator).to(x.device)
     order = torch.randperm(len(x), generator=generator).to(x.device)
     x, knock = x.detach().double(), knock.detach().double()
     joint, other = torch.cat([x, knock], 1), torch.cat(exchange(x, knock, mask), 1)
     return joint[order[:half]], other[order[half : 2 * half]]
 
 
-def _draw_mask(p: int, swap: str, generator: torch.Generator) -> Tensor:
-    if swap == "full":
+def _draw_mask(
+    p: int, kind: str, groups: Tensor | None, generator: torch.Generator
+) -> Tensor:
+    if groups is not None and groups.shape != (p,):
+        raise ValueError(f"groups: expected [{p}] labels, got {list(groups.shape)}")
+    if kind == "full":
         return torch.ones(p, dtype=torch.bool)
-    if p < 2:
-        raise ValueError("a partial swap needs at least two columns")
+    labels = torch.arange(p) if groups is None else groups.cpu()
+    units, unit_of = labels.unique(return_inverse=True)
+    if len(units) < 2:
+        raise ValueError("a partial swap needs at least two columns or groups")
     while True:
-        drawn = torch.rand(p, generator=generator) < 0.5
+        drawn = torch.rand(len(units), generator=generator) < 0.5
         if drawn.any() and not drawn.all():
-            return drawn
+            return drawn[unit_of]
 
 
 def two_sample_test(
@@ -85,6 +97,7 @@ def two_sample_test(
     knock: Tensor,
     *,
     swap: str = "full",
+    groups: Tensor | None = None,
     bandwidths: Iterable[float] | None = None,
     permutations: int = 200,
     seed: int = 0,
@@ -92,13 +105,14 @@ def two_sample_test(
     """Whether a swap changes the distribution of [X, X~], by a kernel permutation test.
 
     x, knock: [n, p], rows independent of one another (a batch shuffled in itself is not
-    quite: z comes out low); swaps and errors as in `split_pairs`. The statistic is the
-    unbiased squared MMD (Gretton et al. 2012, lemma 6) for the sum over sigma of
+    quite: z comes out low); halves, `swap`, `groups` as in `split_pairs`. The statistic
+    is the unbiased squared MMD (Gretton et al. 2012, lemma 6) for the sum over sigma of
     exp(-|a - b|^2 / (2 sigma^2)). bandwidths: the sigmas in the data's units; default
     (1, 2, ..., 128) times an eighth of the root mean square distance of the pooled
     rows. Time and memory grow with n^2.
+    ValueError: as `split_pairs`, no positive bandwidth, constant data.
     """
-    pooled = torch.cat(split_pairs(x, knock, swap=swap, seed=seed))
+    pooled = torch.cat(split_pairs(x, knock, swap=swap, groups=groups, seed=seed))
     widths = _choose_bandwidths(pooled, bandwidths)
     check_int("permutations", permutations, 1)
     sides = _permute_sides(len(pooled), permutations, seed).to(pooled)
@@ -127,9 +141,9 @@ def _choose_bandwidths(
     # 2 tr Cov is the mean squared distance of two rows. Of the pooled rows, so that no
     # permutation changes it, and bandwidths chosen by the data leave the test exact.
     unit = float((2 * pooled.var(0).sum()).sqrt()) / 8
-    if not 0 < unit < math.inf:
+    if not 0 < unit < float("inf"):
         raise ValueError("x and knock: expected finite rows that are not all equal")
-    return tuple(unit * 2.0**k for k in range(8))
+    return tuple(unit * octave for octave in OCTAVES)
 
 
 def _permute_sides(rows: int, permutations: int, seed: int) -> Tensor:
@@ -160,14 +174,16 @@ def covariance_gap(
     knock: Tensor,
     *,
     swap: str = "full",
+    groups: Tensor | None = None,
     seed: int = 0,
 ) -> float:
     """|S1 - S2|_F^2 of the joint covariances before and after a swap, unbiased.
 
-    Samples, swaps and errors as in `split_pairs`. Zero in expectation for a knockoff,
-    so of either sign. Li & Chen (2012), in the closed form of Himeno & Yamada (2014).
+    x, knock: [n, p]; halves, swaps and errors as in `split_pairs`. Zero in expectation
+    for a knockoff, so of either sign. Li & Chen (2012), in the closed form of Himeno &
+    Yamada (2014).
     """
-    first, second = split_pairs(x, knock, swap=swap, seed=seed)
+    first, second = split_pairs(x, knock, swap=swap, groups=groups, seed=seed)
     # Multiplied out, as |S|^2 of a sample covariance is too large by its noise. The
     # halves are independent, so that their product needs no such correction.
     one, two = _estimate_energy(first), _estimate_energy(second)
