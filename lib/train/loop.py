@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -102,17 +101,16 @@ def fit(
     notebook.
     """
     recipe = _pick_recipe(recipe, epochs, settings)
-    _check_processes(recipe, train_set, pick_device(device))
-    how: dict[str, Any] = {
-        "recipe": recipe, "checkpoint": checkpoint, "device": device,
-        "cuda_graph": cuda_graph, "label": label, "teacher": teacher, "watch": watch,
-    }  # fmt: skip
-    if recipe.processes == 1 or processes.joined():
-        return _fit_here(model, train_set, val_set, **how)
-    state, history = workers.run(
-        recipe.processes, _fit_there, model, train_set, val_set, **how
+    job = Job(
+        recipe, pick_device(device), checkpoint, cuda_graph, label, teacher, watch
     )
-    _place(model, pick_device(device))
+    _check_processes(recipe, train_set, job.device)
+    if recipe.processes == 1 or processes.joined():
+        return _fit_here(model, train_set, val_set, job)[1]
+    state, history = workers.run(
+        recipe.processes, _fit_here, model, train_set, val_set, job
+    )
+    _place(model, job.device)
     model.load_state_dict(state)
     return history
 
@@ -121,76 +119,70 @@ def _place(model: nn.Module, device: torch.device) -> None:
     model.to(device, memory_format=pick_layout(model, device))
 
 
-def _fit_there(model: nn.Module, *sets, **how) -> tuple[dict, History]:
-    """What a child hands back."""
-    history = _fit_here(model, *sets, **how)
-    return model.state_dict(), history
+@dataclass(frozen=True)
+class Job:
+    """What `fit` was asked for, beside the network and the images."""
+
+    recipe: Recipe
+    device: torch.device
+    checkpoint: str | Path | None
+    cuda_graph: bool | str
+    label: str
+    teacher: nn.Module | None
+    watch: Callable[[nn.Module], dict] | None
 
 
 def _fit_here(
-    model: nn.Module,
-    train_set: ImageSet,
-    val_set: ImageSet | None,
-    *,
-    recipe: Recipe,
-    checkpoint: str | Path | None,
-    device: str | torch.device | None,
-    cuda_graph: bool | str,
-    label: str,
-    teacher: nn.Module | None,
-    watch: Callable[[nn.Module], dict] | None,
-) -> History:
-    """`fit`, as one of the processes of the group or the only one."""
-    device = pick_device(device)
-    teacher, told = _seat_teacher(teacher, recipe, device)
+    model: nn.Module, train_set: ImageSet, val_set: ImageSet | None, job: Job
+) -> tuple[dict, History]:
+    """`fit` as the only process or one of several: the state at the end, and how."""
+    recipe, device = job.recipe, job.device
+    teacher, told = _seat_teacher(job)
     precision = pick_precision(recipe.precision, device, model)
     _place(model, device)
     optimizer = make_optimizer(model, recipe, device)
     identity = _identify(model, recipe, train_set, precision) | told
     processes.check_agreed(identity)
-    rows, before = _resume(checkpoint, identity, model, optimizer)
-    processes.check_agreed({"number of finished epochs": len(rows)})
-    history = History(rows, str(device), precision, resumed=len(rows))
-    history.made_with = _made_here() if len(rows) < recipe.epochs else before
+    rows, before = _resume(job.checkpoint, identity, model, optimizer)
+    done = len(rows)
+    processes.check_agreed({"number of finished epochs": done})
+    history = History(rows, str(device), precision, resumed=done)
+    history.made_with = _made_here() if done < recipe.epochs else before
     update = make_update(
-        model, optimizer, recipe, precision, cuda_graph=cuda_graph, teacher=teacher,
+        model, optimizer, recipe, precision, cuda_graph=job.cuda_graph, teacher=teacher,
         images=max(train_set, val_set or train_set, key=lambda s: len(s.classes)),
     )  # fmt: skip
     steps = count_batches(train_set, recipe.batch_size, train=True)
-    report = Report(recipe, steps, label, done=history.resumed)
+    report = Report(recipe, steps, job.label, done)
     train_set = train_set.to(device)
 
     def keep() -> None:
         checkpoints.save(
-            checkpoint, identity, model=model.state_dict(),
-            optimizer=optimizer.state_dict(), rows=history.rows,
-            made_with=history.made_with,
+            job.checkpoint, identity, model=model.state_dict(),
+            optimizer=optimizer.state_dict(), rows=rows, made_with=history.made_with,
         )  # fmt: skip
 
     norms = processes.norms_synchronised(model, recipe.sync_norms)
     with report, _tuned_convolutions(), norms, modes_kept(model):
-        for epoch in range(history.resumed, recipe.epochs):
+        for epoch in range(done, recipe.epochs):
             row = _run_epoch(train_set, update, epoch, report)
             if val_set is not None:
                 measured = evaluate(model, val_set, resolution=recipe.resolution)
                 row["val_top1"] = measured["top1"]
-            row |= watch(model) if watch else {}
-            history.rows.append(row)
+            row |= job.watch(model) if job.watch else {}
+            rows.append(row)
             keep()
             report.epoch_done(row)
-    if not history.rows:  # what comes after a recipe of no epochs looks for its file
+    if not rows:  # what comes after a recipe of no epochs looks for its file
         keep()
-    return history
+    return model.state_dict(), history
 
 
 # -- checkpoints --------------------------------------------------------------------
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint of `fit`: identity, model, optimizer, rows.
-
-    A missing or damaged file is one error that names it; pickled code is never run.
-    """
+    """Read a checkpoint of `fit`: identity, model, optimizer, rows; see `load`."""
     return checkpoints.load(path, PARTS)
 
 
@@ -314,15 +306,13 @@ def _made_here() -> dict:
     return made | {"device": made["device"] + several}
 
 
-def _seat_teacher(
-    teacher: nn.Module | None, recipe: Recipe, device: torch.device
-) -> tuple[nn.Module | None, dict]:
+def _seat_teacher(job: Job) -> tuple[nn.Module | None, dict]:
     """A copy of the teacher in evaluation on the device, and what identifies it."""
-    if (teacher is None) != (recipe.distill == 0):
+    if (job.teacher is None) != (job.recipe.distill == 0):
         raise ValueError("distill needs a teacher, and a teacher needs distill > 0")
-    if teacher is None:
+    if job.teacher is None:
         return None, {}
-    teacher = copy.deepcopy(teacher).to(device).eval()
+    teacher = copy.deepcopy(job.teacher).to(job.device).eval()
     state = teacher.state_dict().values()
     return teacher, {"teacher": checkpoints.digest_tensors("", *state)}
 

@@ -4,10 +4,10 @@ Several processes deal out the batches one by one and put together what they fou
 that every batch is what it would be in one process.
 """
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -35,14 +35,8 @@ def evaluate(
     With fewer than 6 classes top5 is 100 by definition. ValueError: outputs that are
     not numbers, with the tensor that is to blame.
     """
-    outputs = forward(
-        model, images, resolution=resolution, batch_size=batch_size,
-        share=processes.share(),
-    )  # fmt: skip
-    found = [_count_batch(output, y) for output, y in outputs]
     totals = torch.zeros(3, dtype=torch.float64)
-    found = list(torch.stack(found).cpu()) if found else []
-    for counted in processes.gather(found):
+    for counted in _judge(model, images, _count_batch, resolution, batch_size):
         totals += counted
     loss, top1, top5 = (totals / len(images)).tolist()
     if math.isnan(loss):  # every guess is then the first class
@@ -59,12 +53,35 @@ def find_hits(
     batch_size: int = 500,
 ) -> Tensor:
     """Which images are classified rightly, bool [N] on the CPU; else as `evaluate`."""
+    return torch.cat(_judge(model, images, _find_hits, resolution, batch_size))
+
+
+def _judge(
+    model: nn.Module,
+    images: ImageSet,
+    judge: Callable[[Tensor, Tensor], Tensor],
+    resolution: int | None,
+    batch_size: int,
+) -> list[Tensor]:
+    """`judge(output, labels)` of every batch, on the CPU, whichever process had it."""
     outputs = forward(
         model, images, resolution=resolution, batch_size=batch_size,
         share=processes.share(),
     )  # fmt: skip
-    hits = [(output.argmax(1) == y).cpu() for output, y in outputs]
-    return torch.cat(processes.gather(hits))
+    found = [judge(output, y) for output, y in outputs]  # a GPU need not wait in it
+    return processes.gather([part.cpu() for part in found])
+
+
+def _find_hits(output: Tensor, y: Tensor) -> Tensor:
+    return output.argmax(1) == y
+
+
+def _count_batch(output: Tensor, y: Tensor) -> Tensor:
+    """[sum of losses, hits at rank 1, hits up to rank 5] of one batch."""
+    output = at_least_float32(output)  # the network's own numbers, summed exactly
+    loss = F.cross_entropy(output, y, reduction="sum")
+    ranks = output.topk(min(5, output.shape[1]), dim=1).indices == y[:, None]
+    return torch.stack([loss.double(), ranks[:, 0].sum(), ranks.any(1).sum()])
 
 
 def forward(
@@ -127,10 +144,16 @@ def recalibrate(
     """
     if num_batches is not None:
         num_batches = check_int("num_batches", num_batches, 1)
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    momenta = {norm: norm.momentum for norm in norms if norm.track_running_stats}
-    if not momenta:
+    measured = copy.deepcopy(model).eval()
+    norms = {
+        name: norm.train() for name, norm in measured.named_modules()
+        if isinstance(norm, _BatchNorm) and norm.track_running_stats
+    }  # fmt: skip
+    if not norms:
         return
+    for norm in norms.values():
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
     layout = pick_layout(model, next(model.parameters()).device)
     stream = batches_for(
         model, images, batch_size, train=True, augment=augment, seed=seed,
@@ -138,54 +161,24 @@ def recalibrate(
     )  # fmt: skip
     rank, count = processes.share()
     own = num_batches and len(range(rank, num_batches, count))
-    # torch.optim.swa_utils.update_bn would do, but that it also sets dropout to work
-    # and leaves half a measurement behind when it is stopped.
-    with modes_kept(model), torch.no_grad(), _statistics_measured(momenta):
-        model.eval()
-        for norm in momenta:
-            norm.train()
+    # torch.optim.swa_utils.update_bn would do, but that it sets dropout to work too.
+    with torch.no_grad():
         for x, _ in itertools.islice(stream, own):
-            model(x.contiguous(memory_format=layout))
+            measured(x.contiguous(memory_format=layout))
+    for norm in norms.values():
         # Batches are dealt out whole, so that a mean weighted by their number is what
         # one process would have measured.
-        for norm in momenta:
-            seen = norm.get_buffer("num_batches_tracked")
-            measured = [norm.get_buffer(f"running_{what}") for what in ("mean", "var")]
-            processes.average(measured, int(seen))
-            processes.add(seen)
-        check_finite("the tensor", _list_floats(model))
+        seen = norm.get_buffer("num_batches_tracked")
+        found = [norm.get_buffer(f"running_{what}") for what in ("mean", "var")]
+        processes.average(found, int(seen))
+        processes.add(seen)
+    check_finite("the tensor", _list_floats(measured))
+    for name, norm in norms.items():
+        if norm.num_batches_tracked:
+            model.get_submodule(name).load_state_dict(norm.state_dict())
 
 
 def _list_floats(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers that can be NaN, by name."""
     state = model.state_dict()
     return {name: value for name, value in state.items() if value.is_floating_point()}
-
-
-@contextmanager
-def _statistics_measured(momenta: dict) -> Iterator[None]:
-    """BatchNorms average anew while inside; what was not measured is put back."""
-    before = {
-        norm: [(b, b.clone()) for b in norm._buffers.values() if b is not None]
-        for norm in momenta
-    }
-    measured: set[nn.Module] = set()
-    try:
-        for norm in momenta:
-            norm.reset_running_stats()
-            norm.momentum = None  # a cumulative average
-        yield
-        measured = {norm for norm in momenta if int(norm.num_batches_tracked)}
-    finally:
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
-            for buffer, kept in before[norm] if norm not in measured else ():
-                buffer.copy_(kept)
-
-
-def _count_batch(output: Tensor, y: Tensor) -> Tensor:
-    """[sum of losses, hits at rank 1, hits up to rank 5] of one batch."""
-    output = at_least_float32(output)  # the network's own numbers, summed exactly
-    loss = F.cross_entropy(output, y, reduction="sum")
-    ranks = output.topk(min(5, output.shape[1]), dim=1).indices == y[:, None]
-    return torch.stack([loss.double(), ranks[:, 0].sum(), ranks.any(1).sum()])

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,10 +83,7 @@ def first_ahead() -> Iterator[None]:
 
 def check_agreed(facts: dict) -> None:
     """ValueError, by name, where a fact is not the same in every process."""
-    if count() == 1:
-        return
-    told: list = [None] * count()
-    dist.all_gather_object(told, facts)
+    told = _hand_round(facts)
     differs = [name for name in facts if any(o.get(name) != facts[name] for o in told)]
     if differs:
         raise ValueError(
@@ -96,12 +94,17 @@ def check_agreed(facts: dict) -> None:
 
 def gather(items: list) -> list:
     """The whole of a sequence of which each process has every `count()`-th item."""
-    if count() == 1:
-        return items
-    hands: list = [None] * count()
-    dist.all_gather_object(hands, items)
-    dealt = itertools.zip_longest(*hands)
+    dealt = itertools.zip_longest(*_hand_round(items))
     return [item for turn in dealt for item in turn if item is not None]
+
+
+def _hand_round(mine: Any) -> list:
+    """What each process has, in order of their numbers."""
+    if count() == 1:
+        return [mine]
+    hands = [None] * count()
+    dist.all_gather_object(hands, mine)
+    return hands
 
 
 def add(*tensors: Tensor) -> None:

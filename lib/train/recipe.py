@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 
 import torch
 from torch import nn
@@ -30,27 +30,33 @@ class Checked:
 
     def __post_init__(self):
         for entry in fields(self):
-            value = _check(entry, getattr(self, entry.name))
-            object.__setattr__(self, entry.name, value)
+            name, rule = entry.name, entry.metadata["rule"]
+            value = getattr(self, name)
+            if isinstance(entry.default, tuple):
+                if not isinstance(value, (list, tuple)):
+                    raise ValueError(
+                        f"{name} must be a tuple of numbers, got {value!r}"
+                    )
+                value = tuple(check_rule(name, item, rule) for item in value)
+            elif value is not None or entry.default is not None:
+                value = check_rule(name, value, rule)
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)
 class Recipe(Checked):
     """Settings of one training run; bad ones are refused in one line.
 
-    epochs: passes over the training set. lr: peak learning rate. batch_size: images a
-    step. optimizer: "sgd" (Nesterov momentum) or "adam" (`adam_betas`). schedule:
-    "cosine" to zero, "step" (times `gamma` at each of `milestones`, in epochs) or
-    "constant". warmup: epochs of linear increase. weight_decay: on all parameters, or
-    without norms and biases when `decay_norms` is False. distill: weight of a teacher's
-    softened answers, at `temperature`, in the loss (Hinton et al. 2015). resolution:
-    side of the images in pixels, None for their own. augment: random crop and flip.
-    precision: "auto" (bfloat16 where the hardware has it), "float32" or "bfloat16".
-    seed: order, crops, dropout.
-
-    processes: how many train together, each on its part of every batch; see
-    `train.fit`. sync_norms: on GPUs, BatchNorms take the statistics of the whole batch
-    rather than of each process's part.
+    lr: peak learning rate. batch_size: images a step. optimizer: "sgd" (Nesterov
+    momentum) or "adam" (`adam_betas`). schedule: "cosine" to zero, "step" (times
+    `gamma` at each of `milestones`, in epochs) or "constant". warmup: epochs of linear
+    increase. weight_decay: on all parameters, or without norms and biases when
+    `decay_norms` is False. distill: weight of a teacher's softened answers, at
+    `temperature`, in the loss (Hinton et al. 2015). resolution: side of the images in
+    pixels, None for their own. augment: random crop and flip. precision: "auto"
+    (bfloat16 where the hardware has it), "float32" or "bfloat16". seed: order, crops,
+    dropout. processes: see `train.fit`. sync_norms: on GPUs, BatchNorms take the
+    statistics of the whole batch rather than of each process's part.
     """
 
     epochs: int = setting(kind=int, low=0)
@@ -111,17 +117,6 @@ class Recipe(Checked):
         ]
         parts = [f"{self.epochs}epochs", f"lr{self.lr:g}", *changed, f"seed{self.seed}"]
         return "-".join(parts)
-
-
-def _check(entry: Field, value):
-    name, rule = entry.name, entry.metadata["rule"]
-    if isinstance(entry.default, tuple):
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{name} must be a tuple of numbers, got {value!r}")
-        return tuple(check_rule(name, item, rule) for item in value)
-    if value is None and entry.default is None:
-        return None
-    return check_rule(name, value, rule)
 
 
 def _show(value) -> str:

@@ -16,7 +16,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from lib.settings import use_threads
 from lib.train import processes
 
 GRACE = 5.0  # seconds in which those let down by a failed one see it for themselves
-NOT_HANDED = AttributeError, ImportError, TypeError, pickle.PicklingError
 
 
 def run(count: int, function: Callable, *arguments, **options) -> Any:
@@ -39,12 +39,10 @@ def run(count: int, function: Callable, *arguments, **options) -> Any:
     """
     folder = Path(tempfile.mkdtemp(prefix="processes-"))
     children: list[subprocess.Popen] = []
+    call = torch.get_num_threads(), count, function, arguments, options
     try:
-        try:
-            call = count, function, arguments, options
-            torch.save((torch.get_num_threads(), *call), folder / "call.pt")
-        except NOT_HANDED as error:
-            raise ValueError(_refuse(error)) from None
+        with _handing_over():
+            torch.save(call, folder / "call.pt")
         for rank in range(count):
             children.append(_start(folder, rank))
         _wait(children, folder)
@@ -56,11 +54,15 @@ def run(count: int, function: Callable, *arguments, **options) -> Any:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _refuse(error: Exception) -> str:
-    return (
-        f"several processes cannot be handed this call ({error}): networks and "
-        "functions must come from a module, not from a notebook or a local scope"
-    )
+@contextmanager
+def _handing_over() -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, ImportError, TypeError, pickle.PicklingError) as error:
+        raise ValueError(
+            f"several processes cannot be handed this call ({error}): networks and "
+            "functions must come from a module, not from a notebook or a local scope"
+        ) from None
 
 
 def _start(folder: Path, rank: int) -> subprocess.Popen:
@@ -105,31 +107,25 @@ def _pass_on(lines) -> None:
 
 def _explain(codes: list[int | None], folder: Path) -> Exception:
     """The error that came first; the others are those of processes left alone."""
-    told = {}
-    for rank in range(len(codes)):
-        file = folder / f"failed{rank}.json"
-        if file.is_file():
-            told[rank] = json.loads(file.read_text(encoding="utf-8"))
+    told = []
     for rank, code in enumerate(codes):
-        who = f"process {rank} of {len(codes)}"
+        who, file = f"process {rank} of {len(codes)}", folder / f"failed{rank}.json"
         if code and code < 0:
             return RuntimeError(
                 f"{who} was ended by {signal.Signals(-code).name}; the same call goes "
                 "on after the last epoch that its checkpoint has"
             )
-        if code and rank not in told:
+        if file.is_file():
+            told.append({"who": who, **json.loads(file.read_text(encoding="utf-8"))})
+        elif code:
             words = (folder / f"lines{rank}").read_text(errors="replace").split("\n")
             last = next((line for line in reversed(words) if line.strip()), "no word")
             return RuntimeError(f"{who} ended with code {code}: {last}")
-    rank, first = min(told.items(), key=lambda item: item[1]["moment"])
+    first = min(told, key=lambda facts: facts["moment"])
     kind = getattr(builtins, first["kind"], Exception)
-    if issubclass(kind, ValueError):
-        return ValueError(first["text"])
-    if issubclass(kind, OSError):
-        return kind(first["text"])
-    error = RuntimeError(
-        f"process {rank} of {len(codes)}: {first['kind']}: {first['text']}"
-    )
+    if issubclass(kind, ValueError | OSError):
+        return (ValueError if issubclass(kind, ValueError) else kind)(first["text"])
+    error = RuntimeError(f"{first['who']}: {first['kind']}: {first['text']}")
     error.add_note(first["trace"])
     return error
 
@@ -139,12 +135,8 @@ def work(folder: str, rank: int, parent: int) -> None:
     watch = threading.Thread(target=_end_with, args=(parent, folder), daemon=True)
     watch.start()
     try:
-        try:
-            call = torch.load(
-                Path(folder, "call.pt"), "cpu", mmap=True, weights_only=False
-            )
-        except NOT_HANDED as error:
-            raise ValueError(_refuse(error)) from None
+        with _handing_over():
+            call = torch.load(f"{folder}/call.pt", "cpu", mmap=True, weights_only=False)
         threads, count, function, arguments, options = call
         use_threads(threads)
         with processes.join(rank, count, Path(folder, "store")):
