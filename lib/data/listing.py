@@ -6,6 +6,7 @@ import os
 import re
 import tarfile
 import tempfile
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,13 +29,17 @@ class Names:
     """Many names, as one array of bytes.
 
     A million strings would take more memory than their characters, and be copied into
-    every worker as reference counts touch them.
+    every worker as reference counts touch them. Listing a million peaks at 70 MiB
+    (`tests/benchmarks/streaming.csv`).
     """
 
     def __init__(self, names: Iterable[str]):
-        encoded = [os.fsencode(name) for name in names]
-        self.text = np.frombuffer(b"".join(encoded), np.uint8)
-        self.ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        text, ends = bytearray(), array("q")
+        for name in names:
+            text += os.fsencode(name)
+            ends.append(len(text))
+        self.text = np.frombuffer(bytes(text), np.uint8)
+        self.ends = np.array(ends, np.int64)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -112,29 +117,36 @@ def list_tree(folder: Path) -> tuple[Files, tuple[str, ...]]:
     A class is a folder, with all below it. Hidden files and folders are none
     (torchvision's ImageFolder takes them up); what else is no image is named in print.
     """
-    entries = sorted(folder.glob("[!.]*"))
-    classes = tuple(path.name for path in entries if path.is_dir())
-    others = [path.name for path in entries if path.is_file()]
-    names: list[str] = []
-    counts = []
-    for name in classes:
-        inner = sorted(walk(folder / name), key=lambda file: file.split("/"))
-        images = [f"{name}/{file}" for file in inner if is_image(file)]
-        others += [f"{name}/{file}" for file in inner if not is_image(file)]
-        if not images:
-            raise ValueError(
-                f"{folder / name}: no image ({', '.join(SUFFIXES)}) in it; class "
-                f"{name!r} needs one"
-            )
-        names += images
-        counts.append(len(images))
-    if not names:
+    classes = tuple(p.name for p in sorted(folder.glob("[!.]*")) if p.is_dir())
+    others = [p.name for p in sorted(folder.glob("[!.]*")) if p.is_file()]
+    left, counts = len(others), np.zeros(len(classes), np.int64)
+    del others[5:]
+
+    def find() -> Iterator[str]:
+        nonlocal left
+        for label, name in enumerate(classes):
+            for inner in sorted(walk(folder / name), key=lambda x: x.split("/")):
+                if is_image(inner):
+                    counts[label] += 1
+                    yield f"{name}/{inner}"
+                else:
+                    left += 1
+                    others.extend([f"{name}/{inner}"][: 5 - len(others)])
+            if not counts[label]:
+                raise ValueError(
+                    f"{folder / name}: no image ({', '.join(SUFFIXES)}) in it; class "
+                    f"{name!r} needs one"
+                )
+
+    names = Names(find())
+    if not len(names):
         raise FileNotFoundError(f"{folder}: no class folders, expected <class>/*.png")
-    if others:
-        shown = ", ".join(others[:5]) + ", ..." * (len(others) > 5)
-        print(f"{folder}: left out {len(others)} files, no images: {shown}")
+    if left:
+        rest = ", ..." if left > len(others) else ""
+        shown = ", ".join(others)
+        print(f"{folder}: left out {left} files, no images: {shown}{rest}")
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    return Files(folder, Names(names), labels), classes
+    return Files(folder, names, labels), classes
 
 
 def is_image(name: str) -> bool:
