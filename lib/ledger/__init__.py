@@ -17,6 +17,8 @@ ranks      of `data/results`       `LEFT - RIGHT`, rank correlations, mean over 
                                    or leads, which are differences in points already
 bound      of `data/results`       `ARM: COLUMN`: the largest of a base is at most
                                    `margin`; ARM `any`: the best arm of each base
+speed      of `data/results`       `LEFT - RIGHT`: epochs that RIGHT needs more to the
+                                   accuracy that both reach
 size       of `data/published`     `net=NET [variant=] rate= [layers=] [quantity=]`
 latency    of `data/results`       `column=value ...`, the networks timed in runtimes
 test       a file of `tests`       the test that decides
