@@ -402,20 +402,23 @@ def test_probes_see_images_of_the_size_last_trained_at(model, sets, monkeypatch)
 
 
 def test_a_network_is_traced_once_a_point_and_once_a_space(model, sets, monkeypatch):
-    traced, real = [], structure.trace
+    traced, real = [], structure.run_dry
 
-    def trace(*arguments):
+    def run_dry(*arguments):
         traced.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(structure, "trace", trace)
+    monkeypatch.setattr(structure, "run_dry", run_dry)
     space = make_space(model)
     assert len(traced) == 1
     collect(model, sets, SHORT, space=space, epochs=0)
     assert len(traced) == 1 + 3, "a point plans and shrinks by one graph"
     make_space(model, graph=space.graph)
-    space.lattice(model)
     assert len(traced) == 1 + 3, "the space's own graph serves"
+    space.lattice(model)
+    assert len(traced) == 1 + 3 + len(space.sides()), (
+        "positions are counted side by side"
+    )
 
 
 def test_a_collection_reads_no_test_image(model, sets):

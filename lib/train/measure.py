@@ -4,10 +4,10 @@ Several processes deal out the batches one by one and put together what they fou
 that every batch is what it would be in one process.
 """
 
-import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -144,16 +144,10 @@ def recalibrate(
     """
     if num_batches is not None:
         num_batches = check_int("num_batches", num_batches, 1)
-    measured = copy.deepcopy(model).eval()
-    norms = {
-        name: norm.train() for name, norm in measured.named_modules()
-        if isinstance(norm, _BatchNorm) and norm.track_running_stats
-    }  # fmt: skip
-    if not norms:
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    momenta = {norm: norm.momentum for norm in norms if norm.track_running_stats}
+    if not momenta:
         return
-    for norm in norms.values():
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
     layout = pick_layout(model, next(model.parameters()).device)
     stream = batches_for(
         model, images, batch_size, train=True, augment=augment, seed=seed,
@@ -161,24 +155,46 @@ def recalibrate(
     )  # fmt: skip
     rank, count = processes.share()
     own = num_batches and len(range(rank, num_batches, count))
-    # torch.optim.swa_utils.update_bn would do, but that it sets dropout to work too.
-    with torch.no_grad():
+    # torch.optim.swa_utils.update_bn would do, but that it also sets dropout to work
+    # and leaves half a measurement behind when it is stopped.
+    with modes_kept(model), torch.no_grad(), _statistics_measured(momenta):
+        model.eval()
+        for norm in momenta:
+            norm.train()
         for x, _ in itertools.islice(stream, own):
-            measured(x.contiguous(memory_format=layout))
-    for norm in norms.values():
+            model(x.contiguous(memory_format=layout))
         # Batches are dealt out whole, so that a mean weighted by their number is what
         # one process would have measured.
-        seen = norm.get_buffer("num_batches_tracked")
-        found = [norm.get_buffer(f"running_{what}") for what in ("mean", "var")]
-        processes.average(found, int(seen))
-        processes.add(seen)
-    check_finite("the tensor", _list_floats(measured))
-    for name, norm in norms.items():
-        if norm.num_batches_tracked:
-            model.get_submodule(name).load_state_dict(norm.state_dict())
+        for norm in momenta:
+            seen = norm.get_buffer("num_batches_tracked")
+            measured = [norm.get_buffer(f"running_{what}") for what in ("mean", "var")]
+            processes.average(measured, int(seen))
+            processes.add(seen)
+        check_finite("the tensor", _list_floats(model))
 
 
 def _list_floats(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers that can be NaN, by name."""
     state = model.state_dict()
     return {name: value for name, value in state.items() if value.is_floating_point()}
+
+
+@contextmanager
+def _statistics_measured(momenta: dict) -> Iterator[None]:
+    """BatchNorms average anew while inside; what was not measured is put back."""
+    before = {
+        norm: [(b, b.clone()) for b in norm._buffers.values() if b is not None]
+        for norm in momenta
+    }
+    measured: set[nn.Module] = set()
+    try:
+        for norm in momenta:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average
+        yield
+        measured = {norm for norm in momenta if int(norm.num_batches_tracked)}
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+            for buffer, kept in before[norm] if norm not in measured else ():
+                buffer.copy_(kept)
