@@ -139,9 +139,9 @@ def print_results(profile: str) -> None:
     print(
         "base, before, after: top-1 on the test set in percent, unpruned, pruned and\n"
         "recalibrated, fine-tuned (last epoch); macs_down, params_down: reduction in\n"
-        "percent, 1 MAC = 1 multiply-add of a convolution or linear layer; n: seeds;\n"
-        "ms, time_share: milliseconds of the CPU for 8 images on one thread, and over\n"
-        "those of the unpruned network."
+        "percent, 1 MAC = 1 multiply-add of a convolution or linear layer; n: seeds\n"
+        "or bases; ms, time_share: milliseconds of the CPU for 8 images on one\n"
+        "thread, and over those of the unpruned network."
     )
     folder = stages.profile_folder(profile)
     paths.write_text(folder / "table.md", table + "\n")

@@ -220,20 +220,23 @@ def weigh(rows):
             f"From {min(tops)} to {number(max(tops), 'epoch')} of fine-tuning random "
             f"channels gain {last['random'] - first['random']:.1f} points, and the "
             f"lead of the L1 norm over them goes from {gaps[0]:.1f} to {gaps[1]:.1f}"
-            f"{lead_later(rows[rows['length'] > max(tops)])}."
+            f"{follow_lead(rows, max(tops))}."
         )
 
 
-def lead_later(rows):
-    """The lead of the L1 norm over random channels at lengths with fewer bases."""
+def follow_lead(rows, short):
+    """The lead of the L1 norm over random channels on bases that have more epochs."""
+    both = rows[rows["method"].isin(["l1", "random"])]
+    table = both.pivot_table("after", ["length", "base_id"], "method")
+    leads = (table["l1"] - table["random"]).unstack("length")
     told = ""
-    for length, part in rows.groupby("length"):
-        table = part.pivot_table("after", "base_id", "method")
-        if {"l1", "random"} <= set(table):
-            leads = (table["l1"] - table["random"]).dropna()
-            if len(leads) > 1:
-                told += (f"; after {number(length, 'epoch')} it is {leads.mean():.1f} "
-                         f"({len(leads)} bases)")  # fmt: skip
+    for length in leads.columns[leads.columns > short]:
+        pairs = leads[[short, length]].dropna()
+        if len(pairs) > 1:
+            before, then = pairs.mean()
+            epochs = number(length, "epoch")
+            told += f"; on the {len(pairs)} bases that have {epochs}, "
+            told += f"from {before:.1f} to {then:.1f}"
     return told
 
 

@@ -35,11 +35,14 @@ def _average(rows: pd.DataFrame, keys: list[str], columns: list[str]) -> pd.Data
 
     Of several networks on one seed or base its mean counts.
     """
-    again = "base_id" if "base_id" in rows else "seed"
-    grouped = rows.groupby([*keys, again], sort=False, dropna=False, as_index=False)
+    unit = rows["seed"]
+    if "base_id" in rows:  # of a profile some notebooks have bases, others seeds
+        unit = rows["base_id"].fillna(unit)
+    rows = rows.assign(unit=unit)
+    grouped = rows.groupby([*keys, "unit"], sort=False, dropna=False, as_index=False)
     once = grouped.mean(numeric_only=True).groupby(keys, sort=False, dropna=False)
     told = {name: (name, "mean") for name in columns} | {"sd": ("after", "std")}
-    return once.agg(n=(again, "nunique"), **told)
+    return once.agg(n=("unit", "nunique"), **told)
 
 
 def list_gaps(rows: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:

@@ -118,6 +118,15 @@ def test_times_are_averaged_where_rows_have_them():
     assert "ms" not in report.summarise(pd.DataFrame(ROWS))
 
 
+def test_seeds_count_where_other_rows_of_the_profile_have_bases():
+    """The quick profile: notebook 22 has seeds, notebook 40 a base."""
+    seeds = [make_row(seed=seed, after=80.0 + seed) for seed in range(3)]
+    base = make_row("random", seed=0, base_id=0, after=70.0)
+    table = report.summarise(pd.DataFrame([*seeds, base])).set_index("method")
+    assert table["n"].tolist() == [3, 1]
+    assert table.loc["l1", ["after", "sd"]].tolist() == [81.0, 1.0]
+
+
 def test_results_are_drawn_network_by_network():
     rows = [make_row("random", rate=0.5, after=70.0, macs_down=80.0)]
     rows += [make_row(seed=s, rate=r, after=80 + s + 10 * r, macs_down=100 * r)
@@ -560,7 +569,7 @@ def test_readme_weighs_methods_that_all_bases_have_at_lengths_with_enough(readme
     assert "above 80.0 % (L1 norm) or below 75.0 % (" in best
     assert "90.0 % (means of 6 bases)" in best
     assert "gain 5.0 points" in length and "goes from 10.0 to 5.0" in length
-    assert length.endswith("; after 20 epochs it is 10.0 (5 bases).")
+    assert length.endswith("; on the 5 bases that have 20 epochs, from 5.0 to 10.0.")
 
 
 # -- blocked by base -------------------------------------------------------------------
