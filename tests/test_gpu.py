@@ -1,12 +1,14 @@
 """`make gpu` rehearsed without a GPU: rows, resuming, faults, dying processes."""
 
 import argparse
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 GPU = Path(__file__).with_name("gpu")
 sys.path.append(str(GPU))
@@ -14,15 +16,24 @@ import run  # noqa: E402
 import steps  # noqa: E402
 
 
-def rehearse(out: Path, *only: str, bases: Path | None = None):
+def rehearse(out: Path, *only: str):
     """The command as `make gpu` calls it, on the CPU; exit status, rows, output."""
     command = [sys.executable, GPU / "run.py", "--device", "cpu", "--small"]
-    command += ["--minutes", "5", "--out", out, "--bases", bases or out / "none"]
-    made = subprocess.run([*command, "--only", *only], capture_output=True, text=True)
+    command += ["--minutes", "5", "--out", out, "--bases", out / "none"]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    made = subprocess.run([*command, "--only", *only], env=os.environ | threads,
+                          capture_output=True, text=True)  # fmt: skip
     return made.returncode, run.read_rows(out / "gpu.csv"), made.stdout + made.stderr
 
 
-def test_rehearsal_finds_every_check_fine_and_is_not_repeated(tmp_path):
+def go_on(out: Path, *only: str):
+    """What its child does, in this process; status and rows."""
+    options = argparse.Namespace(device="cpu", small=True, out=out, bases=out,
+                                 only=only, until=time.time() + 300)  # fmt: skip
+    return run.run_steps(options), run.read_rows(out / "gpu.csv")
+
+
+def test_rehearsal_finds_every_check_fine_and_is_not_repeated(tmp_path, capsys):
     names = ["surgery_of_nets", "counted_costs", "stream_of_batches", "captured_step",
              "evaluation", "worth_of_channels"]  # fmt: skip
     code, rows, said = rehearse(tmp_path, *names)
@@ -33,16 +44,17 @@ def test_rehearsal_finds_every_check_fine_and_is_not_repeated(tmp_path):
     (skipped,) = (row for row in rows if row["step"] == "captured_step")
     assert skipped["outcome"] == "not here" and "needs a GPU" in skipped["what"]
     assert all(row["revision"] and row["torch"] and row["device"] for row in rows)
-    code, again, said = rehearse(tmp_path, *names)
-    assert code == 0 and again == rows and "nothing to do" in said
+    assert go_on(tmp_path, *names) == (0, rows)
+    assert run.sum_up(argparse.Namespace(out=tmp_path), len(rows)) == 0
+    assert capsys.readouterr().out.startswith("nothing to do")
 
 
 def test_a_base_without_its_images_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNING_DATA", str(tmp_path))
     name = "cifar10-16px-45000images-resnet20-50epochs-lr0.1-weight_decay0.0001"
     (tmp_path / f"{name}-warmup1-seed3.pt").write_bytes(b"")
-    code, rows, said = rehearse(tmp_path, "base3_resnet20_16px_l1", bases=tmp_path)
-    assert code == 0 and [row["outcome"] for row in rows] == ["not here"], said
+    code, rows = go_on(tmp_path, "base3_resnet20_16px_l1")
+    assert code == 0 and [row["outcome"] for row in rows] == ["not here"]
     assert "no cifar10 under the data root" in rows[0]["what"]
 
 

@@ -328,7 +328,8 @@ def worth_of_channels(bench: Bench):
     """The rise of the loss when a channel is silenced: as the CPU measures it."""
     is_precise()
     criteria, _, _ = import_scores()
-    images, net = make_images(200), build("resnet8", dtype=torch.float64)
+    images = make_images(20 if bench.small else 200)
+    net = build("resnet8", dtype=torch.float64)
     graph = build_graph(net, SHAPE)
     layers = list(graph.pairs)[1:3]
     there = copy.deepcopy(net).to(bench.device)
