@@ -33,6 +33,8 @@ NAMES = {
     "layerwise": "Inf-FS layer by layer", "scratch": "same architecture from scratch",
     "scratch-compute": "from scratch, as much compute in all",
     "scratch-shared": "from scratch, as much compute a network, were 27 pruned",
+    "bn_scale-sparse": r"\|γ\|, the base trained longer with a penalty on it",
+    "bn_scale-longer": r"\|γ\|, the base trained longer without",
     "map": "MAP's optimum", "map-2": "MAP's second", "map-3": "MAP's third",
     "depth": "depth alone", "width": "width alone (stream too)", "resolution":
     "resolution alone", "equal": "equal split",

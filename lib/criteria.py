@@ -19,12 +19,15 @@ from lib.graph import Graph
 from lib.graph.watch import modes_kept
 from lib.messages import check_choice
 from lib.scop.controls import ARMS
-from lib.stages import Sets
+from lib.stages import Base
 
 SCOP = tuple(f"scop-{arm}" for arm in ARMS)
 CRITERIA = (*SCOP, *nisp.METHODS, "fpgm", "taylor")
 OF_WEIGHTS = {*baselines.OF_WEIGHTS, "nisp-mag", "nisp-uniform"}
-CONTROLS = ("unpruned", "scratch", "scratch-compute", "scratch-shared", "l1-distilled")
+CONTROLS = (
+    "unpruned", "scratch", "scratch-compute", "scratch-shared", "l1-distilled",
+    "bn_scale-sparse", "bn_scale-longer",
+)  # fmt: skip
 
 
 def check_names(methods: Sequence[str], controls: Sequence[str]) -> None:
@@ -49,13 +52,9 @@ class Scored(NamedTuple):
 
 def score_channels(
     criterion: str,
-    model: nn.Module,
-    sets: Sets,
-    *,
-    run: str,
-    net: str,
+    base: Base,
     layers: Sequence[str],
-    graph: Graph,
+    *,
     select: train.Recipe,
     select_images: int = 0,
     control_epochs: int = 0,
@@ -69,25 +68,25 @@ def score_channels(
     is that of `select`. ValueError: an unknown criterion, a layer without a score.
     """
     check_choice("criterion", criterion, CRITERIA)
-    begin, seconds = time.process_time(), 0.0
     seen = 0 if criterion in OF_WEIGHTS else num_images
+    model, images = base.model, base.sets.train
     options: dict[str, Any] = {"num_images": num_images, "seed": select.seed}
-    options["graph"] = graph
+    options["graph"] = base.graph
+    begin, seconds = time.process_time(), 0.0
     if criterion in SCOP:
         betas = scop.learn_betas(
-            model, sets, run=run, net=net, control=criterion.removeprefix("scop-"),
-            recipe=select, num_images=select_images, control_epochs=control_epochs,
-            graph=graph,
+            base, criterion.removeprefix("scop-"), recipe=select,
+            num_images=select_images, control_epochs=control_epochs,
         )  # fmt: skip
         scores = scop.importance(model, betas)
         seconds = sum(row["seconds"] for row in betas.history)  # now, or when learnt
-        seen = select.epochs * (select_images or len(sets.train))
+        seen = select.epochs * (select_images or len(images))
     elif criterion == "fpgm":
         scores = baselines.fpgm(model)
     elif criterion == "taylor":
-        scores = baselines.taylor(model, sets.train, **options)
+        scores = baselines.taylor(model, images, **options)
     else:
-        scores = nisp.score_layers(criterion, model, sets.train, **options)
+        scores = nisp.score_layers(criterion, model, images, **options)
     lacking = [name for name in layers if name not in scores]
     if lacking:
         raise ValueError(f"criterion '{criterion}' has no score for {lacking[0]}")

@@ -70,7 +70,7 @@ RULES = {  # what a notebook may declare; a name stands once
     "depth_epochs": Rule(int, 0, many=True, repeat=True),
     "batches": Rule(int, 1, many=True),
     "lr baseline_lr finetune_lr select_lr depth_lr": Rule(float, ABOVE_ZERO),
-    "weight_decay warmup": Rule(float, 0.0),
+    "weight_decay warmup sparsity": Rule(float, 0.0),
     "rate": Rule(float, 0.0, 1.0),
     "rates": Rule(float, 0.0, 1.0, many=True),
     "alpha": Rule(float, 0.0, ABOVE_ONE),

@@ -7,14 +7,15 @@ what was found, and what had to be made, is printed.
 import copy
 import re
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from lib import cost, data, latency, models, paths, settings, surgery, train
 from lib.data import ImageSet
-from lib.graph import Graph
+from lib.graph import Graph, build_graph
 from lib.plan import Plan
 from lib.train import Recipe
 from lib.train.recipe import pick_device
@@ -107,6 +108,42 @@ def make_baseline(
 
 
 @dataclass(frozen=True)
+class Base:
+    """A network before pruning, beside all that scoring and recovery ask about it.
+
+    `run`: the name of the run that asks; `net`: that of the network in
+    `models.names()`. Leave the model as it is: its graph and accuracy are found once.
+    """
+
+    model: nn.Module
+    sets: Sets
+    _: KW_ONLY
+    run: str
+    net: str
+
+    @cached_property
+    def graph(self) -> Graph:
+        """Traced at the size of the images."""
+        return build_graph(self.model, self.sets.train.shape)
+
+    @cached_property
+    def top1(self) -> float:
+        """Of the test images, in percent."""
+        return train.evaluate(self.model, self.sets.test)["top1"]
+
+
+def train_longer(base: Base, recipe: Recipe) -> Base:
+    """The base after more training, as a base of its own; kept under the base's run."""
+    model = copy.deepcopy(base.model)
+    folder = run_folder(f"{base.run}/longer-{recipe.tag}")
+    train.fit(
+        model, base.sets.train, recipe=recipe, checkpoint=folder / "finetune.pt",
+        label=folder.name,
+    )  # fmt: skip
+    return replace(base, model=model)
+
+
+@dataclass(frozen=True)
 class Recovered:
     """A pruned and fine-tuned network, the row that describes it, its folder.
 
@@ -123,25 +160,20 @@ class Recovered:
 
 
 def recover(
-    model: nn.Module,
+    base: Base,
     plan: Plan,
-    sets: Sets,
     *,
-    run: str,
     method: str,
-    net: str,
-    base_top1: float,
     recipe: Recipe,
     scratch: bool = False,
     curve: bool = False,
-    graph: Graph | None = None,
     **extra,
 ) -> Recovered:
-    """Shrink, recalibrate, fine-tune, measure; everything is kept under `run`.
+    """Shrink, recalibrate, fine-tune, measure; everything is kept under the base's run.
 
     Writes `plan.json` and `finetune.pt`, which together rebuild the network, into a
     folder named after method, `extra` columns, epochs and seed. The row has top-1 in
-    percent, on the test images unpruned (`base_top1`), recalibrated (`before`) and
+    percent, on the test images unpruned (`base`), recalibrated (`before`) and
     fine-tuned (`after`, last epoch; `val` on the validation images, for choices), MACs
     and parameters of the shrunk network, its time (`latency.compare`), what the last
     epoch was trained with, then or now, and `extra`. The images' side is the plan's; an
@@ -149,15 +181,16 @@ def recover(
 
     With `scratch` the shrunk network starts from new random weights, drawn from the
     recipe's seed: what the small architecture is worth without the large one's weights.
-    A recipe with `distill` has `model` as its teacher. `curve` also measures the
-    validation images, before and after every epoch. `graph`: that of `model`, if known.
+    A recipe with `distill` has the unpruned network as its teacher. `curve` also
+    measures the validation images, before and after every epoch.
     """
-    side, shape = plan.resolution, sets.train.shape
+    side, model, sets = plan.resolution, base.model, base.sets
+    shape = sets.train.shape
     recipe = _at_side(recipe, side)
     tag = "-".join([method, *map(str, extra.values()), f"{recipe.epochs}epochs"])
-    folder = run_folder(f"{run}/{tag}-seed{recipe.seed}")
+    folder = run_folder(f"{base.run}/{tag}-seed{recipe.seed}")
     plan.save(folder / "plan.json")
-    small = _start_from(model, plan, sets.train, recipe, graph, scratch)
+    small = _start_from(base, plan, recipe, scratch)
 
     def measure(images: ImageSet) -> float:
         return train.evaluate(small, images, resolution=side)["top1"]
@@ -172,9 +205,9 @@ def recover(
     hits = train.find_hits(small, sets.test, resolution=side)
     spent = cost.count(small, (shape[0], side, side) if side else shape)
     row = {
-        "method": method, "net": net, "dataset": sets.train.name, "seed": recipe.seed,
-        "profile": run.split("/")[0], **extra, "epochs": recipe.epochs,
-        "lr": recipe.lr, "base": base_top1, "before": before,
+        "method": method, "net": base.net, "dataset": sets.train.name,
+        "seed": recipe.seed, "profile": base.run.split("/")[0], **extra,
+        "epochs": recipe.epochs, "lr": recipe.lr, "base": base.top1, "before": before,
         "after": 100 * float(hits.double().mean()), "val": measure(sets.val),
         **asdict(spent), **spent.down_from(cost.count(model, shape)),
         **latency.compare(model, small, shape, side=side),
@@ -185,19 +218,13 @@ def recover(
     return Recovered(small, row, folder, hits, start + steps)
 
 
-def _start_from(
-    model: nn.Module,
-    plan: Plan,
-    images: ImageSet,
-    recipe: Recipe,
-    graph: Graph | None,
-    scratch: bool,
-) -> nn.Module:
+def _start_from(base: Base, plan: Plan, recipe: Recipe, scratch: bool) -> nn.Module:
     """The network that is fine-tuned: shrunk, or a copy of the whole; recalibrated."""
+    images = base.sets.train
     if plan == Plan():
-        small = copy.deepcopy(model)
+        small = copy.deepcopy(base.model)
     else:
-        small = surgery.shrink(model, plan, images.shape, graph=graph)
+        small = surgery.shrink(base.model, plan, images.shape, graph=base.graph)
     if scratch:
         models.draw_weights(small, recipe.seed)
     train.recalibrate(

@@ -101,10 +101,10 @@ def test_every_criterion_scores_every_layer_of_the_blocks(sets, model, graph):
     cheap = [c for c in criteria.CRITERIA if c not in ("scop-generator", "scop-deep")]
     cheap = [c for c in cheap if c not in ("scop-swap_gan", "scop-gaussian")]
     select = train.Recipe(1, lr=0.01, batch_size=64, seed=3)
+    base = stages.Base(model, sets, run="toy/x", net="resnet8")
     for criterion in cheap:
         found = criteria.score_channels(
-            criterion, model, sets, run="toy/x", net="resnet8", layers=layers,
-            graph=graph, select=select, select_images=128, num_images=60,
+            criterion, base, layers, select=select, select_images=128, num_images=60,
         )  # fmt: skip
         assert list(found.scores) == layers
         for name, values in found.scores.items():
@@ -113,12 +113,10 @@ def test_every_criterion_scores_every_layer_of_the_blocks(sets, model, graph):
         assert found.seconds > 0 and found.images >= 0
 
 
-def test_an_unknown_criterion_is_refused_with_the_nearest(sets, model, graph):
+def test_an_unknown_criterion_is_refused_with_the_nearest(sets, model):
+    base = stages.Base(model, sets, run="toy/x", net="resnet8")
     with pytest.raises(ValueError, match=r"criterion .*'taylr'"):
-        criteria.score_channels(
-            "taylr", model, sets, run="toy/x", net="resnet8", layers=[], graph=graph,
-            select=train.Recipe(1),
-        )  # fmt: skip
+        criteria.score_channels("taylr", base, [], select=train.Recipe(1))
 
 
 def test_agreement_is_the_rank_correlation_by_layer():

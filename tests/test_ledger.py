@@ -192,13 +192,47 @@ def test_a_bound_holds_for_the_worst_layer_of_a_base(results, arm, margin, verdi
     told = [float(found[name]) for name in ("effect", "low", "high")]
     assert told == pytest.approx([values.mean(), low, high], abs=1e-3)
     assert bool(found["needed"]) == (verdict == "undecided")
-    for asked, message in (("good", "S1: 'good' is no bound"), ("god: z", "arm 'god'"),
+    for asked, message in (("good", "S1: 'good' names no"), ("god: z", "arm 'god'"),
                            ("good: z", "column 'z'")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             compute(claim | {"filter": asked})
-    pd.DataFrame([*rows, rows[0] | {"off_diagonal": np.nan}]).to_csv(path, index=False)
+    broken = {"method": "bad", "off_diagonal": np.nan}
+    pd.DataFrame([*rows, rows[0] | broken]).to_csv(path, index=False)
     with pytest.raises(ValueError, match="S1: 'off_diagonal' is not finite"):
         compute(claim)
+
+
+@pytest.mark.parametrize(("margin", "verdict"), [
+    (0.5, "reproduced"), (0.2, "undecided"), (0.05, "contradicted")])  # fmt: skip
+def test_a_ratio_of_costs_is_formed_on_each_base(results, margin, verdict):
+    claim = make_claim(
+        kind="ratio", rows="knockoffs_16_cpu_arms.csv|compare_16_cpu.csv",
+        filter="generator: seconds / scop-generator: select_seconds",
+        margin=str(margin),
+    )  # fmt: skip
+    assert compute(claim).loc["S1", "verdict"] == "not tested"
+    made = {0: 20.0, 1: 10.0, 2: 30.0, 3: 24.0, 7: 1.0}  # base 7 lacks its partner
+    pd.DataFrame([{"base_id": base, "method": "generator", "seconds": value}
+                  for base, value in made.items()]).to_csv(
+        results / "knockoffs_16_cpu_arms.csv", index=False)  # fmt: skip
+    pd.DataFrame([
+        {"base_id": base, "method": "scop-generator", "seconds": 9.0, "length": length,
+         "select_seconds": 90.0 + 20 * length} for base in range(4) for length in (0, 1)
+    ] + [{"base_id": 0, "method": "l1", "select_seconds": np.nan}]).to_csv(
+        results / "compare_16_cpu.csv", index=False)  # fmt: skip
+    found = compute(claim).loc["S1"]
+    values = np.array([0.2, 0.1, 0.3, 0.24])
+    low, high = stats.t.interval(0.95, 3, values.mean(), stats.sem(values))
+    assert (found["verdict"], found["n"]) == (verdict, "4")
+    told = [float(found[name]) for name in ("effect", "low", "high")]
+    assert told == pytest.approx([values.mean(), low, high], abs=1e-3)
+    for asked, message in (
+        ("generator: seconds", "S1: a ratio has two sides"),
+        ("generator: z / l1: seconds", "column 'z'"),
+        ("generator: seconds / l1: select_seconds", "'select_seconds' is not finite"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            compute(claim | {"filter": asked})
 
 
 @pytest.mark.parametrize(("delay", "verdict"), [

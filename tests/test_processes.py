@@ -239,8 +239,9 @@ def test_each_process_needs_an_image_of_a_batch(images, batch, most):
 def test_the_number_of_processes_is_no_part_of_a_run():
     one, two = (train.Recipe(2, processes=n) for n in (1, 2))
     assert one.identity == two.identity and one.tag == two.tag
-    assert "sync_norms" not in one.identity
+    assert not {"sync_norms", "sparsity"} & set(one.identity)
     assert train.Recipe(2, sync_norms=True).identity["sync_norms"] is True
+    assert train.Recipe(2, sparsity=0.1).identity["sparsity"] == 0.1
 
 
 @settings(deadline=None, max_examples=30)

@@ -161,10 +161,10 @@ def make_plan(model, resolution=None):
     return made
 
 
-def recover(model, made, sets, **changes):
+def recover(model, made, sets, *, run="toy/x", net="resnet8", **changes):
     recipe, rest = make_recipe(dict(seed=1, epochs=1, lr=0.02) | changes)
-    options = dict(run="toy/02_surgery", method="l1", net="resnet8", base_top1=12.5)
-    return stages.recover(model, made, sets, recipe=recipe, **(options | rest))
+    base = stages.Base(model, sets, run=run, net=net)
+    return stages.recover(base, made, recipe=recipe, **(dict(method="l1") | rest))
 
 
 @pytest.mark.parametrize("resolution", [None, 20])
@@ -175,7 +175,7 @@ def test_plan_and_checkpoint_rebuild_the_network(sets, resnet, resolution):
     for name, tensor in resnet.state_dict().items():
         assert torch.equal(before[name], tensor), "the model given is left alone"
     folder = done.folder
-    assert folder == paths.runs_root() / "toy/02_surgery" / folder.name
+    assert folder == paths.runs_root() / "toy/x" / folder.name
     assert sorted(p.name for p in folder.iterdir()) == ["finetune.pt", "plan.json"]
     read = plan.Plan.load(folder / "plan.json")
     assert read == made
@@ -199,7 +199,8 @@ def test_the_row_says_what_was_measured(sets, resnet, resolution):
     assert row["macs_down"] == pytest.approx(100 * (1 - spent.macs / base.macs))
     assert row["params_down"] == pytest.approx(100 * (1 - spent.params / base.params))
     after = train.evaluate(done.model, sets.test, resolution=resolution)["top1"]
-    assert (row["base"], row["after"]) == (12.5, after)
+    whole = train.evaluate(resnet, sets.test)["top1"]
+    assert (row["base"], row["after"]) == (whole, after)
     small = surgery.shrink(resnet, made, SHAPE)
     train.recalibrate(small, sets.train, resolution=resolution, seed=1)
     before = train.evaluate(small, sets.test, resolution=resolution)["top1"]
@@ -431,12 +432,32 @@ def test_a_committed_base_is_read_where_the_profile_has_none(
 
 
 def test_an_empty_plan_fine_tunes_the_whole_network(sets, resnet):
-    found = stages.recover(
-        resnet, Plan(), sets, run="toy/whole", method="unpruned", net="resnet8",
-        base_top1=50.0, recipe=Recipe(1, lr=0.01, batch_size=64),
-    )  # fmt: skip
+    base = stages.Base(resnet, sets, run="toy/whole", net="resnet8")
+    recipe = Recipe(1, lr=0.01, batch_size=64)
+    found = stages.recover(base, Plan(), method="unpruned", recipe=recipe)
+    assert found.row["base"] == train.evaluate(resnet, sets.test)["top1"]
     assert found.row["macs_down"] == 0
     assert found.hits.dtype == torch.bool and len(found.hits) == len(sets.test)
     assert found.row["after"] == pytest.approx(100 * found.hits.double().mean())
     measured = train.evaluate(found.model, sets.val)["top1"]
     assert found.row["val"] == pytest.approx(measured)
+
+
+def test_a_base_that_is_trained_longer_is_a_base_of_its_own(sets, resnet, capsys):
+    base = stages.Base(resnet, sets, run="toy/longer", net="resnet8")
+    before = {name: t.clone() for name, t in resnet.state_dict().items()}
+    recipe = Recipe(1, lr=0.05, batch_size=64, sparsity=2.0)
+    sparse = stages.train_longer(base, recipe)
+    plain = stages.train_longer(base, replace(recipe, sparsity=0.0))
+    for name, value in before.items():
+        assert torch.equal(resnet.state_dict()[name], value), "the base is left alone"
+    sizes = [sum(float(s.sum()) for s in baselines.bn_scale(net).values())
+             for net in (sparse.model, plain.model)]  # fmt: skip
+    assert sizes[0] < 0.9 * sizes[1], "the penalty shrinks the scales"
+    assert (sparse.run, sparse.sets, sparse.net) == (base.run, sets, "resnet8")
+    assert sparse.top1 == train.evaluate(sparse.model, sets.test)["top1"]
+    capsys.readouterr()
+    again = stages.train_longer(base, recipe)
+    assert "taking up after epoch 1 of 1" in capsys.readouterr().out
+    for name, value in sparse.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value)

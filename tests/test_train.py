@@ -134,7 +134,10 @@ def plain_loop(model, images, recipe: Recipe):
             optimizer.zero_grad()
             output = model(x.contiguous())
             loss = criterion(output, y)
-            loss.backward()
+            norms = (m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+            (
+                loss + recipe.sparsity * sum(m.weight.abs().sum() for m in norms)
+            ).backward()
             optimizer.step()
             scheduler.step()
             loss_sum += loss.item() * len(y)
@@ -151,6 +154,7 @@ RECIPES = {
     "smoothing": {"label_smoothing": 0.1},
     "norms without decay": {"decay_norms": False, "weight_decay": 0.05},
     "no Nesterov": {"nesterov": False},
+    "sparse scales": {"sparsity": 0.2},
     "adam": {"optimizer": "adam", "lr": 1e-3},
     "partial batch": {"batch_size": 20},
     "larger than the set": {"batch_size": 100},

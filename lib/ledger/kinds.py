@@ -67,16 +67,43 @@ def judge_bound(file: str, question: str, margin: float) -> dict[str, Any]:
     rows = choose_rows(read_rows(file), where)
     if rows.empty or rows["base_id"].nunique() < 2:
         return {"n": 0, "verdict": "not tested"}
+    arm, values = _read_column(asked, rows)
+    largest = values.groupby(["base_id", "method"]).max().unstack()
+    bounded = largest.min(axis=1) if arm == ANY else largest[arm].dropna()
+    return _hold(bounded.to_numpy(), most=margin)
+
+
+def judge_ratio(files: str, question: str, margin: float) -> dict[str, Any]:
+    """Is `LEFT: COLUMN / RIGHT: COLUMN` at most `margin`? By the t interval over bases.
+
+    Each side is the mean of its rows of a base.
+    """
+    rows = read_rows(files)
+    if rows.empty:
+        return {"n": 0, "verdict": "not tested"}
+    sides = question.split(" / ")
+    if len(sides) != 2:
+        raise ValueError(f"a ratio has two sides, LEFT / RIGHT, got '{question}'")
+    means = [_read_column(side, rows)[1].groupby("base_id").mean() for side in sides]
+    ratio = (means[0] / means[1]).dropna()
+    if len(ratio) < 2:
+        return {"n": len(ratio), "verdict": "not tested"}
+    return _hold(ratio.to_numpy(), most=margin)
+
+
+def _read_column(asked: str, rows: pd.DataFrame) -> tuple[str, pd.Series]:
+    """The arm and the values of `ARM: COLUMN`, by base and method."""
     arm, found, column = asked.partition(": ")
     if not found:
-        raise ValueError(f"'{asked}' is no bound: write ARM: COLUMN")
+        raise ValueError(f"'{asked}' names no values: write ARM: COLUMN")
     check_known("arm", [arm], {*rows["method"], ANY})
     check_known("column", [column], rows.columns)
-    if not np.isfinite(rows[column]).all():
-        raise ValueError(f"'{column}' is not finite everywhere in {file}")
-    largest = rows.groupby(["base_id", "method"])[column].max().unstack()
-    values = largest.min(axis=1) if arm == ANY else largest[arm].dropna()
-    return _hold(values.to_numpy(), most=margin)
+    if arm != ANY:
+        rows = rows[rows["method"] == arm]
+    values = rows.set_index(["base_id", "method"])[column]
+    if not np.isfinite(values).all():
+        raise ValueError(f"'{column}' is not finite everywhere in the rows of {arm}")
+    return arm, values
 
 
 def compare_speeds(file: str, question: str, _margin: float) -> dict[str, Any]:
@@ -205,6 +232,7 @@ ALONE: dict[str, Callable[[str, str, float], dict[str, Any]]] = {
     "loss": compare_losses,
     "fit": judge_form,
     "bound": judge_bound,
+    "ratio": judge_ratio,
     "speed": compare_speeds,
     "size": compare_sizes,
     "latency": compare_times,

@@ -94,16 +94,12 @@ def select(
 
 
 def learn_betas(
-    model: nn.Module,
-    sets: stages.Sets,
-    *,
-    run: str,
-    net: str,
+    base: stages.Base,
     control: str,
+    *,
     recipe: train.Recipe,
     num_images: int = 0,
     control_epochs: int = 0,
-    graph: Graph | None = None,
 ) -> Betas:
     """Build the control named `control`, then select with it; both kept in the profile.
 
@@ -112,17 +108,16 @@ def learn_betas(
     by `recipe`, on `num_images` (stratified, 0: all). What is found in the folder of
     the profile is used, and said.
     """
-    folder = stages.profile_folder(run)
+    folder, images = stages.profile_folder(base.run), base.sets.train
     arm = build_control(
-        control, sets.train, epochs=control_epochs or None,
+        control, images, epochs=control_epochs or None,
         folder=folder / "controls", processes=recipe.processes,
     )  # fmt: skip
-    images = sets.train
     if num_images:
         images = images.take(min(num_images, len(images)), recipe.seed)
-    name = f"{images.name}-{len(images)}images-{net}-{control}-{recipe.tag}.pt"
+    name = f"{images.name}-{len(images)}images-{base.net}-{control}-{recipe.tag}.pt"
     return select(
-        model, images, arm, recipe=recipe, graph=graph,
+        base.model, images, arm, recipe=recipe, graph=base.graph,
         checkpoint=folder / "betas" / name,
         label=f"beta, {control}, seed {recipe.seed}",
     )  # fmt: skip

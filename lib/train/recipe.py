@@ -51,7 +51,8 @@ class Recipe(Checked):
     momentum) or "adam" (`adam_betas`). schedule: "cosine" to zero, "step" (times
     `gamma` at each of `milestones`, in epochs) or "constant". warmup: epochs of linear
     increase. weight_decay: on all parameters, or without norms and biases when
-    `decay_norms` is False. distill: weight of a teacher's softened answers, at
+    `decay_norms` is False. sparsity: L1 penalty on the scales of BatchNorms, by its
+    subgradient (Liu et al. 2017). distill: weight of a teacher's softened answers, at
     `temperature`, in the loss (Hinton et al. 2015). resolution: side of the images in
     pixels, None for their own. augment: random crop and flip. precision: "auto"
     (bfloat16 where the hardware has it), "float32" or "bfloat16". seed: order, crops,
@@ -68,6 +69,7 @@ class Recipe(Checked):
     nesterov: bool = setting(True)
     weight_decay: float = setting(5e-4, low=0)
     decay_norms: bool = setting(True)
+    sparsity: float = setting(0.0, low=0)
     schedule: str = setting("cosine", choices=("cosine", "step", "constant"))
     milestones: tuple[float, ...] = setting((), float, low=0)
     gamma: float = setting(0.1, low=0)
@@ -102,8 +104,9 @@ class Recipe(Checked):
         """What decides the result, as a dict for checkpoints."""
         facts = asdict(self)
         del facts["processes"]  # a run may go on with another number
-        if not self.sync_norms:
-            del facts["sync_norms"]  # older checkpoints do not know of it
+        for name in ("sync_norms", "sparsity"):  # older checkpoints do not know of them
+            if not facts[name]:
+                del facts[name]
         return facts
 
     @property

@@ -6,6 +6,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.data import ImageSet
 from lib.graph.watch import dtype_of
@@ -35,6 +36,8 @@ class Update:
         whole = dtype_of(model) == torch.float32  # nothing to cast otherwise
         self.autocast = whole and precision == "bfloat16"
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
+        norms = (m for m in model.modules() if isinstance(m, _BatchNorm) and m.affine)
+        self.scales = [m.weight for m in norms] if recipe.sparsity else []
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.seen = 0
 
@@ -80,6 +83,9 @@ class Update:
             loss = (1 - share) * loss + share * self._imitate(logits, told)
         loss.backward()
         processes.merge_gradients(self.trained, len(y))
+        for scale in self.scales:
+            if scale.grad is not None:
+                scale.grad.add_(scale.detach().sign(), alpha=self.recipe.sparsity)
         self.optimizer.step()
         with torch.no_grad():
             hits = (logits.argmax(1) == y).sum()

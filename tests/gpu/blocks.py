@@ -41,7 +41,6 @@ def make_block(found: re.Match, method: str):
 def run_block(bench: Bench, found: re.Match, method: str):
     try:
         from lib import criteria, models, paths, plan, scop, stages, train, verdicts
-        from lib.graph import build_graph
         from lib.plan import Plan
     except ImportError as error:
         raise NotHere(str(error)) from error
@@ -58,24 +57,22 @@ def run_block(bench: Bench, found: re.Match, method: str):
     model = model.to(bench.device)
     if bench.small:
         sets = replace(sets, train=sets.train.take(640), test=sets.test.take(500))
-    graph = build_graph(model, sets.train.shape)
+    base = stages.Base(model, sets, run="gpu/blocks", net=net)
     cut = Plan()
     if method != "unpruned":
         scored = criteria.score_channels(
-            method, model, sets, run="gpu/blocks", net=net, graph=graph,
-            layers=scop.block_layers(model, sets.train.shape, graph=graph),
+            method, base, scop.block_layers(model, sets.train.shape, graph=base.graph),
             select=train.Recipe(2, lr=0.004, batch_size=128, seed=seed),
             select_images=images,
         )  # fmt: skip
         cut = plan.from_scores(
             model, scored.scores, sets.train.shape, macs=0.5, residual="scatter",
-            graph=graph,
+            graph=base.graph,
         )  # fmt: skip
         yield Found("seconds of scoring", scored.seconds, "s")
     made = stages.recover(
-        model, cut, sets, run="gpu/blocks", method=method, net=net,
-        base_top1=train.evaluate(model, sets.test)["top1"], graph=graph, base_id=seed,
-        share=0.5, length=length, recipe=train.Recipe(
+        base, cut, method=method, base_id=seed, share=0.5, length=length,
+        recipe=train.Recipe(
             length, lr=0.1, weight_decay=1e-4, batch_size=128, seed=seed),
     )  # fmt: skip
     (bench.out / "hits").mkdir(exist_ok=True)
