@@ -45,7 +45,7 @@ NAMES = {
     "lattice": "random networks of this cost, mean",
 }  # fmt: skip
 # the claim that a paper beats what it sets out to replace
-AGAINST_RIVAL = {"SCOP": "S12", "NISP": "N11a", "MAP": "M1a"}
+AGAINST_RIVAL = {"SCOP": "S12a", "NISP": "N11a", "MAP": "M1a"}
 SHORT = {"l1": "L1", "map": "MAP"}
 
 
@@ -96,14 +96,14 @@ def describe(rows):
     )
 
 
-def comparison(profile, against="l1", shares=()):
+def comparison(profile, against="l1", shares=(), share=0.5):
     """By base: each method at each length, and its gap to one on the same base.
 
     `shares`: columns that say what a network is, left empty where a method stands for
-    several networks.
+    several networks. `share`: of the MACs that stay.
     """
     rows = read(profile)
-    half = rows[rows["share"].isin([0.5, 1.0])]
+    half = rows[rows["share"].isin([share, 1.0])]
     lengths = sorted(half["length"].unique())
     last = half[half["length"] == lengths[-1]]
     counts = half.groupby("length")["base_id"].nunique()
@@ -130,11 +130,12 @@ def comparison(profile, against="l1", shares=()):
         for epochs, count in counts.items()
     )
     net, images = rows[["net", "dataset"]].iloc[0]
+    kept = "half" if share == 0.5 else f"{100 * share:g} %"
     head = ["method", *shares]
     for n in lengths:
         head += [number(n, "epoch"), f"above {SHORT.get(against, against)} [95 %]"]
     return (
-        f"{net}, {images}, half of the MACs, fine-tuned for {told}; bases "
+        f"{net}, {images}, {kept} of the MACs, fine-tuned for {told}; bases "
         f"{show(rows.drop_duplicates('base_id')['base'])} %; top-1 on the test images "
         f"in percent, mean ± s.d. over bases (`{profile}`).\n\n{markdown(head, lines)}"
     )
@@ -190,7 +191,7 @@ def weigh(rows):
     """What the choice of channels decides beside pruning at all, and beside length."""
     rows = report.drop_repeats(rows[rows["share"].isin([0.5, 1.0])])
     anew = rows[rows["method"] == "scratch-compute"]
-    rows = rows[~rows["method"].str.contains("scratch|distilled")]
+    rows = rows[~rows["method"].str.contains("scratch|distilled|-sparse|-longer")]
     bases = rows.groupby("length")["base_id"].agg(set)
     bases = bases[bases.map(len) >= ledger.ENOUGH]
     common = set.intersection(*bases)  # means over others are other means
@@ -201,10 +202,12 @@ def weigh(rows):
         return table.dropna(axis="columns").mean() if len(table) == len(common) else {}
 
     tops = {length: average(rows, length) for length in bases.index}
-    first, last = tops[min(tops)], tops[max(tops)]
+    # the longest with most ways: fewer than all were fine-tuned for long
+    told_of = max(tops, key=lambda length: (len(tops[length]), length))
+    last = tops[told_of]
     pruned = last.drop("unpruned")
     best, least = pruned.idxmax(), pruned.idxmin()
-    scratch = average(anew, max(tops))
+    scratch = average(anew, told_of)
     told = ""
     if len(scratch):
         told = (", from scratch with as much compute in all: "
@@ -212,17 +215,19 @@ def weigh(rows):
     yield (
         f"Of {len(pruned)} ways to choose channels at half of the MACs none ends above "
         f"{last[best]:.1f} % ({NAMES[best]}) or below {last[least]:.1f} % "
-        f"({NAMES[least]}) after {number(max(tops), 'epoch')} of fine-tuning; unpruned "
+        f"({NAMES[least]}) after {number(told_of, 'epoch')} of fine-tuning; unpruned "
         f"and fine-tuned as long: {last['unpruned']:.1f} %{told} (means of "
         f"{len(common)} bases)."
     )
     if len(tops) > 1:
-        gaps = [top["l1"] - top["random"] for top in (first, last)]
+        leads = [f"{top['l1'] - top['random']:.1f}" for top in tops.values()]
+        *rest, last_length = map(str, tops)
+        first, last = tops[min(tops)], tops[max(tops)]
         yield (
-            f"From {min(tops)} to {number(max(tops), 'epoch')} of fine-tuning random "
+            f"From {', '.join(rest)} to {last_length} epochs of fine-tuning random "
             f"channels gain {last['random'] - first['random']:.1f} points, and the "
-            f"lead of the L1 norm over them goes from {gaps[0]:.1f} to {gaps[1]:.1f}"
-            f"{follow_lead(rows, max(tops))}."
+            f"lead of the L1 norm over them goes from {', '.join(leads[:-1])} to "
+            f"{leads[-1]}{follow_lead(rows, max(tops))}."
         )
 
 
@@ -304,6 +309,7 @@ PARTS = {
     "findings": findings,
     "decided": decided,
     "compare_16_cpu": partial(comparison, "compare_16_cpu"),
+    "compare_16_small_cpu": partial(comparison, "compare_16_small_cpu", share=0.35),
     "allocate_16_cpu": partial(
         comparison, "allocate_16_cpu", against="map", shares=("d", "w", "r")
     ),

@@ -42,7 +42,7 @@ def test_stored_verdicts_are_what_their_rows_give(stored):
 
 
 def test_every_claim_of_the_papers_has_a_row(stored):
-    assert set(stored.loc["claims", "id"].str.rstrip("abc")) == IDS
+    assert set(stored.loc["claims", "id"].str.rstrip("abcd")) == IDS
     papers = {"S": "SCOP", "N": "NISP", "M": "MAP"}
     assert (stored.loc["claims", "id"].str[0].map(papers)
             == stored.loc["claims", "paper"]).all()  # fmt: skip
@@ -68,7 +68,7 @@ def test_claims_are_told_in_full(stored):
 def test_every_registered_contrast_decides_one_of_its_claims(stored):
     asked = stored["filter"].str.removeprefix("not ").str.split("; ").str[0]
     for contrast in ledger.read_contrasts().itertuples():
-        claims = set(stored["id"][asked == contrast.contrast].str.rstrip("abc"))
+        claims = set(stored["id"][asked == contrast.contrast].str.rstrip("abcd"))
         assert claims & set(contrast.claims.split()), contrast.contrast
 
 
@@ -144,8 +144,16 @@ def test_lengths_of_two_files_are_put_together(results):
     rows = draw_rows(GAPS, {5: 7, 20: 6})
     for length, name in ((5, "compare_16_cpu.csv"), (20, "compare_16_long_cpu.csv")):
         rows[rows["length"] == length].to_csv(results / name, index=False)
-    both = SHUFFLE | {"rows": "compare_16_cpu.csv|compare_16_long_cpu.csv"}
+    both = SHUFFLE | {"rows": "compare_16_cpu.csv|compare_16_long_cpu.csv",
+                      "distance": "5 epochs of fine-tuning, not 100"}  # fmt: skip
     assert compute(both).loc["S11", "n"] == "6"
+    assert compute(both).loc["S11", "distance"] == "20 epochs of fine-tuning, not 100"
+    alone = both | {"rows": "compare_16_cpu.csv"}
+    assert compute(alone).loc["S11", "n"] == "7"
+    assert compute(alone).loc["S11", "distance"] == both["distance"]
+    stored = compute(alone).reset_index()
+    changes = ledger.list_changes(stored, ledger.compute(stored.assign(**both)))
+    assert any("distance stored '5 epochs" in line for line in changes)
 
 
 @pytest.mark.parametrize(("growth", "verdict"), [

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -29,6 +30,8 @@ def read(name: str) -> pd.DataFrame:
 
 def compute(claims: pd.DataFrame) -> pd.DataFrame:
     """The same table with its columns `COMPUTED` filled, as text.
+
+    Where `distance` says how many epochs of fine-tuning, it is those that decide.
 
     Comparisons of one choice of rows are corrected together: hand over all claims at
     once. Raises `ValueError`, naming the claim, for one that points nowhere: at a file,
@@ -65,7 +68,16 @@ def compute(claims: pd.DataFrame) -> pd.DataFrame:
             results[claim.id] = _answer(found[question], limits, opposite)
     ordered = [results[name] for name in claims["id"]]
     texts = {name: [_write(r.get(name)) for r in ordered] for name in COMPUTED}
-    return claims.assign(**texts)
+    lengths = [result.get("length", 0) for result in ordered]
+    told = [*map(_tell_length, claims["distance"], lengths)]
+    return claims.assign(**texts, distance=told)
+
+
+def _tell_length(distance: str, length: int) -> str:
+    if not length:
+        return distance
+    epochs = f"{length:.0f} epoch{'s' * (length > 1)} of fine-tuning"
+    return re.sub(r"\d+ epochs? of fine-tuning", epochs, distance)
 
 
 @contextlib.contextmanager
@@ -80,7 +92,7 @@ def list_changes(stored: pd.DataFrame, computed: pd.DataFrame) -> list[str]:
     """One line for each stored field that is not what its rows give."""
     lines = []
     for old, new in zip(stored.itertuples(), computed.itertuples(), strict=True):
-        for name in COMPUTED:
+        for name in ("distance", *COMPUTED):
             a, b = getattr(old, name), getattr(new, name)
             number = a and b and name in ("effect", "low", "high")
             if abs(float(a) - float(b)) > 2e-3 if number else a != b:
@@ -156,6 +168,7 @@ def _answer(found: dict[str, Any], limits: dict, opposite: bool) -> dict[str, An
         "effect": mean, "low": corrected[0], "high": corrected[1], "n": found["n"],
         "needed": found["bases_needed"],
         "verdict": verdicts.decide(mean, plain, corrected, **limits),
+        "length": found["length"],
     }  # fmt: skip
 
 

@@ -39,7 +39,8 @@ def compare_losses(files: str, question: str, margin: float) -> dict[str, Any]:
         n = verdicts.count_common(part, left, right)
         if n > 1:
             gaps = verdicts.pair_arms(part, left, right, same=paired, within=math.inf)
-            found[min(n, ENOUGH), length] = _hold(gaps.to_numpy(), least=-margin)
+            held = _hold(gaps.to_numpy(), least=-margin)
+            found[min(n, ENOUGH), length] = held | {"length": length}
     return found[max(found)] if found else {"n": 0, "verdict": "not tested"}
 
 
