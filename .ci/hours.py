@@ -65,6 +65,8 @@ def count_passes(run: settings.Run) -> float:
         nets = len(told["methods"]) + len(told["controls"])
         more = len(told["shares"]) * len(told["lengths"]) * told["baseline_epochs"]
         more *= "scratch-compute" in told["controls"]
+        longer = sum(name.startswith("bn_scale-") for name in told["controls"])
+        more += longer * len(told["shares"]) * sum(told["lengths"])
         return base + select + (nets * epochs + more) * n
     return 0
 

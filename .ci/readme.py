@@ -221,14 +221,19 @@ def weigh(rows):
     )
     if len(tops) > 1:
         leads = [f"{top['l1'] - top['random']:.1f}" for top in tops.values()]
-        *rest, last_length = map(str, tops)
-        first, last = tops[min(tops)], tops[max(tops)]
+        part = rows[rows["base_id"].isin(common) & (rows["length"] == max(tops))]
+        gain = tops[max(tops)]["random"] - tops[min(tops)]["random"]
         yield (
-            f"From {', '.join(rest)} to {last_length} epochs of fine-tuning random "
-            f"channels gain {last['random'] - first['random']:.1f} points, and the "
-            f"lead of the L1 norm over them goes from {', '.join(leads[:-1])} to "
-            f"{leads[-1]}{follow_lead(rows, max(tops))}."
+            f"After {enumerate_all(tops)} epochs of fine-tuning the L1 norm leads "
+            f"random channels by {enumerate_all(leads)} points (the last: "
+            f"{gap_to(part, 'l1', 'random')}), while random channels gain {gain:.1f} "
+            f"points{follow_lead(rows, max(tops))}."
         )
+
+
+def enumerate_all(items):
+    *rest, last = map(str, items)
+    return f"{', '.join(rest)} and {last}"
 
 
 def follow_lead(rows, short):

@@ -69,9 +69,11 @@ def test_passes_are_counted_as_by_hand():
     tuned = 3 * 3 * 10 * n * 0.6  # three ways, three rates, the first rate for all
     assert hours.count_passes(run) == pytest.approx(2 * (select + tuned))
     run = make_run("40_comparison", baseline_epochs=50, methods=["l1", "scop-shuffle"],
-                   controls=["unpruned", "scratch-compute"], select_epochs=2,
-                   select_images=500, shares=[0.5], lengths=[1, 5])  # fmt: skip
-    expected = 50 * n + 2 * 2 * 500 + 4 * 0.5 * 6 * n + 2 * 50 * n
+                   controls=["unpruned", "scratch-compute", "bn_scale-sparse"],
+                   select_epochs=2, select_images=500, shares=[0.5],
+                   lengths=[1, 5])  # fmt: skip
+    longer = 6 * n  # trained whole before it is pruned
+    expected = 50 * n + 2 * 2 * 500 + 5 * 0.5 * 6 * n + 2 * 50 * n + longer
     assert hours.count_passes(run) == pytest.approx(expected)
 
 
