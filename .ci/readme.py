@@ -314,6 +314,7 @@ PARTS = {
     "findings": findings,
     "decided": decided,
     "compare_16_cpu": partial(comparison, "compare_16_cpu"),
+    "compare_16_long_cpu": partial(comparison, "compare_16_long_cpu"),
     "compare_16_small_cpu": partial(comparison, "compare_16_small_cpu", share=0.35),
     "allocate_16_cpu": partial(
         comparison, "allocate_16_cpu", against="map", shares=("d", "w", "r")
