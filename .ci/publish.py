@@ -20,8 +20,8 @@ from lib.train import checkpoint
 
 RESULT_COLUMNS = [
     "method", "net", "dataset", "base_id", "select_seed", "seed", "profile", "share",
-    "length", "rate", "keep", "residual", "epochs", "lr", "d", "w", "r", "base",
-    "before", "after", "val", "macs", "params", "macs_down", "params_down",
+    "length", "rate", "keep", "residual", "epochs", "lr", "sparsity", "d", "w", "r",
+    "base", "before", "after", "val", "macs", "params", "macs_down", "params_down",
     "ms", "time_share", "timed", "shared_l1", "select_seconds", "select_images",
     "seconds", "images_per_s", "precision", "device", "torch", "revision",
 ]  # fmt: skip
