@@ -143,11 +143,11 @@ def judge(
     """
     table, differences = [], {}
     for row in registered.to_dict("records"):
-        left, right = (pick_best(rows, row[side]) for side in ("left", "right"))
+        part, left, right = pick_arms(rows, row["left"], row["right"])
         table.append({"contrast": row["contrast"], "left": left, "right": right})
-        if count_common(rows, left, right) > 1:
+        if count_common(part, left, right) > 1:
             how = {name: row[name] for name in ("within", "value") if name in row}
-            gaps = pair_arms(rows, left, right, **how)
+            gaps = pair_arms(part, left, right, **how)
             differences[row["contrast"]] = gaps.tolist()
     judged = compare(differences, effect=effect, margin=margin)
     found = {contrast.name: contrast.row for contrast in judged}
@@ -159,6 +159,20 @@ def count_common(rows: pd.DataFrame, left: str, right: str) -> int:
     """Bases with rows of both arms."""
     bases = rows.groupby("method")["base_id"].agg(set)
     return len(bases.get(left, set()) & bases.get(right, set()))
+
+
+def pick_arms(
+    rows: pd.DataFrame, left: str, right: str
+) -> tuple[pd.DataFrame, str, str]:
+    """What stands for each side, see `pick_best`, and the rows that compare the two.
+
+    Those are measured where the left side was: on its bases, on its kind of machine.
+    """
+    left = pick_best(rows, left)
+    where = ["base_id", *(name for name in MACHINE if name in rows)]
+    places = rows.loc[rows["method"] == left, where].drop_duplicates()
+    beside = rows.merge(places, on=where)
+    return beside, left, pick_best(beside, right)
 
 
 def pick_best(rows: pd.DataFrame, methods: str) -> str:

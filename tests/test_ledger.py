@@ -1,6 +1,7 @@
 """The ledger of claims: verdicts follow from rows, and no row points nowhere."""
 
 import itertools
+import re
 import shutil
 import sys
 
@@ -506,14 +507,11 @@ def test_times_are_judged_by_runtime(monkeypatch, tmp_path):
 
 
 def test_claims_say_how_long_the_rows_that_decide_them_were_tuned():
+    """The number is computed: `test_lengths_of_two_files_are_put_together`."""
     claims = ledger.read("claims")
-    files = "compare_16_cpu.csv", "allocate_16_cpu.csv"
+    files = "compare_16_cpu.csv", "compare_16_small_cpu.csv", "allocate_16_cpu.csv"
     judged = claims[claims["rows"].str.startswith(files)]
-    judged = judged[judged["n"].replace("", "0").astype(int) > 0]
     assert len(judged) > 5
     for claim in judged.itertuples():
-        rows = ledger.read_rows(claim.rows)
-        bases = rows[rows["share"] == 0.5].groupby("length")["base_id"].nunique()
-        length = bases[bases >= min(ledger.ENOUGH, bases.max())].index.max()
-        told = f"{length} epoch{'s' if length > 1 else ''} of fine-tuning"
-        assert told in claim.distance, claim.id
+        told = re.search(r"\d+ epochs? of fine-tuning", claim.distance)
+        assert told or claim.kind == "ranks", claim.id

@@ -207,6 +207,21 @@ def test_arms_are_paired_within_a_machine():
         verdicts.pair_arms(pd.concat([one, apart, there[5:]]), "a", "b")
 
 
+def test_the_best_is_chosen_of_what_was_measured_where_the_other_side_was():
+    """`b` is best by validation, but on two bases it ran elsewhere than `a`."""
+    a = make_rows({"a": [1, 2, 4], "c": [0, 0, 1]}).assign(precision="float32", val=1)
+    b = make_rows({"b": [9, 9, 9]}).assign(
+        precision=["float32", "bfloat16", "bfloat16"]
+    )
+    rows = pd.concat([a, b.assign(val=5)])
+    part, left, right = verdicts.pick_arms(rows, "a", "b|c")
+    assert (left, right) == ("a", "c")
+    assert verdicts.pair_arms(part, left, right).tolist() == [1, 2, 3]
+    part, left, right = verdicts.pick_arms(rows, "b|c", "a")
+    assert (left, right) == ("b", "a") and verdicts.count_common(part, "b", "a") == 1
+    assert verdicts.pick_arms(rows, "none", "a|c")[2] == "a|c"
+
+
 def test_judging_compares_what_is_registered_and_says_what_is_not():
     draw = np.random.default_rng(5)
     base = draw.normal(80, 2, 8)

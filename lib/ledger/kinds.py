@@ -34,7 +34,7 @@ def compare_losses(files: str, question: str, margin: float) -> dict[str, Any]:
         if right == ANY:
             part = verdicts.list_networks(part, left)
             right = "|".join(sorted(set(part["method"]) - {left}))
-        left, right = (verdicts.pick_best(part, side) for side in (left, right))
+        part, left, right = verdicts.pick_arms(part, left, right)
         paired = ("net", "dataset", "length")
         n = verdicts.count_common(part, left, right)
         if n > 1:
