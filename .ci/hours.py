@@ -66,7 +66,7 @@ def count_passes(run: settings.Run) -> float:
         more = len(told["shares"]) * len(told["lengths"]) * told["baseline_epochs"]
         more *= "scratch-compute" in told["controls"]
         longer = sum(name.startswith("bn_scale-") for name in told["controls"])
-        more += longer * len(told["shares"]) * sum(told["lengths"])
+        more += longer * sum(told["lengths"])  # once for all shares
         return base + select + (nets * epochs + more) * n
     return 0
 

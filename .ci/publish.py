@@ -75,13 +75,22 @@ def draw_results(rows: pd.DataFrame) -> Figure:
     A network is named by its method and by what else varies among the rows; the bar is
     the mean over its dots, the dotted line that of the unpruned networks.
     """
-    told = [key for key in (*report.KEYS, "length", "lr") if key in rows]
+    told = [key for key in (*report.KEYS, "length", "lr", "sparsity") if key in rows]
     told.remove("method")
     if "length" in told and (rows["length"] == rows["epochs"]).all():
         told.remove("length")
     varied = [key for key in told if rows[key].nunique(dropna=False) > 1]
     names = [
-        ", ".join([row["method"], *(f"{key} {row[key]}" for key in varied)])
+        ", ".join(
+            [
+                row["method"],
+                *(
+                    f"{key} {row[key]}"
+                    for key in varied
+                    if key != "sparsity" or row[key] > 0
+                ),
+            ]
+        )
         for row in rows.to_dict("records")
     ]
     shown = rows.assign(network=names).sort_values("macs_down", kind="stable")

@@ -123,7 +123,9 @@ def comparison(profile, against="l1", shares=(), share=0.5):
             found, bases = once.groupby("base_id")["after"].mean(), counts[length]
             few = f" ({len(found)} of {bases} bases)" if 0 < len(found) < bases else ""
             cells.append(f"{show(found)}{few}" if len(found) else "")
-            cells.append(gap_to(part, method, against))
+            gaps = verdicts.pair_all(part, against).get(method, found[:0]).dropna()
+            less = f", {len(gaps)} bases" if 1 < len(gaps) < len(found) else ""
+            cells.append(gap_to(part, method, against) + less)
         lines.append(cells)
     told = ", ".join(
         f"{number(epochs, 'epoch')} on {number(count, 'base')}"
@@ -264,7 +266,9 @@ def tell(claim):
 def decided():
     """The claims of all papers that several bases have decided."""
     claims = ledger.read("claims")
-    measured = claims[claims["kind"].isin(["contrast", "loss", "ranks", "bound"])]
+    measured = claims[
+        claims["kind"].isin(["contrast", "loss", "ranks", "bound", "ratio"])
+    ]
     measured = measured[measured["n"].replace("", "0").astype(int) > 1]
     done = measured[measured["verdict"] != "undecided"]
     lines = [f"- {row.id}: {row.form}: {tell(row)}." for row in done.itertuples()]
