@@ -250,7 +250,7 @@ def follow_lead(rows, short):
             before, then = pairs.mean()
             epochs = number(length, "epoch")
             told += f"; on the {len(pairs)} bases that have {epochs}, "
-            told += f"from {before:.1f} to {then:.1f}"
+            told += f"its lead goes from {before:.1f} to {then:.1f}"
     return told
 
 

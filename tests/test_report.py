@@ -568,8 +568,21 @@ def test_readme_weighs_methods_that_all_bases_have_at_lengths_with_enough(readme
     assert best.startswith("Of 3 ways") and "after 5 epochs" in best
     assert "above 80.0 % (L1 norm) or below 75.0 % (" in best
     assert "90.0 % (means of 6 bases)" in best
-    assert "gain 5.0 points" in length and "goes from 10.0 to 5.0" in length
-    assert length.endswith("; on the 5 bases that have 20 epochs, from 5.0 to 10.0.")
+    assert length.startswith("After 1 and 5 epochs of fine-tuning the L1 norm leads")
+    assert "by 10.0 and 5.0 points (the last: +5.00 [" in length
+    assert (
+        "random channels gain 5.0 points; on the 5 bases that have 20 epochs" in length
+    )
+    assert length.endswith("20 epochs, its lead goes from 5.0 to 10.0.")
+    sixth = [  # now six bases have 20 epochs, but of two methods alone
+        {"method": name, "base_id": 5, "length": 20, "share": 0.5, "after": tops[name]}
+        for name in ("l1", "random", "unpruned")
+    ]
+    few = [r for r in rows if r["length"] < 20 or r["method"] != "fpgm"]
+    best, length = readme.weigh(pd.DataFrame([*few, *sixth]))
+    assert best.startswith("Of 3 ways") and "after 5 epochs" in best
+    assert length.startswith("After 1, 5 and 20 epochs of fine-tuning")
+    assert "by 10.0, 5.0 and 10.0 points" in length and "gain 0.0 points." in length
 
 
 # -- blocked by base -------------------------------------------------------------------
