@@ -80,19 +80,10 @@ def draw_results(rows: pd.DataFrame) -> Figure:
     if "length" in told and (rows["length"] == rows["epochs"]).all():
         told.remove("length")
     varied = [key for key in told if rows[key].nunique(dropna=False) > 1]
-    names = [
-        ", ".join(
-            [
-                row["method"],
-                *(
-                    f"{key} {row[key]}"
-                    for key in varied
-                    if key != "sparsity" or row[key] > 0
-                ),
-            ]
-        )
-        for row in rows.to_dict("records")
-    ]
+    names = []
+    for row in rows.to_dict("records"):
+        own = [key for key in varied if key != "sparsity" or row[key] > 0]
+        names.append(", ".join([row["method"], *(f"{key} {row[key]}" for key in own)]))
     shown = rows.assign(network=names).sort_values("macs_down", kind="stable")
     order = list(dict.fromkeys(shown["network"]))
     figure = Figure(figsize=(9, 1.2 + 0.26 * len(order)), layout="constrained")

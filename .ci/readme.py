@@ -123,9 +123,7 @@ def comparison(profile, against="l1", shares=(), share=0.5):
             found, bases = once.groupby("base_id")["after"].mean(), counts[length]
             few = f" ({len(found)} of {bases} bases)" if 0 < len(found) < bases else ""
             cells.append(f"{show(found)}{few}" if len(found) else "")
-            gaps = verdicts.pair_all(part, against).get(method, found[:0]).dropna()
-            less = f", {len(gaps)} bases" if 1 < len(gaps) < len(found) else ""
-            cells.append(gap_to(part, method, against) + less)
+            cells.append(gap_to(part, method, against, of=len(found)))
         lines.append(cells)
     told = ", ".join(
         f"{number(epochs, 'epoch')} on {number(count, 'base')}"
@@ -147,8 +145,11 @@ def number(count, what):
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def gap_to(rows, method, against):
-    """Mean gap to `against`, paired by base, with its t interval from two bases on."""
+def gap_to(rows, method, against, of=0):
+    """Mean gap to `against`, paired by base, with its t interval from two bases on.
+
+    Where it rests on fewer than `of` bases, it says on how many.
+    """
     table = verdicts.pair_all(rows, against)
     if method not in table:
         return ""
@@ -158,7 +159,8 @@ def gap_to(rows, method, against):
     if len(gaps) == 1:
         return f"{gaps[0]:+.2f}"
     low, high = verdicts.interval_of(gaps)
-    return f"{gaps.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
+    few = f", {len(gaps)} bases" if len(gaps) < of else ""
+    return f"{gaps.mean():+.2f} [{low:+.2f}, {high:+.2f}]{few}"
 
 
 def strategies(profile):

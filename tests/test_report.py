@@ -140,6 +140,27 @@ def test_results_are_drawn_network_by_network():
     assert dots == [70.0, 82.5, 83.5, 85.0, 86.0]
 
 
+def test_a_penalty_names_the_networks_that_have_one():
+    rows = [make_row(after=80.0), make_row(after=80.0)]
+    rows += [make_row("sparse", sparsity=s, macs_down=90.0) for s in (0.001, 0.003)]
+    before, _ = publish.draw_results(pd.DataFrame(rows)).axes
+    names = [tick.get_text() for tick in before.get_yticklabels()]
+    assert names == ["l1", "sparse, sparsity 0.001", "sparse, sparsity 0.003"]
+
+
+def test_readme_says_where_a_gap_rests_on_fewer_bases(readme):
+    """Base 0 has the two on different machines: the accuracy is of 3, the gap of 2."""
+    rows = pd.DataFrame([
+        {"method": name, "base_id": base, "after": 80.0 + base * (name == "a"),
+         "precision": "float32" if (name, base) == ("l1", 0) else "bfloat16"}
+        for name in ("a", "l1") for base in range(3)
+    ])  # fmt: skip
+    told = readme.gap_to(rows, "a", "l1", of=3)
+    assert told.startswith("+1.50 [") and told.endswith("], 2 bases")
+    assert readme.gap_to(rows, "a", "l1", of=2).endswith("]")
+    assert readme.gap_to(rows, "l1", "l1", of=3) == ""
+
+
 def test_a_run_stands_beside_the_full_one(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "RESULTS", tmp_path)
     full = [make_row(seed=s, after=a, rate=r, net="resnet20", epochs=9)

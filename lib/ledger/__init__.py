@@ -17,6 +17,8 @@ ranks      of `data/results`       `LEFT - RIGHT`, rank correlations, mean over 
                                    or leads, which are differences in points already
 bound      of `data/results`       `ARM: COLUMN`: the largest of a base is at most
                                    `margin`; ARM `any`: the best arm of each base
+ratio      of `data/results`       `ARM: COLUMN / ARM: COLUMN`, at most `margin`; on
+                                   each base the means of both sides
 speed      of `data/results`       `LEFT - RIGHT`: epochs that RIGHT needs more to the
                                    accuracy that both reach
 size       of `data/published`     `net=NET [variant=] rate= [layers=] [quantity=]`
