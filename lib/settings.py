@@ -52,7 +52,7 @@ ABOVE_ZERO = 1e-12  # as a lower bound it keeps 0 out
 ABOVE_ONE = math.nextafter(1.0, 2.0)  # as an upper bound it lets 1 in
 RUNTIMES = ("eager", "channels_last", "compile", "onnxruntime", "openvino")
 RULES = {  # what a notebook may declare; a name stands once
-    "run dataset net points": Rule(str),
+    "run dataset net points trials": Rule(str),
     "methods controls": Rule(str, many=True),
     "runtimes": Rule(str, choices=RUNTIMES, many=True),
     "residual": Rule(str, choices=("tie", "scatter", "keep")),

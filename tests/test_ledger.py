@@ -106,6 +106,23 @@ def draw_rows(gaps: dict[str, float], lengths: dict[int, int]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def test_a_method_gets_the_rate_of_its_best_trial(results):
+    trials = pd.DataFrame({
+        "method": ["l1", "l1", "random", "l1", "random"], "base_id": 100,
+        "lr": [0.01, 0.1, 0.1, 0.3, 0.01], "val": [70.0, 75.0, 66.0, 74.0, 60.0],
+        "after": [90.0, 80.0, 70.0, 99.0, 99.0],
+    })  # fmt: skip
+    trials.iloc[:3].to_csv(results / "tune_16_cpu.csv", index=False)
+    trials.iloc[3:].to_csv(results / "rate_16_cpu.csv", index=False)
+    files = "tune_16_cpu.csv|rate_16_cpu.csv"
+    assert ledger.pick_rates(files, ["l1", "random"]) == {"l1": 0.1, "random": 0.1}
+    assert ledger.pick_rates(files, ["random"]) == {"random": 0.1}
+    with pytest.raises(ValueError, match="trial of method 'taylor' is unknown"):
+        ledger.pick_rates(files, ["l1", "taylor"])
+    with pytest.raises(ValueError, match="no trial is committed"):
+        ledger.pick_rates("compare_32_cpu.csv", ["l1"])
+
+
 GAPS = {"scop-shuffle": 1.0, "scop-constant": 0.0, "l1": 1.0, "scratch-compute": -3.0}
 SHUFFLE = make_claim("S11", kind="contrast", rows="compare_16_cpu.csv",
                      filter="shuffle against constant; share=0.5")  # fmt: skip

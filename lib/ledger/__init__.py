@@ -32,4 +32,4 @@ and `high` are the interval that decides, corrected for all that was asked of it
 """
 
 from lib.ledger.judging import COMPUTED, TABLES, compute, list_changes, main, read
-from lib.ledger.rows import ENOUGH, read_contrasts, read_rows
+from lib.ledger.rows import ENOUGH, pick_rates, read_contrasts, read_rows

@@ -48,6 +48,20 @@ def choose_rows(rows: pd.DataFrame, where: Iterable[str]) -> pd.DataFrame:
     return rows
 
 
+def pick_rates(files: str, methods: Iterable[str]) -> dict[str, float]:
+    """The learning rate of each method: that of its trial with the best `val`.
+
+    ValueError: a file without rows, a method that was never tried.
+    """
+    trials = read_rows(files).reset_index(drop=True)
+    if trials.empty:
+        raise ValueError(f"{files}: no trial is committed")
+    check_known("trial of method", methods, set(trials["method"]))
+    best = trials.loc[trials.groupby("method")["val"].idxmax()]
+    rates = best.set_index("method")["lr"]
+    return {method: float(rates[method]) for method in methods}
+
+
 def read_arms(question: str, rows: pd.DataFrame, *others: str) -> tuple[str, str, str]:
     """Left, right and the compared column of `LEFT - RIGHT [before]`.
 
