@@ -68,7 +68,7 @@ def judge_bound(file: str, question: str, margin: float) -> dict[str, Any]:
     rows = choose_rows(read_rows(file), where)
     if rows.empty or rows["base_id"].nunique() < 2:
         return {"n": 0, "verdict": "not tested"}
-    arm, values = _read_column(asked, rows)
+    arm, values = _read_column(asked, rows, ANY)
     largest = values.groupby(["base_id", "method"]).max().unstack()
     bounded = largest.min(axis=1) if arm == ANY else largest[arm].dropna()
     return _hold(bounded.to_numpy(), most=margin)
@@ -79,9 +79,9 @@ def judge_ratio(files: str, question: str, margin: float) -> dict[str, Any]:
 
     Each side is the mean of its rows of a base.
     """
-    rows = read_rows(files)
-    if rows.empty:
+    if any(read_rows(file).empty for file in files.split("|")):
         return {"n": 0, "verdict": "not tested"}
+    rows = read_rows(files)
     sides = question.split(" / ")
     if len(sides) != 2:
         raise ValueError(f"a ratio has two sides, LEFT / RIGHT, got '{question}'")
@@ -92,12 +92,17 @@ def judge_ratio(files: str, question: str, margin: float) -> dict[str, Any]:
     return _hold(ratio.to_numpy(), most=margin)
 
 
-def _read_column(asked: str, rows: pd.DataFrame) -> tuple[str, pd.Series]:
-    """The arm and the values of `ARM: COLUMN`, by base and method."""
+def _read_column(
+    asked: str, rows: pd.DataFrame, *others: str
+) -> tuple[str, pd.Series]:
+    """The arm and the values of `ARM: COLUMN`, by base and method.
+
+    `others`: arms that are welcome beside the methods of the rows.
+    """
     arm, found, column = asked.partition(": ")
     if not found:
         raise ValueError(f"'{asked}' names no values: write ARM: COLUMN")
-    check_known("arm", [arm], {*rows["method"], ANY})
+    check_known("arm", [arm], {*rows["method"], *others})
     check_known("column", [column], rows.columns)
     if arm != ANY:
         rows = rows[rows["method"] == arm]
