@@ -35,8 +35,8 @@ from lib.messages import check_choice, check_known
 class Rule:
     """What a parameter may be: its type, bounds (low included, high not), choices.
 
-    With `many` it is a list of such values, with at least one, each once unless they
-    `repeat`.
+    With `many` it is a list of such values, each once unless they `repeat`, and with at
+    least one unless it may be `empty`.
     """
 
     kind: type
@@ -45,6 +45,7 @@ class Rule:
     choices: tuple = ()
     many: bool = False
     repeat: bool = False
+    empty: bool = False
 
 
 CHW = tuple[int, int, int]  # channels, height and width of an image
@@ -53,7 +54,8 @@ ABOVE_ONE = math.nextafter(1.0, 2.0)  # as an upper bound it lets 1 in
 RUNTIMES = ("eager", "channels_last", "compile", "onnxruntime", "openvino")
 RULES = {  # what a notebook may declare; a name stands once
     "run dataset net points trials": Rule(str),
-    "methods controls": Rule(str, many=True),
+    "methods": Rule(str, many=True),
+    "controls": Rule(str, many=True, empty=True),
     "runtimes": Rule(str, choices=RUNTIMES, many=True),
     "residual": Rule(str, choices=("tie", "scatter", "keep")),
     "width": Rule(str, choices=("uniform", "inner", "scatter")),
@@ -132,7 +134,7 @@ def check_value(name: str, value: Any) -> Any:
     rule = PARAMETERS[name]
     if not rule.many:
         return check_rule(name, value, rule)
-    if not isinstance(value, (list, tuple)) or not value:
+    if not isinstance(value, (list, tuple)) or not (value or rule.empty):
         text = value if str(value).startswith("[") else f"[{value}]"
         hint = f'; for papermill: -y "{name}: {text}"' if value else ""
         raise ValueError(f"{name} must be a list with an entry, got {value!r}{hint}")

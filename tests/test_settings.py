@@ -64,6 +64,7 @@ WRONG = [
     ({"rates": [0.1, 1.5]}, r"rates must lie in \[0, 1\), got 1\.5"),
     ({"seeds": [0, "1"]}, r"seeds must be an int, got '1'"),
     ({"methods": "l1"}, r"methods must be a list"),
+    ({"methods": []}, r"methods must be a list with an entry, got \[\]"),
     ({"methods": [1]}, r"methods must be a str, got 1"),
     ({"pretrained": 1}, r"pretrained must be a bool, got 1"),
     ({"pretrained": "yes"}, r"pretrained must be a bool, got 'yes'"),
@@ -103,6 +104,7 @@ def test_a_parameter_that_papermill_was_given_in_vain_is_refused(
 
 def test_rules_let_their_bounds_in():
     assert settings.check(part=1, parts=2, low=[0.5, 0.5], seed=0).part == 1
+    assert settings.check(controls=[], methods=["l1"], seed=0).controls == []
     assert vars(settings.check(keep=1, seed=2**31 - 1, rates=[0])) == {
         "keep": 1.0, "seed": 2**31 - 1, "rates": [0.0],
     }  # fmt: skip
