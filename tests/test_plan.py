@@ -288,6 +288,16 @@ def test_a_rate_goes_to_the_nearest_multiple(multiple, rate, seed, scope):
             assert abs(size - len(removed) - wanted) == pytest.approx(nearest)
 
 
+@pytest.mark.parametrize("rate, kept", [(0.01, 18), (0.03, 17), (0.06, 17), (0.5, 17)])
+def test_the_nearest_multiple_may_be_the_only_one(rate, kept):
+    model = nn.Sequential(nn.Conv2d(3, 18, 1), nn.ReLU(), nn.Conv2d(18, 2, 1))
+    scores = {"0": torch.arange(18.0)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # removes nothing
+        plan = plans.from_scores(model, scores, (3, 2, 2), rate=rate, multiple=17)
+    assert len(plan.keep.get("0", range(18))) == kept
+
+
 def test_layers_that_share_some_units_are_multiples_each():
     """A narrow layer and a wide one, added where the narrow one ends."""
 

@@ -1660,3 +1660,19 @@ def test_timm_nets_shrink_exactly(name):
     whole = cost.count(model, shape).macs
     small = oracle.assert_exact(model, plan, shape, oracle.images(shape), hooks=False)
     assert 0.49 < cost.count(small, shape).macs / whole < 0.51
+
+
+def test_a_linear_layer_of_one_input_with_its_own_forward_is_pruned():
+    """Its weight is a column: turned over it is no vector along channels."""
+
+    class Own(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight, self.bias)
+
+    net = nn.Sequential(nn.Flatten(), Own(1, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    assert surgery.prunable(net, (1, 1, 1))["1"] is None
+    plan = plans.from_scores(net, {"1": torch.arange(4.0)}, (1, 1, 1), rate=0.5)
+    x = torch.randn(5, 1, 1, 1)
+    masked, small = (f(net, plan, (1, 1, 1)) for f in (surgery.mask, surgery.shrink))
+    torch.testing.assert_close(small(x), masked(x))
+    assert small[1].weight.shape == (2, 1)

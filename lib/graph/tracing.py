@@ -299,7 +299,7 @@ class Trace:
         name, operands, ledger = node.op, node.operands, self.ledger
         where = self.record.locate(node.module)
         row: Tensor | None = None
-        if not node.inputs:
+        if not node.inputs and name != "t":  # a column of weights is no vector
             operands = [self._see_vector(x) for x in operands]
         if name in ELEMENTWISE:
             shape = self.values[node.outputs[0]].shape

@@ -92,9 +92,7 @@ def judge_ratio(files: str, question: str, margin: float) -> dict[str, Any]:
     return _hold(ratio.to_numpy(), most=margin)
 
 
-def _read_column(
-    asked: str, rows: pd.DataFrame, *others: str
-) -> tuple[str, pd.Series]:
+def _read_column(asked: str, rows: pd.DataFrame, *others: str) -> tuple[str, pd.Series]:
     """The arm and the values of `ARM: COLUMN`, by base and method.
 
     `others`: arms that are welcome beside the methods of the rows.

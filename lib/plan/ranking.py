@@ -134,6 +134,7 @@ class _Pool:
     scores: list[float]
     stops: list[int]
     scatter: bool
+    multiple: int
 
     @property
     def most(self) -> int:
@@ -141,9 +142,9 @@ class _Pool:
         return len(self.stops) - 1
 
     def round(self, rate: float) -> int:
-        """Steps that remove `rate`: down, or to the nearest where steps are coarse."""
+        """Steps that remove `rate`: down, or to the multiple that is nearest."""
         ranks = len(self.order)
-        if self.stops == list(range(len(self.stops))):
+        if self.multiple == 1:
             return min(count_share(rate, ranks), self.most)
         ends = enumerate(self.stops)
         return min(ends, key=lambda end: (abs(end[1] - rate * ranks), end[0]))[0]
@@ -259,7 +260,7 @@ def _make_pool(
         written = names if scatter else group.layers
         order, stops = _order_in_multiples(group, blocks, written, multiple)
     worth = total[order].sum(1).tolist()
-    return _Pool(group, names, order, worth, stops, scatter)
+    return _Pool(group, names, order, worth, stops, scatter, multiple)
 
 
 def _order_in_multiples(
