@@ -40,7 +40,7 @@ class Contrast:
     `mean` and `sd` of the differences; `low`, `high`: their t interval at 95 %, and
     `corrected_low`, `corrected_high` the one that Holm's step asks for; `p`: of the t
     test against 0, two-sided, `p_flips` of the exact sign-flip test; `bases_needed`:
-    the number that would decide an open case, None where it is decided.
+    the number that would decide an open case, None where no more of them would.
     """
 
     name: str
@@ -137,15 +137,16 @@ def judge(
     registered: columns contrast, left, right, and maybe within and value, see
     `pair_arms`. An arm is a method, or several joined by "|": that of them with the
     highest mean accuracy on the validation images (column `val`) stands for them.
-    Returned, in the order of `registered`: what was compared (left, right),
-    then the fields of `Contrast`; a contrast whose arms have fewer than two bases in
-    common is "not tested", and Holm's correction covers the others.
+    Returned, in that order: what was compared and the fields of `Contrast`; one whose
+    arms, all that are named, have fewer than two bases in common is "not tested", and
+    Holm's correction covers the others.
     """
     table, differences = [], {}
     for row in registered.to_dict("records"):
-        part, left, right = pick_arms(rows, row["left"], row["right"])
+        part = share_bases(rows, f"{row['left']}|{row['right']}")
+        part, left, right = pick_arms(part, row["left"], row["right"])
         table.append({"contrast": row["contrast"], "left": left, "right": right})
-        if count_common(part, left, right) > 1:
+        if share_bases(part, f"{left}|{right}")["base_id"].nunique() > 1:
             how = {name: row[name] for name in ("within", "value") if name in row}
             gaps = pair_arms(part, left, right, **how)
             differences[row["contrast"]] = gaps.tolist()
@@ -155,16 +156,17 @@ def judge(
     return pd.DataFrame([row | found.get(row["contrast"], untested) for row in table])
 
 
-def count_common(rows: pd.DataFrame, left: str, right: str) -> int:
-    """Bases with rows of both arms."""
-    bases = rows.groupby("method")["base_id"].agg(set)
-    return len(bases.get(left, set()) & bases.get(right, set()))
+def share_bases(rows: pd.DataFrame, methods: str) -> pd.DataFrame:
+    """The rows of the bases that have every method named: the best of all is asked."""
+    names = set(methods.split("|"))
+    known = rows[rows["method"].isin(names)].groupby("base_id")["method"].nunique()
+    return rows[rows["base_id"].isin(known.index[known == len(names)])]
 
 
 def pick_arms(
     rows: pd.DataFrame, left: str, right: str
 ) -> tuple[pd.DataFrame, str, str]:
-    """What stands for each side, see `pick_best`, and the rows that compare the two.
+    """What stands for each side, and the rows that compare the two.
 
     Those are measured where the left side was: on its bases, on its kind of machine.
     """
@@ -178,8 +180,7 @@ def pick_arms(
 def pick_best(rows: pd.DataFrame, methods: str) -> str:
     """Of methods joined by "|" that with the highest mean `val`; one stays itself.
 
-    Asked are those with the most bases, on the bases that all of these have: a mean
-    over other bases is another mean. ValueError: they have none in common.
+    Asked are those with the most bases, on all that these share; ValueError for none.
     """
     names = methods.split("|")
     measured = rows[rows["method"].isin(names)]
@@ -229,9 +230,9 @@ def compare(
 ) -> list[Contrast]:
     """Judge all registered contrasts together: name -> differences by base.
 
-    One correction (Holm 1979) covers them all, so name all that were registered and
-    none that was not. `effect` and `margin` are the rule's, for differences in another
-    unit than points. Raises `ValueError` for fewer than two bases or for NaN.
+    One correction (Holm 1979) covers all that are named: those registered that have
+    rows. `effect` and `margin` are the rule's, for differences in another unit than
+    points. Raises `ValueError` for fewer than two bases or for NaN.
     """
     values = {name: _read(name, d) for name, d in differences.items()}
     p = {name: find_p(d) for name, d in values.items()}
@@ -244,7 +245,8 @@ def compare(
         needed = None
         if verdict in ("direction only", "undecided"):
             # what would be seen as a difference, at the level of this step
-            needed = count_bases_needed(max(abs(mean), effect), sd, alpha=level)
+            more = count_bases_needed(max(abs(mean), effect), sd, alpha=level) or 0
+            needed = more if more > len(d) else None
         found.append(Contrast(
             name, len(d), mean, sd, *interval, *corrected, p[name], flip_signs(d),
             needed, verdict,
@@ -315,8 +317,7 @@ def flip_signs(differences: Sequence[float] | np.ndarray) -> float:
     d = _read("sign flips", differences)
     if len(d) > MOST_FLIPS:
         return math.nan
-    signs = np.array(list(itertools.product((-1, 1), repeat=len(d))))
-    sums = np.abs(signs @ d)
+    sums = np.abs(np.array(list(itertools.product((-1, 1), repeat=len(d)))) @ d)
     return float((sums >= abs(d.sum()) - 1e-9 * np.abs(d).sum()).mean())
 
 
@@ -337,34 +338,34 @@ def bootstrap_images(left: np.ndarray, right: np.ndarray) -> tuple[float, float]
             np.bincount(draw.integers(n, size=n), minlength=n) for n in gap.shape
         )
         means[i] = weights @ gap @ counts / gap.size
-    low, high = np.quantile(100 * means, [ALPHA / 2, 1 - ALPHA / 2])
-    return float(low), float(high)
+    low, high = np.quantile(100 * means, [ALPHA / 2, 1 - ALPHA / 2]).tolist()
+    return low, high
 
 
 def split_variance(rows: pd.DataFrame, *, value: str = "after") -> dict[str, float]:
     """Variance of `value` from base, selection in base, fine-tuning in selection.
 
     `rows`: balanced, columns base_id, select_seed, seed and `value`, of one arm. By
-    mean squares (nested analysis of variance); a negative estimate counts as 0. Raises
-    `ValueError` where the design is not balanced or a level has one member only.
+    mean squares (nested analysis of variance); a negative estimate counts as 0, a level
+    of one member is NaN, a part of the level above. Raises `ValueError` where the
+    design is not balanced.
     """
     nested = rows.groupby("base_id")["select_seed"].rank("dense")  # whatever its name
-    rows = rows.assign(select_seed=nested)
-    counts = rows.groupby(["base_id", "select_seed"]).size().unstack()
-    if counts.isna().any(axis=None) or counts.nunique().max() > 1 or len(counts) < 2:
+    cells = rows.assign(select_seed=nested).groupby(["base_id", "select_seed"])[value]
+    counts = cells.size().unstack()
+    selections, runs = counts.shape[1], counts.iloc[0, 0]
+    if len(counts) < 2 or (counts != runs).any(axis=None):
         raise ValueError("needs two bases, each with as many runs nested in it")
-    selections, runs = counts.shape[1], int(counts.to_numpy()[0, 0])
-    cells = rows.groupby(["base_id", "select_seed"])[value].mean().unstack()
-    within = rows.groupby(["base_id", "select_seed"])[value].var(ddof=1)
-    fine = float(within.mean()) if runs > 1 else float("nan")
-    select = float(cells.var(axis=1, ddof=1).mean()) if selections > 1 else float("nan")
-    base = float(cells.mean(axis=1).var(ddof=1))
+    fine = cells.var(ddof=1).mean()  # NaN of one run
+    means = cells.mean().unstack()
+    select = means.var(axis=1, ddof=1).mean()
+    below = select / selections if selections > 1 else fine / runs
     parts = {
-        "base": base - (0 if math.isnan(select) else select / selections),
-        "selection": select - (0 if math.isnan(fine) else fine / runs),
+        "base": means.mean(axis=1).var(ddof=1) - np.nan_to_num(below),
+        "selection": select - np.nan_to_num(fine / runs),
         "finetuning": fine,
     }
-    return {k: v if math.isnan(v) else max(v, 0.0) for k, v in parts.items()}
+    return {k: float(v if math.isnan(v) else max(v, 0.0)) for k, v in parts.items()}
 
 
 def count_bases_needed(mean: float, sd: float, *, alpha: float = ALPHA) -> int | None:

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 from test_published import PATH
 
-from lib import ledger, paths
+from lib import criteria, ledger, paths
 from lib.ledger import judging, kinds
 
 IDS = {f"{paper}{i + 1}" for paper, count in (("S", 18), ("N", 17), ("M", 17))
@@ -43,7 +43,7 @@ def test_stored_verdicts_are_what_their_rows_give(stored):
 
 
 def test_every_claim_of_the_papers_has_a_row(stored):
-    assert set(stored.loc["claims", "id"].str.rstrip("abcd")) == IDS
+    assert set(stored.loc["claims", "id"].str.rstrip("abcdef")) == IDS
     papers = {"S": "SCOP", "N": "NISP", "M": "MAP"}
     assert (stored.loc["claims", "id"].str[0].map(papers)
             == stored.loc["claims", "paper"]).all()  # fmt: skip
@@ -69,7 +69,7 @@ def test_claims_are_told_in_full(stored):
 def test_every_registered_contrast_decides_one_of_its_claims(stored):
     asked = stored["filter"].str.removeprefix("not ").str.split("; ").str[0]
     for contrast in ledger.read_contrasts().itertuples():
-        claims = set(stored["id"][asked == contrast.contrast].str.rstrip("abcd"))
+        claims = set(stored["id"][asked == contrast.contrast].str.rstrip("abcdef"))
         assert claims & set(contrast.claims.split()), contrast.contrast
 
 
@@ -123,7 +123,9 @@ def test_a_method_gets_the_rate_of_its_best_trial(results):
         ledger.pick_rates("compare_32_cpu.csv", ["l1"])
 
 
-GAPS = {"scop-shuffle": 1.0, "scop-constant": 0.0, "l1": 1.0, "scratch-compute": -3.0}
+GAPS = dict.fromkeys(criteria.CRITERIA, -9.0) | {
+    "scop-shuffle": 1.0, "scop-constant": 0.0, "l1": 1.0, "scratch-compute": -3.0,
+}  # fmt: skip
 SHUFFLE = make_claim("S11", kind="contrast", rows="compare_16_cpu.csv",
                      filter="shuffle against constant; share=0.5")  # fmt: skip
 
@@ -321,6 +323,34 @@ def test_ranks_are_judged_in_their_own_unit(results, better, verdict):
     assert float(found["effect"]) == pytest.approx(mean["s"] - mean["a"], abs=1e-3)
 
 
+def test_ranks_hold_their_level_against_the_best_of_equal_rivals(results):
+    """The rival that chance puts first must not decide: 2.5 % may be contradicted."""
+    draw = np.random.default_rng(1)
+    claim = make_claim(kind="ranks", rows="truth_cpu_ranks.csv", filter="a - b|c|d",
+                       least="0.0", margin="0.0")  # fmt: skip
+    found = []
+    for _ in range(200):
+        rows = [{"base_id": base, "method": method, "layer": 0, "rank": draw.normal()}
+                for base in range(6) for method in "abcd"]  # fmt: skip
+        pd.DataFrame(rows).to_csv(results / "truth_cpu_ranks.csv", index=False)
+        found.append(compute(claim).loc["S1", "verdict"])
+    assert found.count("contradicted") <= 9 and found.count("reproduced") <= 9
+    table = pd.DataFrame(rows).pivot_table("rank", "base_id", "method")
+    gaps = table[["a"]].to_numpy() - table[["b", "c", "d"]].to_numpy()
+    effect = float(compute(claim).loc["S1", "effect"])
+    assert effect == pytest.approx(gaps.mean(0).min(), abs=1e-3)
+
+
+def test_several_arms_may_stand_on_either_side_of_a_single_base(results):
+    rows = pd.DataFrame({
+        "method": ["a", "b", "c"], "base": 9.0, "val": [1.0, 2.0, 3.0], "base_id": 0,
+        "macs": 9, "after": [4.0, 6.0, 1.0], "before": 0.0,
+    })  # fmt: skip
+    rows.to_csv(results / "old.csv", index=False)
+    found = compute(make_claim(kind="contrast", rows="old.csv", filter="a|b - c"))
+    assert float(found.loc["S1", "effect"]) == 5
+
+
 @pytest.mark.parametrize("bases", [1, 5])
 def test_seeds_count_as_bases_only_where_each_has_its_own(results, bases):
     draw = np.random.default_rng(2)
@@ -432,6 +462,8 @@ def test_a_loss_is_judged_at_any_cost(loss, verdict, monkeypatch, tmp_path):
     assert float(found["effect"]) == pytest.approx(gap.mean(), abs=1e-3)
     with pytest.raises(ValueError, match="arm 'l2'"):
         compute(make_claim(filter="l2 - unpruned", **claim))
+    with pytest.raises(ValueError, match="a loss is one of the accuracy after"):
+        compute(make_claim(filter="l1 - unpruned before", **claim))
 
 
 def test_a_pick_is_judged_against_the_best_network_of_all(results):

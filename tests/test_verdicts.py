@@ -158,6 +158,43 @@ def test_variance_is_split_as_it_was_drawn():
         verdicts.split_variance(pd.DataFrame(rows[:-1]))
 
 
+def test_the_base_is_not_blamed_for_what_fine_tuning_scatters():
+    """One selection a base, no effect of the base: its variance is nearly 0."""
+    draw = np.random.default_rng(0)
+    rows = [{"base_id": b, "select_seed": 0, "seed": f, "after": draw.normal()}
+            for b in range(2000) for f in range(2)]  # fmt: skip
+    parts = verdicts.split_variance(pd.DataFrame(rows))
+    assert parts["base"] < 0.06 and math.isnan(parts["selection"])
+    assert parts["finetuning"] == pytest.approx(1, rel=0.1)
+    once = verdicts.split_variance(pd.DataFrame(rows[::2]))
+    assert once["base"] == pytest.approx(1, rel=0.1) and math.isnan(once["finetuning"])
+
+
+def test_variance_of_an_unbalanced_design_is_refused():
+    """As many runs on every base, but not in every selection."""
+    rows = [
+        {"base_id": b, "select_seed": s, "seed": f, "after": b + s * f}
+        for b in range(4) for s, runs in ((0, 1), (1, 3)) for f in range(runs)
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="as many runs"):
+        verdicts.split_variance(pd.DataFrame(rows))
+
+
+def test_the_best_of_several_waits_until_all_of_them_are_measured():
+    rows = make_rows({"a": [1, 2, 4], "b": [3, 3, 3], "r": [0, 0, 1]}, val=1.0)
+    asked = pd.DataFrame({"contrast": ["x"], "left": ["a|b"], "right": ["r"]})
+    assert verdicts.judge(rows, asked)["n"].tolist() == [3]
+    short = rows[(rows["method"] != "b") | (rows["base_id"] == 0)]
+    assert verdicts.judge(short, asked)["verdict"].tolist() == ["not tested"]
+    assert verdicts.judge(rows[rows["method"] != "b"], asked)["n"].tolist() == [0]
+
+
+def test_bases_needed_are_more_than_there_are():
+    """Six would do by the t test; that eight left it open is the size of the effect."""
+    (found,) = verdicts.compare({"x": np.array([-1, 1] * 4) * 0.13 + 0.195})
+    assert (found.verdict, found.bases_needed) == ("direction only", None)
+
+
 def test_arms_are_paired_by_base():
     rows = make_rows({"a": [1, 2, 4], "b": [0, 0, 1]})
     again = make_rows({"a": [3, 2, 4]})  # a second fine-tuning of arm a
@@ -218,7 +255,8 @@ def test_the_best_is_chosen_of_what_was_measured_where_the_other_side_was():
     assert (left, right) == ("a", "c")
     assert verdicts.pair_arms(part, left, right).tolist() == [1, 2, 3]
     part, left, right = verdicts.pick_arms(rows, "b|c", "a")
-    assert (left, right) == ("b", "a") and verdicts.count_common(part, "b", "a") == 1
+    assert (left, right) == ("b", "a")
+    assert set(verdicts.share_bases(part, "a|b")["base_id"]) == {0}
     assert verdicts.pick_arms(rows, "none", "a|c")[2] == "a|c"
 
 
@@ -265,6 +303,8 @@ def test_the_best_of_several_is_one_that_all_bases_have():
     registered = pd.DataFrame(
         [{"contrast": "c", "within": 0.1, "left": "one base|a|b", "right": "a"}]
     )
+    assert verdicts.judge(rows, registered)["verdict"].item() == "not tested"
+    registered["left"] = "a|b"
     assert verdicts.judge(rows, registered)[["left", "n"]].values.tolist() == [["b", 3]]
     # 'c' has as many bases as 'a' and 'b', but a luckier one in place of base 0
     late = make_rows({"c": [0, 84, 72, 90]}).query("base_id > 0")

@@ -135,6 +135,8 @@ def judge(
         arms = [(question, *read_arms(question, rows)) for question in asked]
         if bases == 1:
             return {question: _subtract(rows, *pair) for question, *pair in arms}
+        if kind == "ranks":
+            return {name: _judge_each(rows, *pair, **limits) for name, *pair in arms}
         contrasts = pd.DataFrame(arms, columns=["contrast", "left", "right", "value"])
     lengths = rows.groupby("length") if "length" in rows else [(0, rows)]
     every = pd.concat([verdicts.judge(part, contrasts, **limits).assign(length=length)
@@ -149,7 +151,25 @@ def judge(
 def _subtract(rows: pd.DataFrame, left: str, right: str, value: str) -> dict[str, Any]:
     """The difference on the one base that there is."""
     means = rows.groupby("method")[value].mean()
-    return {"n": 1, "mean": means[left] - means[verdicts.pick_best(rows, right)]}
+    left, right = (verdicts.pick_best(rows, side) for side in (left, right))
+    return {"n": 1, "mean": means[left] - means[right]}
+
+
+def _judge_each(
+    rows: pd.DataFrame, left: str, right: str, value: str, **limits: float
+) -> dict[str, Any]:
+    """Against every rival of several: nothing was chosen beforehand, as by `val`.
+
+    The least of the gaps and of their ends: an interval of the gap to the best rival.
+    """
+    rivals = right.split("|")
+    pairs = pd.DataFrame({"contrast": rivals, "left": left, "right": rivals})
+    found = verdicts.judge(rows, pairs.assign(value=value), **limits)
+    if (found["n"] < 2).any():
+        return {"n": 0}
+    ends = ["mean", "low", "high", "corrected_low", "corrected_high", "n"]
+    return {**found[ends].min(), "bases_needed": found["bases_needed"].max(),
+            "length": 0}  # fmt: skip
 
 
 def _answer(found: dict[str, Any], limits: dict, opposite: bool) -> dict[str, Any]:

@@ -27,16 +27,18 @@ def compare_losses(files: str, question: str, margin: float) -> dict[str, Any]:
     below; at the longest fine-tuning with `ENOUGH` bases, else at that with most.
     """
     rows = read_rows(files)
-    asked = read_arms(question, rows, ANY)
+    named, rival, value = read_arms(question, rows, ANY)
+    if value != "after":
+        raise ValueError(f"'{question}': a loss is one of the accuracy after")
     found: dict[tuple, dict] = {}
     for length, part in rows.groupby("length") if len(rows) else ():
-        left, right, _ = asked
+        left, right = named, rival
         if right == ANY:
             part = verdicts.list_networks(part, left)
             right = "|".join(sorted(set(part["method"]) - {left}))
         part, left, right = verdicts.pick_arms(part, left, right)
         paired = ("net", "dataset", "length")
-        n = verdicts.count_common(part, left, right)
+        n = verdicts.share_bases(part, f"{left}|{right}")["base_id"].nunique()
         if n > 1:
             gaps = verdicts.pair_arms(part, left, right, same=paired, within=math.inf)
             held = _hold(gaps.to_numpy(), least=-margin)
