@@ -17,7 +17,7 @@ from lib import cost, data, latency, models, paths, settings, surgery, train
 from lib.data import ImageSet
 from lib.graph import Graph, build_graph
 from lib.plan import Plan
-from lib.train import Recipe
+from lib.train import Recipe, checkpoint
 from lib.train.recipe import pick_device
 
 
@@ -189,7 +189,7 @@ def recover(
     recipe = _at_side(recipe, side)
     tag = "-".join([method, *map(str, extra.values()), f"{recipe.epochs}epochs"])
     folder = run_folder(f"{base.run}/{tag}-seed{recipe.seed}")
-    plan.save(folder / "plan.json")
+    _save_plan(plan, folder)
     small = _start_from(base, plan, recipe, scratch)
 
     def measure(images: ImageSet) -> float:
@@ -216,6 +216,16 @@ def recover(
     }  # fmt: skip
     steps = [epoch["val_top1"] for epoch in history.rows] if curve else []
     return Recovered(small, row, folder, hits, start + steps)
+
+
+def _save_plan(plan: Plan, folder: Path) -> None:
+    """Write `plan.json`; another one is put aside with the network that it rebuilds."""
+    path = folder / "plan.json"
+    if path.is_file() and Plan.load(path) != plan:
+        known = [file for file in (path, folder / "finetune.pt") if file.is_file()]
+        names = ", ".join(file.name for file in checkpoint.put_aside(*known))
+        print(f"{paths.shown(path)} was another; kept as {names}, starting afresh")
+    plan.save(path)
 
 
 def _start_from(base: Base, plan: Plan, recipe: Recipe, scratch: bool) -> nn.Module:

@@ -345,27 +345,27 @@ def bootstrap_images(left: np.ndarray, right: np.ndarray) -> tuple[float, float]
 def split_variance(rows: pd.DataFrame, *, value: str = "after") -> dict[str, float]:
     """Variance of `value` from base, selection in base, fine-tuning in selection.
 
-    `rows`: balanced, columns base_id, select_seed, seed and `value`, of one arm. By
-    mean squares (nested analysis of variance); a negative estimate counts as 0, a level
-    of one member is NaN, a part of the level above. Raises `ValueError` where the
-    design is not balanced.
+    `rows`: balanced (else `ValueError`), columns base_id, select_seed, seed and
+    `value`, of one arm. By mean squares (nested analysis of variance); a negative
+    estimate counts as 0, a level of one member is NaN, a part of the level above.
     """
     nested = rows.groupby("base_id")["select_seed"].rank("dense")  # whatever its name
     cells = rows.assign(select_seed=nested).groupby(["base_id", "select_seed"])[value]
     counts = cells.size().unstack()
-    selections, runs = counts.shape[1], counts.iloc[0, 0]
+    selections, runs = counts.shape[1], int(counts.to_numpy()[0, 0])
     if len(counts) < 2 or (counts != runs).any(axis=None):
         raise ValueError("needs two bases, each with as many runs nested in it")
-    fine = cells.var(ddof=1).mean()  # NaN of one run
+    fine = float(cells.var(ddof=1).mean())  # NaN of one run
     means = cells.mean().unstack()
-    select = means.var(axis=1, ddof=1).mean()
-    below = select / selections if selections > 1 else fine / runs
+    select = float(means.var(axis=1, ddof=1).mean())
+    chance = 0.0 if runs == 1 else fine / runs  # of a mean over the runs
+    base = float(means.mean(axis=1).var(ddof=1))
     parts = {
-        "base": means.mean(axis=1).var(ddof=1) - np.nan_to_num(below),
-        "selection": select - np.nan_to_num(fine / runs),
+        "base": base - (chance if selections == 1 else select / selections),
+        "selection": select - chance,
         "finetuning": fine,
     }
-    return {k: float(v if math.isnan(v) else max(v, 0.0)) for k, v in parts.items()}
+    return {k: v if math.isnan(v) else max(v, 0.0) for k, v in parts.items()}
 
 
 def count_bases_needed(mean: float, sd: float, *, alpha: float = ALPHA) -> int | None:

@@ -229,6 +229,33 @@ def test_recovery_takes_up_what_is_there(sets, resnet, monkeypatch):
     assert first.row | clocks == again.row | clocks
 
 
+def test_a_network_that_is_put_aside_keeps_its_plan(sets, resnet, capsys, monkeypatch):
+    """Also when the run that takes its place is stopped before it trains."""
+    first, second = (
+        make_plan(resnet),
+        plan.from_scores(resnet, baselines.random(resnet, 3), SHAPE, rate=0.5),
+    )
+    kept = recover(resnet, first, sets)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(train, "recalibrate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            recover(resnet, second, sets)
+    recover(resnet, second, sets)
+    assert "kept as plan.json.old1, finetune.pt.old1" in capsys.readouterr().out
+    names = sorted(path.name for path in kept.folder.iterdir())
+    assert names == ["finetune.pt", "finetune.pt.old1", "plan.json", "plan.json.old1"]
+    for made, end in ((first, ".old1"), (second, "")):
+        read = plan.Plan.load(kept.folder / f"plan.json{end}")
+        assert read == made
+        state = train.load_checkpoint(kept.folder / f"finetune.pt{end}")["model"]
+        fresh = models.build("resnet8", in_channels=1)
+        surgery.shrunk_from(fresh, read, SHAPE, state)
+
+
 def test_a_row_names_the_code_that_trained_it(sets, resnet, monkeypatch):
     made, then = make_plan(resnet), {"device": "abacus", "torch": "0", "revision": "a"}
     now = recover(resnet, made, sets, seed=1).row

@@ -978,6 +978,15 @@ def test_evaluate_equals_brute_force(batch_size, classes):
     assert classes > 5 or found["top5"] == 100
 
 
+def test_of_equal_outputs_the_first_counts_everywhere():
+    model, images = make_net(), make_set(n=45)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    top1 = train.evaluate(model, images)["top1"]
+    assert top1 == 100 * train.find_hits(model, images).double().mean().item()
+    assert top1 == 100 * (images.labels == 0).double().mean().item()
+
+
 def test_evaluate_in_float64_is_exact():
     model, images = make_net().double(), make_set(n=45)
     loss, exact = train.evaluate(model, images)["loss"], 0.0

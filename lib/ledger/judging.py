@@ -136,7 +136,7 @@ def judge(
         if bases == 1:
             return {question: _subtract(rows, *pair) for question, *pair in arms}
         if kind == "ranks":
-            return {name: _judge_each(rows, *pair, **limits) for name, *pair in arms}
+            return {name: _judge_each(rows, limits, *pair) for name, *pair in arms}
         contrasts = pd.DataFrame(arms, columns=["contrast", "left", "right", "value"])
     lengths = rows.groupby("length") if "length" in rows else [(0, rows)]
     every = pd.concat([verdicts.judge(part, contrasts, **limits).assign(length=length)
@@ -156,7 +156,7 @@ def _subtract(rows: pd.DataFrame, left: str, right: str, value: str) -> dict[str
 
 
 def _judge_each(
-    rows: pd.DataFrame, left: str, right: str, value: str, **limits: float
+    rows: pd.DataFrame, limits: dict[str, float], left: str, right: str, value: str
 ) -> dict[str, Any]:
     """Against every rival of several: nothing was chosen beforehand, as by `val`.
 

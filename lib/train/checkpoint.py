@@ -118,11 +118,20 @@ def take_up(
         differs = [k for k, v in identity.items() if state["identity"].get(k) != v]
         if not differs:
             return state
-        names = (path.with_name(f"{path.name}.old{i}") for i in itertools.count(1))
-        aside = next(name for name in names if not name.exists())
-        os.replace(path, aside)
+        (aside,) = put_aside(path)
         print(
             f"{paths.shown(path)} was made with another {', '.join(differs)}; "
             f"kept as {aside.name}, starting afresh"
         )
         return None
+
+
+def put_aside(*files: Path) -> list[Path]:
+    """Rename files that belong together to the first free `NAME.old1`, `.old2`, ..."""
+    for i in itertools.count(1):
+        aside = [path.with_name(f"{path.name}.old{i}") for path in files]
+        if not any(path.exists() for path in aside):
+            break
+    for path, name in zip(files, aside, strict=True):
+        os.replace(path, name)
+    return aside

@@ -35,10 +35,8 @@ def evaluate(
     With fewer than 6 classes top5 is 100 by definition. ValueError: outputs that are
     not numbers, with the tensor that is to blame.
     """
-    totals = torch.zeros(3, dtype=torch.float64)
-    for counted in _judge(model, images, _count_batch, resolution, batch_size):
-        totals += counted
-    loss, top1, top5 = (totals / len(images)).tolist()
+    scores = _score(model, images, resolution, batch_size)
+    loss, top1, top5 = scores.mean(0).tolist()
     if math.isnan(loss):  # every guess is then the first class
         check_finite("the tensor", _list_floats(model))
         raise ValueError(f"{images.name}: the outputs of the network are not numbers")
@@ -53,35 +51,27 @@ def find_hits(
     batch_size: int = 500,
 ) -> Tensor:
     """Which images are classified rightly, bool [N] on the CPU; else as `evaluate`."""
-    return torch.cat(_judge(model, images, _find_hits, resolution, batch_size))
+    return _score(model, images, resolution, batch_size)[:, 1].bool()
 
 
-def _judge(
-    model: nn.Module,
-    images: ImageSet,
-    judge: Callable[[Tensor, Tensor], Tensor],
-    resolution: int | None,
-    batch_size: int,
-) -> list[Tensor]:
-    """`judge(output, labels)` of every batch, on the CPU, whichever process had it."""
+def _score(
+    model: nn.Module, images: ImageSet, resolution: int | None, batch_size: int
+) -> Tensor:
+    """float64 [N, 3] on the CPU: loss, right at rank 1 and up to rank 5, by image."""
     outputs = forward(
         model, images, resolution=resolution, batch_size=batch_size,
         share=processes.share(),
     )  # fmt: skip
-    found = [judge(output, y) for output, y in outputs]  # a GPU need not wait in it
-    return processes.gather([part.cpu() for part in found])
+    found = [_score_batch(output, y) for output, y in outputs]  # a GPU need not wait
+    return torch.cat(processes.gather([part.cpu() for part in found]))
 
 
-def _find_hits(output: Tensor, y: Tensor) -> Tensor:
-    return output.argmax(1) == y
-
-
-def _count_batch(output: Tensor, y: Tensor) -> Tensor:
-    """[sum of losses, hits at rank 1, hits up to rank 5] of one batch."""
+def _score_batch(output: Tensor, y: Tensor) -> Tensor:
     output = at_least_float32(output)  # the network's own numbers, summed exactly
-    loss = F.cross_entropy(output, y, reduction="sum")
-    ranks = output.topk(min(5, output.shape[1]), dim=1).indices == y[:, None]
-    return torch.stack([loss.double(), ranks[:, 0].sum(), ranks.any(1).sum()])
+    loss = F.cross_entropy(output, y, reduction="none")
+    five = output.topk(min(5, output.shape[1]), dim=1).indices == y[:, None]
+    first = output.argmax(1) == y  # of equal outputs the first, on every device
+    return torch.stack([loss.double(), first, five.any(1)], 1)
 
 
 def forward(
