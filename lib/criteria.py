@@ -6,6 +6,7 @@ criterion and in nothing else; `measure_truth` asks the network itself.
 
 import itertools
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -110,18 +111,21 @@ def measure_truth(
     Silenced: what the BatchNorm behind the layer makes of it is set to zero, as a
     scattered plan does. Mean cross-entropy in nats over `images`, in evaluation mode;
     only what comes after the layer is computed anew. ValueError: a layer without a
-    BatchNorm, a forward that torch.fx does not trace or that works in place.
+    BatchNorm that runs once, a forward that torch.fx does not trace or that works in place.
 
     Step by step in notebooks/03_criteria.ipynb.
     """
     traced = baselines.trace_with_fx(model)
-    nodes = {
-        node.target: node for node in traced.graph.nodes if node.op == "call_module"
-    }
+    calls = defaultdict(list)
+    for node in traced.graph.nodes:
+        if node.op == "call_module":
+            calls[node.target].append(node)
+    sites = {}
     for name in layers:
-        if graph.pairs.get(name) not in nodes:
+        found = calls[graph.pairs.get(name)]
+        if len(found) != 1:
             raise ValueError(f"'{name}' has no BatchNorm of its own behind it")
-    sites = {name: nodes[graph.pairs[name]] for name in layers}
+        sites[name] = found[0]
     truth: dict[str, Tensor] = {}
     with modes_kept(model), torch.inference_mode():
         traced.eval()

@@ -96,6 +96,25 @@ def test_truth_needs_a_norm(sets):
         )
 
 
+class OneNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c1, self.c2 = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)
+        self.bn, self.fc = nn.BatchNorm2d(4), nn.Linear(4, 10)
+
+    def forward(self, x):
+        x = self.bn(self.c2(self.bn(self.c1(x)).relu())).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["c1", "c2"])
+def test_truth_needs_a_norm_of_the_layers_own(sets, name):
+    model = OneNorm().eval()
+    graph = build_graph(model, SHAPE)
+    with pytest.raises(ValueError, match=f"'{name}' has no BatchNorm of its own"):
+        criteria.measure_truth(model, sets.val, [name], graph=graph)
+
+
 def test_every_criterion_scores_every_layer_of_the_blocks(sets, model, graph):
     layers = scop.block_layers(model, SHAPE, graph=graph)
     cheap = [c for c in criteria.CRITERIA if c not in ("scop-generator", "scop-deep")]
