@@ -5,6 +5,7 @@ and linear layer but the classifiers, whose outputs are the classes.
 """
 
 import itertools
+from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -77,17 +78,18 @@ def trace_with_fx(model: nn.Module, advice: str = "") -> torch.fx.GraphModule:
 
 
 def _find_pairs(model: nn.Module) -> dict[str, str]:
-    """Each module with the BatchNorm that alone reads it, without an input's shape."""
+    """Each module with the BatchNorm that alone reads it, in every call."""
     # By torch.fx, as a dry run needs the images' shape, which a score of weights lacks.
     nodes = trace_with_fx(model, "; give `graph`, or use another score").graph.nodes
     modules = dict(model.named_modules())
-    return {
-        node.all_input_nodes[0].target: node.target
-        for node in nodes
-        if node.op == "call_module" and isinstance(modules[node.target], _BatchNorm)
-        if node.all_input_nodes[0].op == "call_module"
-        if len(node.all_input_nodes[0].users) == 1
-    }
+    calls = [node for node in nodes if node.op == "call_module"]
+    norms = {node for node in calls if isinstance(modules[node.target], _BatchNorm)}
+    read_by: dict[str, set] = defaultdict(set)
+    for node in calls:
+        alone = len(node.users) == 1 and node.users.keys() <= norms
+        read_by[node.target].add(next(iter(node.users)).target if alone else None)
+    alone = {name: found for name, found in read_by.items() if len(found) == 1}
+    return {name: norm for name, (norm,) in alone.items() if norm is not None}
 
 
 def fpgm(model: nn.Module) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ criterion and in nothing else; `measure_truth` asks the network itself.
 
 import itertools
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -39,10 +40,11 @@ def check_names(methods: Sequence[str], controls: Sequence[str]) -> None:
 
 
 class Scored(NamedTuple):
-    """Scores per layer, and what they cost: seconds of this process, images seen.
+    """Scores per layer, and what they cost: seconds of the wall clock, images seen.
 
-    Of a control that is trained only the use counts, not the training: it is made once
-    for all networks of a profile.
+    Seconds are those of a training's rows, in whose epochs a selection is counted. Of a
+    control that is trained only the use counts, not the training: it is made once for
+    all networks of a profile.
     """
 
     scores: dict[str, Tensor]
@@ -68,11 +70,11 @@ def score_channels(
     is that of `select`. ValueError: an unknown criterion, a layer without a score.
     """
     check_choice("criterion", criterion, CRITERIA)
-    seen = 0 if criterion in OF_WEIGHTS else num_images
     model, images = base.model, base.sets.train
+    seen = 0 if criterion in OF_WEIGHTS else min(num_images, len(images))
     options: dict[str, Any] = {"num_images": num_images, "seed": select.seed}
     options["graph"] = base.graph
-    begin, seconds = time.process_time(), 0.0
+    begin, seconds = time.perf_counter(), 0.0
     if criterion in SCOP:
         betas = scop.learn_betas(
             base, criterion.removeprefix("scop-"), recipe=select,
@@ -80,7 +82,7 @@ def score_channels(
         )  # fmt: skip
         scores = scop.importance(model, betas)
         seconds = sum(row["seconds"] for row in betas.history)  # now, or when learnt
-        seen = select.epochs * (select_images or len(images))
+        seen = select.epochs * min(select_images or len(images), len(images))
     elif criterion == "fpgm":
         scores = baselines.fpgm(model)
     elif criterion == "taylor":
@@ -90,7 +92,7 @@ def score_channels(
     lacking = [name for name in layers if name not in scores]
     if lacking:
         raise ValueError(f"criterion '{criterion}' has no score for {lacking[0]}")
-    seconds = seconds or time.process_time() - begin
+    seconds = seconds or time.perf_counter() - begin
     return Scored({name: scores[name] for name in layers}, seconds, seen)
 
 
@@ -110,18 +112,22 @@ def measure_truth(
     Silenced: what the BatchNorm behind the layer makes of it is set to zero, as a
     scattered plan does. Mean cross-entropy in nats over `images`, in evaluation mode;
     only what comes after the layer is computed anew. ValueError: a layer without a
-    BatchNorm, a forward that torch.fx does not trace or that works in place.
+    BatchNorm that runs once, a forward that torch.fx does not trace or that works in
+    place.
 
     Step by step in notebooks/03_criteria.ipynb.
     """
     traced = baselines.trace_with_fx(model)
-    nodes = {
-        node.target: node for node in traced.graph.nodes if node.op == "call_module"
-    }
+    calls = defaultdict(list)
+    for node in traced.graph.nodes:
+        if node.op == "call_module":
+            calls[node.target].append(node)
+    sites = {}
     for name in layers:
-        if graph.pairs.get(name) not in nodes:
+        found = calls[graph.pairs.get(name)]
+        if len(found) != 1:
             raise ValueError(f"'{name}' has no BatchNorm of its own behind it")
-    sites = {name: nodes[graph.pairs[name]] for name in layers}
+        sites[name] = found[0]
     truth: dict[str, Tensor] = {}
     with modes_kept(model), torch.inference_mode():
         traced.eval()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib import baselines, data, models
+from lib import baselines, data, models, scop
 from lib.data import batches
 from lib.graph import build_graph
 
@@ -106,6 +106,44 @@ def test_bn_scale_by_fx_and_by_the_graph_agree(name):
         baselines.bn_scale(model).keys()
         == baselines.bn_scale(model, graph=graph).keys()
     )
+
+
+class TwoNorms(nn.Module):
+    """One convolution that two BatchNorms read, and with `other` a plain pair."""
+
+    def __init__(self, other=False):
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.bn1, self.bn2 = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.bn3, self.fc = nn.BatchNorm2d(3), nn.Linear(3, 10)
+        self.with_other = other
+
+    def forward(self, x):
+        x = self.bn2(self.conv(self.bn1(self.conv(x)).relu()))
+        x = self.bn3(self.other(x)) if self.with_other else x
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_convolution_that_two_norms_read_has_no_scale():
+    with pytest.raises(ValueError, match="no convolution with a BatchNorm"):
+        baselines.bn_scale(TwoNorms())
+    model = TwoNorms(other=True)
+    assert baselines.bn_scale(model).keys() == {"other"}
+    with pytest.raises(ValueError, match="'conv' has no BatchNorm with a scale"):
+        scop.importance(model, {"conv": torch.ones(3)})
+
+
+def test_taylor_of_a_convolution_that_two_norms_read_is_that_of_its_filters():
+    images = data.load("cifar10", "train").take(20).scale(8)
+    model = TwoNorms(other=True).eval()
+    model.bn2.weight.data.uniform_(0.5, 2)
+    options = {"num_images": 20, "batch_size": 10}
+    graph = build_graph(model, (3, 8, 8))
+    expected = baselines.taylor(model, images, graph=graph, **options)
+    found = baselines.taylor(model, images, **options)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values)
 
 
 def test_bn_scale_without_a_norm():

@@ -1,5 +1,7 @@
 """Criteria under one name, and the truth against a forward with a hook."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,12 @@ from lib import baselines, criteria, data, models, scop, stages, train
 from lib.graph import build_graph
 
 SHAPE = (1, 14, 14)
+
+
+@pytest.fixture(autouse=True)
+def runs_apart(tmp_path, monkeypatch):
+    """Runs in a temporary folder."""
+    monkeypatch.setenv("PRUNING_RUNS", str(tmp_path / "runs"))
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +104,25 @@ def test_truth_needs_a_norm(sets):
         )
 
 
+class OneNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c1, self.c2 = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)
+        self.bn, self.fc = nn.BatchNorm2d(4), nn.Linear(4, 10)
+
+    def forward(self, x):
+        x = self.bn(self.c2(self.bn(self.c1(x)).relu())).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["c1", "c2"])
+def test_truth_needs_a_norm_of_the_layers_own(sets, name):
+    model = OneNorm().eval()
+    graph = build_graph(model, SHAPE)
+    with pytest.raises(ValueError, match=f"'{name}' has no BatchNorm of its own"):
+        criteria.measure_truth(model, sets.val, [name], graph=graph)
+
+
 def test_every_criterion_scores_every_layer_of_the_blocks(sets, model, graph):
     layers = scop.block_layers(model, SHAPE, graph=graph)
     cheap = [c for c in criteria.CRITERIA if c not in ("scop-generator", "scop-deep")]
@@ -111,6 +138,36 @@ def test_every_criterion_scores_every_layer_of_the_blocks(sets, model, graph):
             assert len(values) == len(graph.layers[name].outputs)
             assert torch.isfinite(values).all()
         assert found.seconds > 0 and found.images >= 0
+
+
+@pytest.mark.parametrize(
+    ("criterion", "images"),
+    [("taylor", 540), ("nisp", 540), ("l1", 0), ("scop-noise", 540)],
+)
+def test_images_are_counted_as_often_as_they_are_seen(
+    sets, model, graph, criterion, images
+):
+    base = stages.Base(model, sets, run=f"toy/{criterion}", net="resnet8")
+    select = train.Recipe(1, lr=0.01, batch_size=60)
+    found = criteria.score_channels(
+        criterion, base, ["layer1.0.conv1"], select=select, select_images=2000
+    )
+    assert found.images == images
+
+
+def test_seconds_are_those_of_the_wall(sets, model, monkeypatch):
+    """As in the rows of a selection, with which they are compared."""
+    l1 = baselines.l1
+
+    def wait(model):
+        time.sleep(0.2)
+        return l1(model)
+
+    monkeypatch.setattr(baselines, "l1", wait)
+    base = stages.Base(model, sets, run="toy/x", net="resnet8")
+    assert base.graph
+    found = criteria.score_channels("l1", base, [], select=train.Recipe(1))
+    assert found.seconds > 0.19
 
 
 def test_an_unknown_criterion_is_refused_with_the_nearest(sets, model):

@@ -22,7 +22,7 @@ from lib.map3d.costs import (
     rank_lattice,
 )
 from lib.map3d.predictor import Map
-from lib.map3d.search import Problem, check_conditions, optimum, trace_budget
+from lib.map3d.search import Problem, check_conditions, optimum
 from lib.map3d.uncertainty import bootstrap_optimum, regret
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -173,7 +173,7 @@ class Counted:
 @pytest.mark.parametrize("shape", [SMOOTH, TWO])
 def test_a_plain_function_is_as_good_a_cost_as_the_power_law(cost, shape):
     wanted = optimum(build_map(shape), 0.5)
-    found = optimum(build_map(shape), 0.5, cost, num=41)
+    found = optimum(build_map(shape), 0.5, cost)
     assert found.point == pytest.approx(wanted.point, abs=1e-5)
     assert found.accuracy == pytest.approx(wanted.accuracy, abs=1e-8)
     assert found.multiplier == pytest.approx(wanted.multiplier, rel=1e-3)
@@ -211,8 +211,6 @@ def test_a_cost_with_kinks_or_steps_ends_at_the_best_of_the_grids_at_least():
 
 def test_all_that_takes_a_cost_takes_a_function():
     best = optimum(build_map(SMOOTH), 0.5)
-    *_, accuracy = trace_budget(build_map(SMOOTH), 0.5, of_numbers, num=31)
-    assert best.accuracy - 0.05 < np.nanmax(accuracy) <= best.accuracy
     table = bootstrap_optimum([build_map(SMOOTH)], 0.5, in_macs)
     assert table.loc[0, ["d", "w", "r"]].tolist() == pytest.approx(best.point, abs=1e-5)
     assert regret(build_map(SMOOTH), table, 0.5, of_numbers) == pytest.approx(
@@ -280,7 +278,7 @@ def test_slsqp_and_brute_force_agree_and_the_conditions_have_the_right_signs(
     surface, cost = build_map(drops), PowerLaw(exponents)
     assume(keep > cost(*LOW))
     found, best = (
-        optimum(surface, keep, cost, num=101),
+        optimum(surface, keep, cost),
         brute_force(surface, keep, cost),
     )
     assert best - 1e-9 <= found.accuracy <= best + 93 * 0.4 / 40
@@ -377,11 +375,6 @@ def test_a_dimension_that_costs_nothing_stays_whole(cost):
     assert found.r == pytest.approx(1, rel=1e-12) and found.bounds[2] == "high"
     assert found.elasticities[2] == np.inf
     assert found.elasticities[:2] == pytest.approx([found.elasticity] * 2, abs=1e-6)
-    d, w, r, accuracy = trace_budget(build_map(SMOOTH), 0.5, cost)
-    inside = ~np.isnan(accuracy)
-    np.testing.assert_allclose((d * w**2)[inside], 0.5, rtol=1e-8)
-    assert accuracy[inside].max() == pytest.approx(found.accuracy, abs=1e-4)
-    assert np.ptp(r) > 0.2 and np.isnan(w[~inside]).all()
 
 
 def test_a_dimension_that_does_not_vary_stays_where_it_is():
@@ -408,25 +401,6 @@ def test_conditions_at_points_that_are_no_optimum():
     assert ask(1, 1, 1)["kkt_residual"] >= np.log(2)  # twice the budget
     idle = ask(0.8, 0.8, 0.8)
     assert idle["multiplier"] == 0 and idle["kkt_residual"] > 0.01
-
-
-@pytest.mark.parametrize("cost", [FORMULA, with_stem])
-@pytest.mark.parametrize("keep", [0.3, 0.9])
-def test_the_surface_is_the_budget_inside_the_box(cost, keep):
-    surface = build_map(SMOOTH)
-    d, w, r, accuracy = trace_budget(surface, keep, cost, num=60)
-    inside = ~np.isnan(accuracy)
-    assert d.shape == accuracy.shape == (60, 60) and 0.3 < inside.mean()
-    np.testing.assert_array_equal(np.isnan(r), ~inside)
-    np.testing.assert_allclose(cost(d[inside], w[inside], r[inside]), keep, rtol=1e-8)
-    assert surface.covers(d[inside], w[inside], r[inside]).all()
-    values = surface.predict(d[inside], w[inside], r[inside])
-    np.testing.assert_allclose(accuracy[inside], values, rtol=1e-14)
-    assert (np.diff(d, axis=0) > 0).all() and (np.diff(w, axis=1) > 0).all()
-    whole, least = (cost(d[~inside], w[~inside], r) for r in (1, ROOT))
-    assert ((whole < keep * (1 + 1e-9)) | (least > keep * (1 - 1e-9))).all()
-    best = optimum(surface, keep, cost).accuracy
-    assert best - 0.02 < accuracy[inside].max() <= best + 1e-9
 
 
 # -- what an optimum is worth ----------------------------------------------------------
@@ -576,7 +550,6 @@ def shy(d, w, r):
         (lambda: optimum(smooth, 0.5, shy), "cost: expected finite .* got nan"),
         (lambda: optimum(smooth, 0.5, lambda d, w, r: d * w / r), "cost: falls as r"),
         (lambda: optimum(smooth, 0.5, lambda d, w, r: 1), "cost: the same all over"),
-        (lambda: trace_budget(smooth, 0.1), "out of reach"),
         (lambda: bootstrap_optimum([smooth], 0.1), "out of reach"),
         (lambda: regret(smooth, tabulate([(0.4, 1, 1)], FORMULA), 0.5), "map's box"),
         (lambda: regret(smooth, tabulate([(0.9, 1, 1)], FORMULA), 0.5),

@@ -258,5 +258,5 @@ def test_activity_that_does_not_fit_is_refused():
     ):
         ask(**{"0": activity["0"].sum((1, 2))})
     for bad in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="'0' has values that are negative or not"):
+        with pytest.raises(ValueError, match="'0' needs finite values >= 0"):
             ask(**{"0": torch.full_like(activity["0"], bad)})

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib import baselines, data, models, nisp, plan, surgery
+from lib.graph import build_graph
 from lib.nisp.activity import collect_channels
 from lib.nisp.comparisons import describe
 
@@ -430,6 +431,27 @@ def test_retained_responses_of_a_tied_stream(images):
     made = plan.from_scores(model, scores, SHAPE, rate=0.25)
     kept = nisp.find_retained(model, made, SHAPE)
     assert kept.nonzero().flatten().tolist() == made.keep["layer3.0.conv2"]
+
+
+class SeesValues(nn.Module):
+    """A forward that torch.fx does not follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 10)
+
+    def forward(self, x):
+        x = self.bn(self.conv(x)).relu() if len(x) > 0 else x
+        return self.fc(x.mean((2, 3)))
+
+
+def test_scales_are_found_in_the_graph_that_is_handed_down(images):
+    model = SeesValues()
+    graph = build_graph(model, SHAPE)
+    for given in (graph, None):
+        found = nisp.score_layers("bn_scale", model, images, graph=given)
+        assert found["conv"].tolist() == [1, 1, 1, 1]
 
 
 def test_refusals_of_errors(images):

@@ -234,7 +234,7 @@ def draw_pool(draw) -> nn.Module:
         "padding": draw(st.integers(0, size // 2)), "ceil_mode": draw(st.booleans()),
     }  # fmt: skip
     if draw(st.booleans()):
-        return nn.MaxPool2d(**options, dilation=draw(st.integers(1, 2)))
+        return nn.MaxPool2d(**options, dilation=draw(st.sampled_from([1, (1, 1)])))
     divisor = draw(st.sampled_from([None, None, 3]))
     counted = draw(st.booleans())
     return nn.AvgPool2d(**options, count_include_pad=counted, divisor_override=divisor)
@@ -588,6 +588,11 @@ REFUSED = [
     (nn.Upsample(scale_factor=2), "'interpolate' in '1'"),
     (nn.BatchNorm2d(4, track_running_stats=False), "'1'.*running variance"),
     (nn.Threshold(0.5, 20.0), "'_threshold' in '1' .*jumps at its threshold"),
+    (nn.MaxPool2d(2, dilation=2), "'max_pool2d' in '1' .*with a dilation"),
+    (
+        Run(lambda x: F.max_pool1d(x.flatten(2), 2)[..., None]),
+        "'max_pool1d' in '1' .*one axis",
+    ),
 ]
 
 
@@ -619,10 +624,10 @@ def test_an_operation_in_front_of_the_first_layer_does_not_matter_but_its_image_
 @pytest.mark.parametrize("scores, message", [
     (torch.ones(6), r"has 7 responses, got scores of shape \(6,\)"),
     (torch.ones(1, 7), r"shape \(1, 7\)"),
-    (torch.tensor([1.0, 2, 3, 4, 5, 6, -1]), "cannot be negative"),
-    (torch.tensor([1.0, 2, 3, 4, 5, 6, math.nan]), "not finite"),
-    (torch.tensor([1.0, 2, 3, 4, 5, 6, math.inf]), "not finite"),
-    (torch.zeros(7), "all are zero")])  # fmt: skip
+    (torch.tensor([1.0, 2, 3, 4, 5, 6, -1]), "finite numbers >= 0"),
+    (torch.tensor([1.0, 2, 3, 4, 5, 6, math.nan]), "finite numbers"),
+    (torch.tensor([1.0, 2, 3, 4, 5, 6, math.inf]), "finite numbers"),
+    (torch.zeros(7), "not all of them 0")])  # fmt: skip
 def test_scores_that_cannot_be_are_refused(scores, message):
     with pytest.raises(ValueError, match=message):
         propagate(small_net(), scores, (3, 8, 8))

@@ -98,8 +98,6 @@ CASES = {
         lambda: map3d.optimum(make_map(), Decimal("0.5")),
         "keep.* Decimal",
     ),
-    "a grid of 1.5": (lambda: map3d.optimum(make_map(), 0.5, num=1.5), "num must be"),
-    "a grid of none": (lambda: map3d.optimum(make_map(), 0.5, num=0), "num must lie"),
     "an optimum of points": (
         lambda: map3d.optimum(POINTS, 0.5),
         "predictor: expected a Map",

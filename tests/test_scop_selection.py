@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib import cost, data, models, surgery
+from lib import cost, data, models, stages, surgery, train
 from lib import plan as plans
 from lib.scop import selection
 from lib.scop.controls.base import Control, NoControl, Noise, Shuffle
@@ -335,6 +335,33 @@ def test_rows_of_the_history_describe_the_betas():
     assert last["below_half"] == pytest.approx(float((every < 0.5).float().mean()))
     assert 0 < last["below_half"] < 1 and -1 <= last["rank_with_gamma"] <= 1
     assert first["beta_mean"] != last["beta_mean"] and first["loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("optimizer", "sgd"), ("weight_decay", 5e-4), ("schedule", "cosine"),
+     ("adam_betas", (0.9, 0.999))],
+)  # fmt: skip
+def test_settings_that_are_the_methods_are_not_passed_over(name, value):
+    net = tiny()
+    with pytest.raises(ValueError, match=f"{name} of a selection is .*got") as refusal:
+        select(net, digits(), Noise(SHAPE), **ONCE, **{name: value})
+    assert "\n" not in str(refusal.value)
+    told = ONCE | {name: selection.METHOD[name]}
+    assert select(net, digits(), Noise(SHAPE), **told)
+
+
+def test_what_the_method_replaces_in_a_recipe_makes_no_other_file(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PRUNING_RUNS", str(tmp_path))
+    parts = stages.Sets(digits(), digits(), digits())
+    base = stages.Base(tiny(), parts, run="toy/x", net="tiny")
+    plain = train.Recipe(1, lr=0.01, batch_size=16)
+    for recipe in (plain, replace(plain, weight_decay=0.0, optimizer="adam")):
+        selection.learn_betas(base, "noise", recipe=recipe)
+    (path,) = (tmp_path / "toy" / "betas").glob("*.pt")
+    assert path.stem.endswith("-noise-1epochs-lr0.01-batch_size16-seed0")
 
 
 def test_ranks_agree_with_gamma_when_betas_say_nothing():

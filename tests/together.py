@@ -98,12 +98,12 @@ def recalibrate(**options):
 
 
 def train_arm(name):
-    options = {"components": 8} if name == "deep" else {}
     from lib import scop  # takes long, and only this needs it
+    from lib.scop.controls import ARMS
 
-    arm = scop.build_control(
-        name, make_images(48), epochs=2, folder="controls", batch_size=16, **options
-    )
+    ARMS[name].batch_size = 16
+    ARMS["deep"].components = 8
+    arm = scop.build_control(name, make_images(48), epochs=2, folder="controls")
     return {"state": arm.state_dict(), "rows": arm.rows}
 
 

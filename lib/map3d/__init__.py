@@ -20,7 +20,7 @@ from lib.map3d.costs import (
 from lib.map3d.design import DESIGNS, find_floors, make_design
 from lib.map3d.fitting import count_parameters, fit, jacobian_rank
 from lib.map3d.predictor import Map
-from lib.map3d.search import optimum, trace_budget
+from lib.map3d.search import optimum
 from lib.map3d.space import Shape, Space, score_channels
 from lib.map3d.uncertainty import (
     bootstrap_maps,

@@ -9,7 +9,7 @@ G_m = d ln F / d ln x_m and local cost exponents e_m = d ln C / d ln x_m,
                    and G_m <= mu e_m where it is at its low bound;  mu >= 0,
 
 so dimensions that are free all gain the same accuracy per cost. The conditions can hold
-at inferior points too: a grid over the budget finds where to start.
+at inferior points too: a grid of what the budget buys finds where to start.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,13 @@ from typing import NamedTuple
 import numpy as np
 from scipy.ndimage import maximum_filter
 from scipy.optimize import minimize
-from scipy.optimize.elementwise import find_root
 
 from lib.map3d.costs import FORMULA, ROUNDING, PowerLaw, check_keep, make_relative
 from lib.map3d.predictor import Map
-from lib.settings import check_int
 
 ACTIVE = 1e-7  # relative distance from a bound or the budget that counts as on it
 STATIONARY = 1e-5  # residual of the conditions up to which a point meets them
-SPACING = 21  # values per dimension of the coarse grid inside the budget
+SPACING = 21  # values per dimension of the grid
 STARTS = 5  # places to climb from
 COPY = 1e-4  # in logs: nearer optima are one
 STEP = 1e-6  # in logs, of the differences that stand in for the slopes of a cost
@@ -86,22 +84,20 @@ class Optimum:
         return self.keep - self.cost if self.cost < self.keep * (1 - ACTIVE) else 0.0
 
 
-def optimum(
-    predictor: Map, keep: float, cost: Callable = FORMULA, *, num: int = 61
-) -> Optimum:
+def optimum(predictor: Map, keep: float, cost: Callable = FORMULA) -> Optimum:
     """The point of highest predicted accuracy with C <= keep inside the data's box.
 
     keep: share of the cost that stays, in (0, 1]; at 1 a monotone F stays unpruned.
     cost: a `PowerLaw`, or any function of three numbers d, w, r that is positive and
     does not fall with any of them; C is its value over that at (1, 1, 1), its slopes
-    are differences. num: of the grid on the budget surface, per side. ValueError: keep
-    outside (0, 1] or below the cost of the box's lower corner; a cost that is not so.
+    are differences. ValueError: keep outside (0, 1] or below the cost of the box's
+    lower corner; a cost that is not so.
 
     Step by step in notebooks/31_map_fit.ipynb.
     """
     problem = Problem(predictor, keep, cost)
-    starts = _list_starts(problem, check_int("num", num, 2))
-    best, *others = _drop_copies([_climb(problem, start) for start in starts])
+    climbed = [_climb(problem, start) for start in _list_starts(problem)]
+    best, *others = _drop_copies(climbed)
     residuals = [check_conditions(problem, p)["kkt_residual"] for p in others]
     pairs = zip(others, residuals, strict=True)
     return Optimum(
@@ -196,67 +192,19 @@ def _find_price(gains, e, falls, rises) -> float:
     return max(0.0, float(mu))
 
 
-# -- the budget ------------------------------------------------------------------------
-
-
-def trace_budget(
-    predictor: Map, keep: float, cost: Callable = FORMULA, *, num: int = 201
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """d, w, r and accuracy in percent over the surface C = keep, four [num, num].
-
-    d varies along the first axis and w along the second, evenly in logs over what the
-    budget leaves of the box; r follows, nan with the accuracy where it leaves the box.
-    (Where r costs nothing, it varies and w or d follows.) Errors as in `optimum`.
-    """
-    return _trace_surface(Problem(predictor, keep, cost), num)
-
-
-def _trace_surface(problem: Problem, num: int):
-    # The dimension that the others leave to the budget must cost something; a cost need
-    # not say which do, so each is tried by itself at its low.
-    low, high = np.log(problem.box)
-    shorter = np.where(np.eye(3, dtype=bool), low, high)
-    costly = problem.excess(shorter.T) < problem.excess(high) - ROUNDING
-    last = int(max(np.flatnonzero(costly), default=2))
-    axes = [m for m in range(3) if m != last]
-    spans = []  # the ends of the surface: where the other two are at their bounds
-    for m in axes:
-        ends = [float(_solve(problem, m, place)) for place in (high, low)]
-        spans.append(np.where(np.isnan(ends), (low[m], high[m]), ends))
-    y = np.empty((3, num, num))
-    y[axes] = np.meshgrid(*(np.linspace(*ends, num) for ends in spans), indexing="ij")
-    y[last] = _solve(problem, last, y)
-    d, w, r = np.exp(y)
-    return d, w, r, problem.predictor.predict(d, w, r)  # nan in, nan out
-
-
-def _solve(problem: Problem, m: int, y: np.ndarray) -> np.ndarray:
-    """y_m that meets the budget, the others of y [3, ...] given; nan: none there."""
-    others = [y[n] for n in range(3) if n != m]
-
-    def exceed(t, *rest):
-        place = [*rest[:m], t, *rest[m:]]
-        found = problem.excess(np.stack(np.broadcast_arrays(*place)))
-        return np.where(np.abs(found) <= ROUNDING, 0.0, found)  # met at a bound
-
-    found = find_root(exceed, tuple(np.log(problem.box[:, m])), args=tuple(others))
-    return np.where(found.success, found.x, np.nan)
-
-
 # -- the search ------------------------------------------------------------------------
 
 
-def _list_starts(problem: Problem, num: int) -> list[Point]:
-    """The highest peaks of F on the budget surface, and the best of a grid inside."""
-    surface = np.stack(_trace_surface(problem, num))
-    height = np.nan_to_num(surface[3], nan=-np.inf)
-    top = (height == maximum_filter(height, max(num // 10, 3))) & np.isfinite(height)
-    peaks = [Point(*row) for row in surface[:, top].T.tolist()]
+def _list_starts(problem: Problem) -> list[Point]:
+    """The highest peaks of F on a grid of what the budget buys."""
     axes = [np.geomspace(low, high, SPACING) for low, high in problem.box.T]
-    inner = np.array(np.meshgrid(*axes, indexing="ij")).reshape(3, -1)
-    inner = inner[:, problem.cost(*inner) <= problem.keep * (1 + ROUNDING)]
-    inside = problem.point(inner[:, problem.predictor.predict(*inner).argmax()])
-    return [*_drop_copies(peaks)[: STARTS - 1], inside]
+    grid = np.array(np.meshgrid(*axes, indexing="ij"))
+    bought = problem.cost(*grid) <= problem.keep * (1 + ROUNDING)
+    height = np.full(bought.shape, -np.inf)
+    height[bought] = problem.predictor.predict(*grid[:, bought])
+    top = bought & (height == maximum_filter(height, 5))
+    peaks = np.stack([*grid, height])[:, top].T.tolist()
+    return _drop_copies([Point(*peak) for peak in peaks])
 
 
 def _drop_copies(points: list[Point]) -> list[Point]:
@@ -272,7 +220,7 @@ def _drop_copies(points: list[Point]) -> list[Point]:
 def _climb(problem: Problem, start: Point) -> Point:
     """The local maximum above `start`: SLSQP again and again, while it gains."""
     # Nothing below the start is taken, so a cost with steps, on which SLSQP is lost,
-    # still ends at the best point of the grids.
+    # still ends at the best point of the grid.
     best, before = start, -np.inf
     while best.accuracy > before + 1e-13 * abs(best.accuracy):
         before = best.accuracy

@@ -3,7 +3,7 @@
 Yu et al., "NISP: Pruning Networks using Neuron Importance Score Propagation", CVPR
 2018. frl (what the classifier reads) -> infinite (how much each response matters) ->
 propagation, one backward pass through the absolute network -> `lib.plan`; comparisons
-and errors ask whether it was worth it, activity what the closed form leaves out.
+asks whether it was worth it, activity what the closed form leaves out.
 """
 
 from lib.nisp.activity import measure_activity

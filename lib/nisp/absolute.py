@@ -23,7 +23,6 @@ the linear maps; the rule for gates is ours.
 
 import contextlib
 import copy
-import itertools
 import math
 from collections.abc import Callable, Collection, Mapping
 
@@ -251,26 +250,12 @@ def sum_windows(
     x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False,
     return_indices=False,
 ):  # fmt: skip
-    """A max pool: sum up the first input of each window, the second, and so on.
-
-    Padding counts nothing; it is wide enough for a window that ends beyond the edge.
-    """
+    """A max pool: the sum over each window, in which padding counts nothing."""
     axes = x.ndim - 2
-    pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[axes - 1]
-    like = pool(x[:, :1].detach(), kernel_size, stride, padding, dilation, ceil_mode)
-    size, step, before, gap = (
-        [v] * axes if isinstance(v, int) else list(v) * (axes // len(v))
-        for v in (kernel_size, stride or kernel_size, padding, dilation)
-    )
-    widths = [w for p, s in zip(before, step, strict=True) for w in (p + s, p)]
-    x, total = F.pad(x, widths[::-1]), 0
-    for offset in itertools.product(*map(range, size)):
-        places = [
-            slice(o * g, o * g + (n - 1) * s + 1, s)
-            for o, g, n, s in zip(offset, gap, like.shape[2:], step, strict=True)
-        ]
-        total = total + x[(..., *places)]
-    return total
+    if axes == 1 or dilation not in (1, (1,) * axes, [1] * axes):
+        raise _NoRule("pools along one axis, or with a dilation")
+    pool = F.avg_pool2d if axes == 2 else F.avg_pool3d
+    return pool(x, kernel_size, stride, padding, ceil_mode, divisor_override=1)
 
 
 def sum_adaptive(x, output_size, return_indices=False):

@@ -65,8 +65,10 @@ def score_layers(
         scores = rank_layerwise(model, images, alpha=alpha, **options)
     elif method == "random":
         scores = baselines.random(model, seed)
+    elif method == "bn_scale":
+        scores = baselines.bn_scale(model, graph=graph)
     else:
-        scores = getattr(baselines, method)(model)
+        scores = baselines.l1(model)
     free = {n for n in graph.layers if not graph.group_of[n].fixed}
     return {name: values for name, values in scores.items() if name in free}
 

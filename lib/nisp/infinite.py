@@ -22,7 +22,6 @@ from lib.settings import ABOVE_ONE, check_float
 
 VARIANTS = ("default", "v4_2016", "raw2015", "y2020")
 LOAD = 0.9  # r rho(A)
-TILE = 2**16  # values taken at a time: they stay in the cache
 
 
 def inf_fs(
@@ -133,18 +132,14 @@ def stretch(deviation: Tensor) -> Tensor:
 def measure_deviation(features: Tensor) -> Tensor:
     """Standard deviation of each column, divisor N, float64 [D]; exactly 0 if constant.
 
-    Two passes over values stretched to [0, 1], so that neither a large mean nor a tiny
-    or huge unit costs digits.
+    Of values stretched to [0, 1], so that neither a large mean nor a tiny or huge unit
+    costs digits.
     """
-    found = []
-    for columns in check_features(features).split(max(1, TILE // len(features)), 1):
-        rows = columns.T.clone(memory_format=torch.contiguous_format).double()
-        low, high = rows.aminmax(dim=1, keepdim=True)
-        width = high - low
-        rows.sub_(low).div_(torch.where(width > 0, width, 1.0))
-        rows.sub_(rows.mean(1, keepdim=True))
-        found.append(rows.square_().mean(1).sqrt() * width[:, 0])
-    return torch.cat(found)
+    values = check_features(features).double()
+    low, high = values.aminmax(dim=0)
+    width = high - low
+    unit = torch.where(width > 0, width, 1.0)
+    return ((values - low) / unit).std(0, correction=0) * width
 
 
 # -- rank correlation ------------------------------------------------------------------

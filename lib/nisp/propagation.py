@@ -153,10 +153,8 @@ class Sweep:
                 f"activity: the output of '{name}' has the shape {shape} per image, "
                 f"got {tuple(values.shape)}"
             )
-        if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
-            raise ValueError(
-                f"activity: '{name}' has values that are negative or not finite"
-            )
+        if not bool(((values >= 0) & values.isfinite()).all()):
+            raise ValueError(f"activity: '{name}' needs finite values >= 0")
         return grad * values.to(grad)
 
     def channel_dim(self, name: str) -> int:
@@ -265,12 +263,6 @@ def check_scores(frl_scores: Tensor, responses: Tensor) -> None:
             f"frl_scores: the final response layer has {responses.numel()} responses, "
             f"got scores of shape {tuple(frl_scores.shape)}; give one number for each"
         )
-    if not bool(torch.isfinite(frl_scores).all()):
-        raise ValueError("frl_scores: not finite; replace NaN and infinite scores")
-    if bool((frl_scores < 0).any()):
-        raise ValueError(
-            "frl_scores: importance cannot be negative; shift the scores or take their "
-            "ranks"
-        )
-    if not bool((frl_scores > 0).any()):
-        raise ValueError("frl_scores: all are zero, which ranks nothing")
+    sound = bool(((frl_scores >= 0) & frl_scores.isfinite()).all())
+    if not sound or not bool(frl_scores.any()):
+        raise ValueError("frl_scores: expected finite numbers >= 0, not all of them 0")

@@ -13,7 +13,7 @@ normalising from the official code).
 """
 
 import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +67,24 @@ def select(
     """Learn `beta` for the channels of `layers` (default: those in residual blocks).
 
     Adam (betas .5, .9) at a constant rate, no weight decay, projected to [0, 1] after
-    each step, from 1/2; a batch of images and as many controls a step. The rest is that
-    of a `recipe`, or of `settings`, the fields of one, beside `OFFICIAL`. A copy is
-    trained; `model` is left bit-identical. `graph`: of `model` at the images' size, if
-    known. `checkpoint`, `device`: as in `train.fit`. Several processes of a recipe mix,
-    normalise and shuffle each within its part of the batch, so their betas are not
-    quite those of one process.
+    each step, from 1/2; a batch of images and as many controls a step. `METHOD` takes
+    the place of what a `recipe` says of these; the rest is that of the recipe, or of
+    `settings`, the fields of one, beside `OFFICIAL`. A copy is trained; `model` is left
+    bit-identical. `graph`: of `model` at the images' size, if known. `checkpoint`,
+    `device`: as in `train.fit`. Several processes of a recipe mix, normalise and
+    shuffle each within its part of the batch, so their betas are not quite those of one
+    process.
 
     ValueError, naming the layer: no BatchNorm of its own, a beta that is not finite; a
-    control of another shape.
+    control of another shape; a setting that is not as in `METHOD`.
 
     Step by step in notebooks/11_scop_selection.ipynb.
     """
+    for name, value in METHOD.items():
+        if settings.get(name, value) != value:
+            raise ValueError(
+                f"{name} of a selection is {value!r}, got {settings[name]!r}"
+            )
     recipe = replace(recipe or OFFICIAL, **(settings | METHOD))
     norms = _pick_layers(model, images.shape, layers, graph)
     mixed = MixedNet(model, control, norms)
@@ -115,7 +121,12 @@ def learn_betas(
     )  # fmt: skip
     if num_images:
         images = images.take(min(num_images, len(images)), recipe.seed)
-    name = f"{images.name}-{len(images)}images-{base.net}-{control}-{recipe.tag}.pt"
+    # what `METHOD` replaces makes no other file
+    usual: dict[str, Any] = {
+        f.name: f.default for f in fields(recipe) if f.name in METHOD
+    }
+    tag = replace(recipe, **usual).tag
+    name = f"{images.name}-{len(images)}images-{base.net}-{control}-{tag}.pt"
     return select(
         base.model, images, arm, recipe=recipe, graph=base.graph,
         checkpoint=folder / "betas" / name,

@@ -72,9 +72,9 @@ class Control(nn.Module):
         raise NotImplementedError
 
     def digest(self) -> str:
-        """A hash of the arm, its options and everything it learnt."""
+        """A hash of the arm and everything it learnt."""
         learnt = self.state_dict()
-        facts = [self.name, str(self.shape), self.extra_repr(), *learnt]
+        facts = [self.name, str(self.shape), *learnt]
         return digest_tensors(" ".join(facts), *learnt.values())
 
 

@@ -2,67 +2,43 @@
 
 import copy
 import itertools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lib.data import ImageSet
 from lib.scop.controls.training import Game, Trained, make_adam
-from lib.settings import ABOVE_ONE, ABOVE_ZERO, CHW
-from lib.train.recipe import Checked, setting
-
-
-@dataclass(frozen=True)
-class GanOptions(Checked):
-    """width: channels before the last layer, of generator and critic. rescale: bring
-    pixels of the tanh, in [-1, 1], into the normalised space of images; False leaves
-    them as they are, as the released code does. critic_steps: critic updates per update
-    of the generator. penalty: on the critic's gradient norm, at one update in
-    `penalty_every` with so much more weight. average: what is kept of the sampling
-    weights at an update. lr, batch_size: of both players.
-
-    The defaults train in seconds on one core. The released generator has width 64, its
-    source critic_steps 5, penalty_every 1, average 0, lr 1e-4, batch_size 64.
-    """
-
-    width: int = setting(16, low=1)
-    rescale: bool = setting(True)
-    critic_steps: int = setting(1, low=1)
-    penalty: float = setting(10.0, low=0)
-    penalty_every: int = setting(4, low=1)
-    average: float = setting(0.95, low=0, high=ABOVE_ONE)
-    lr: float = setting(2e-3, low=ABOVE_ZERO)
-    batch_size: int = setting(32, low=2)
+from lib.settings import CHW
 
 
 class GanGame(Game):
     """Wasserstein GAN with gradient penalty (Gulrajani et al. 2017)."""
+
+    arm: "Generator"
 
     def __init__(self, arm: "Generator"):
         super().__init__(arm)
         # The arm samples with a running average of the player's weights: late in a
         # short training the two players still move each other about.
         self.player = copy.deepcopy(arm.net)
-        self.critic = make_critic(arm.shape, arm.options.width)
+        self.critic = make_critic(arm.shape, arm.width)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        return make_adam(self.arm.options.lr, self.player, self.critic)
+        return make_adam(self.arm.lr, self.player, self.critic)
 
     def step(self, x: Tensor, turn: int) -> dict[str, Tensor]:
-        """The critic's turn, and every `critic_steps` turns the generator's."""
+        """The critic's turn, then the generator's."""
         real = (x * self.arm.std + self.arm.mean) * 2 - 1
         seen = self.teach_critic(real, turn)
-        if (turn + 1) % self.arm.options.critic_steps == 0:
-            loss = -self.critic(self.arm.draw(len(x), self.player)).mean()
-            self.descend(loss, self.player)
-            self.follow(len(x))
+        loss = -self.critic(self.arm.draw(len(x), self.player)).mean()
+        self.descend(loss, self.player)
+        self.follow(len(x))
         return seen
 
     @torch.no_grad()
     def follow(self, count: int) -> None:
         """Move the average towards the player."""
-        share = 1 - self.arm.options.average
+        share = 1 - self.arm.average
         pairs = zip(self.arm.net.parameters(), self.player.parameters(), strict=True)
         for mean, weight in pairs:
             mean.lerp_(weight, share)
@@ -72,16 +48,16 @@ class GanGame(Game):
 
     def teach_critic(self, real: Tensor, turn: int) -> dict[str, Tensor]:
         """One update; the distance it sees, and the penalty when it is due."""
-        options = self.arm.options
+        arm = self.arm
         with torch.no_grad():
-            fake = self.arm.draw(len(real), self.player)
+            fake = arm.draw(len(real), self.player)
         distance = self.critic(real).mean() - self.critic(fake).mean()
         seen, loss = {"distance": distance}, -distance
         # A gradient through a gradient costs as much as the rest: at every few updates,
         # with so much more weight, it is the same penalty on average.
-        if turn % options.penalty_every == 0:
+        if turn % arm.penalty_every == 0:
             seen["penalty"] = self.penalise(real, fake)
-            loss = loss + options.penalty_every * options.penalty * seen["penalty"]
+            loss = loss + arm.penalty_every * arm.penalty * seen["penalty"]
         self.descend(loss, self.critic)
         return seen
 
@@ -100,18 +76,26 @@ class Generator(Trained):
     Independence holds trivially: G never sees the image. The full swap holds as far as
     the GAN matches the distribution of images, partial swaps cannot: coordinates of two
     unrelated images are not correlated as those of one. A fresh z for every sample.
+
+    It trains in seconds on one core. The released generator has width 64, its source
+    five updates of the critic for one of the generator, penalty_every 1, average 0,
+    lr 1e-4, batch_size 64; the released code leaves the pixels in [-1, 1].
     """
 
     name = "generator"
-    Options = GanOptions
     Game = GanGame
     epochs = 3
-    sampling = ("rescale",)
     latent = 128
+    width = 16  # channels before the last layer, of generator and critic
+    penalty = 10.0  # weight of the critic's gradient norm ...
+    penalty_every = 4  # ... at one update in so many, with so much more weight
+    average = 0.95  # what is kept of the sampling weights at an update
+    lr = 2e-3  # of both players
+    batch_size = 32
 
-    def __init__(self, images: ImageSet, options: GanOptions | None = None):
-        super().__init__(images, options)
-        self.net = make_generator(self.shape, self.latent, self.options.width)
+    def __init__(self, images: ImageSet):
+        super().__init__(images)
+        self.net = make_generator(self.shape, self.latent, self.width)
         stats = torch.tensor([images.mean, images.std])[:, :, None, None]
         self.register_buffer("mean", stats[0])
         self.register_buffer("std", stats[1])
@@ -125,7 +109,7 @@ class Generator(Trained):
 
     def make(self, batch: Tensor) -> Tensor:
         made = self.draw(len(batch), self.net)
-        return ((made + 1) / 2 - self.mean) / self.std if self.options.rescale else made
+        return ((made + 1) / 2 - self.mean) / self.std
 
 
 def make_generator(shape: CHW, latent: int, width: int) -> nn.Sequential:

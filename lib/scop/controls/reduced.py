@@ -4,7 +4,6 @@ Principal coordinates are uncorrelated, so there is room between an image and it
 control that pixels do not leave.
 """
 
-from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -14,35 +13,9 @@ from lib.data import ImageSet, batches
 from lib.kernels import mmd2
 from lib.scop.controls.base import correlate, exchange
 from lib.scop.controls.training import Game, Trained
-from lib.settings import ABOVE_ONE, ABOVE_ZERO
-from lib.train.recipe import Checked, setting
 
 WIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # of the kernels, in s.d.
 LARGEST = 8192  # pixels times channels: the covariance then takes 512 MiB
-
-
-@dataclass(frozen=True)
-class GaussianOptions(Checked):
-    """components: how many leading coordinates are redrawn. share: s_j / variance_j in
-    (0, 1], 1 for controls that are uncorrelated with the image."""
-
-    components: int = setting(64, low=1)
-    share: float = setting(1.0, low=ABOVE_ZERO, high=ABOVE_ONE)
-
-
-@dataclass(frozen=True)
-class DeepOptions(Checked):
-    """components: as in `GaussianOptions`. width: of the machine's layers. exchange,
-    moments, decorrelation: weights of the losses (gamma, lambda, delta in the paper).
-    lr: divided by the largest weight above 1."""
-
-    components: int = setting(64, low=1)
-    width: int = setting(320, low=1)
-    exchange: float = setting(1.0, low=0)
-    moments: float = setting(1.0, low=0)
-    decorrelation: float = setting(1.0, low=0)
-    lr: float = setting(0.01, low=ABOVE_ZERO)
-    batch_size: int = setting(400, low=4)
 
 
 class Reduced(Trained):
@@ -51,9 +24,11 @@ class Reduced(Trained):
     ValueError: more components than have a variance, images above `LARGEST` values.
     """
 
-    def __init__(self, images: ImageSet, options: Checked | None = None):
-        super().__init__(images, options)
-        size, kept = prod(self.shape), self.options.components
+    components = 64  # how many leading coordinates are redrawn
+
+    def __init__(self, images: ImageSet):
+        super().__init__(images)
+        size, kept = prod(self.shape), self.components
         if not kept <= min(size, len(images) - 1):
             raise ValueError(
                 f"components must be at most {min(size, len(images) - 1)} with "
@@ -69,12 +44,12 @@ class Reduced(Trained):
         self.register_buffer("spread", torch.ones(kept))
 
     def prepare(self, images: ImageSet) -> None:
-        center, axes, variances = find_axes(images, self.options.components)
+        center, axes, variances = find_axes(images, self.components)
         if variances[-1] <= 1e-10 * variances[0]:
             found = int((variances > 1e-10 * variances[0]).sum())
             raise ValueError(
                 f"components must be at most {found}, no other direction of "
-                f"{images.name} has a variance; got {self.options.components}"
+                f"{images.name} has a variance; got {self.components}"
             )
         self.center.copy_(center)
         self.axes.copy_(axes)
@@ -101,39 +76,34 @@ class Gaussian(Reduced):
     Independence holds: the label is never read, the control is made of the image and
     noise. The full swap and every partial swap of principal coordinates hold to second
     order, exactly for Gaussian images; pixels are not the coordinates that may be
-    swapped. A coordinate z_j of variance v_j becomes (1 - share) z_j plus noise of
-    variance (2 share - share^2) v_j, that is s_j = share v_j.
+    swapped. A coordinate becomes noise of its variance v_j, that is s_j = v_j.
     """
 
     name = "gaussian"
-    Options = GaussianOptions
-    sampling = ("share",)
 
     def redraw(self, u: Tensor) -> Tensor:
-        share = self.options.share
-        return (1 - share) * u + (2 * share - share**2) ** 0.5 * torch.randn_like(u)
+        return torch.randn_like(u)
 
 
 class DeepGame(Game):
     """Deep Knockoffs' losses (Romano, Sesia, Candes 2020) on whitened coordinates."""
 
+    arm: "Deep"
+
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """SGD with momentum; the rate falls as the losses are weighted up."""
-        o = self.arm.options
-        rate = o.lr / max(o.exchange, o.moments, o.decorrelation, 1.0)
+        """SGD with momentum."""
         machine = self.arm.machine.parameters()
-        return torch.optim.SGD(machine, lr=rate, momentum=0.9)
+        return torch.optim.SGD(machine, lr=self.arm.lr, momentum=0.9)
 
     def step(self, x: Tensor, turn: int) -> dict[str, Tensor]:
-        u, o = self.arm.whiten(x), self.arm.options
+        u = self.arm.whiten(x)
         made = self.arm.redraw(u)
         losses = {
             "exchange": measure_swaps(u, made),
             "moments": compare_moments(u, made),
             "decorrelation": correlate(u, made, eps=1e-6).square().mean(),
         }
-        total = sum(getattr(o, name) * loss for name, loss in losses.items())
-        self.descend(total, self.arm.machine)
+        self.descend(sum(losses.values()), self.arm.machine)
         return losses
 
 
@@ -148,14 +118,16 @@ class Deep(Reduced):
     """
 
     name = "deep"
-    Options = DeepOptions
     Game = DeepGame
     epochs = 8
     least = 4
+    width = 320  # of the machine's layers
+    lr = 0.01
+    batch_size = 400
 
-    def __init__(self, images: ImageSet, options: DeepOptions | None = None):
-        super().__init__(images, options)
-        size, width = self.options.components, self.options.width
+    def __init__(self, images: ImageSet):
+        super().__init__(images)
+        size, width = self.components, self.width
         layers, taken = [], 2 * size  # coordinates and noise
         for _ in range(6):
             layers += [nn.Linear(taken, width, bias=False), nn.BatchNorm1d(width)]

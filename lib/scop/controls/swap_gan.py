@@ -1,7 +1,5 @@
 """Controls trained to be exchangeable with their image, block of pixels by block."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,24 +7,7 @@ from torch import Tensor, nn
 from lib.data import ImageSet
 from lib.scop.controls.base import correlate, exchange
 from lib.scop.controls.training import Game, Trained, make_adam
-from lib.settings import ABOVE_ONE, ABOVE_ZERO, CHW
-from lib.train.recipe import Checked, setting
-
-
-@dataclass(frozen=True)
-class SwapOptions(Checked):
-    """block: side in pixels of the blocks that change places, must divide both sides of
-    the images; 0: see `pick_block`. decorrelation: weight of that loss. hint: share of
-    the blocks whose swap the discriminator is told while it learns. width, lr,
-    batch_size: of both networks.
-    """
-
-    block: int = setting(0, low=0)
-    decorrelation: float = setting(1.0, low=0)
-    hint: float = setting(0.9, low=0, high=ABOVE_ONE)
-    width: int = setting(32, low=1)
-    lr: float = setting(1e-3, low=ABOVE_ZERO)
-    batch_size: int = setting(64, low=2)
+from lib.settings import CHW
 
 
 class SwapGame(Game):
@@ -37,12 +18,14 @@ class SwapGame(Game):
     change places.
     """
 
+    arm: "SwapGAN"
+
     def __init__(self, arm: "SwapGAN"):
         super().__init__(arm)
-        self.judge = Judge(arm.shape, arm.block, arm.options.width)
+        self.judge = Judge(arm.shape, arm.block, arm.width)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        return make_adam(self.arm.options.lr, self.arm.net, self.judge)
+        return make_adam(self.arm.lr, self.arm.net, self.judge)
 
     def step(self, x: Tensor, turn: int) -> dict[str, Tensor]:
         """One update of the discriminator, one of the generator."""
@@ -60,7 +43,7 @@ class SwapGame(Game):
         # is measured where the swaps are, in blocks, over the images of the batch.
         means = (average_blocks(v, self.arm.block) for v in (x, made))
         alike = correlate(*means, eps=1e-6).square().mean()
-        self.descend(confusion + self.arm.options.decorrelation * alike, self.arm.net)
+        self.descend(confusion + alike, self.arm.net)
         return {"guess": guess, "confusion": confusion, "alike": alike}
 
     def teach_judge(self, x: Tensor) -> Tensor:
@@ -70,7 +53,7 @@ class SwapGame(Game):
         coins = self.judge.draw_swap(x)
         # With most of the other swaps told, the question about a block is the one that
         # a knockoff must withstand: was it swapped, given all the rest?
-        told = (torch.rand_like(coins) < self.arm.options.hint).float()
+        told = (torch.rand_like(coins) < self.arm.hint).float()
         logits = self.judge(*swap_blocks(x, made, coins), told, coins)
         losses = F.binary_cross_entropy_with_logits(logits, coins, reduction="none")
         # a hint gives the answer away: only where there was none is it a guess
@@ -91,19 +74,17 @@ class SwapGAN(Trained):
     """
 
     name = "swap_gan"
-    Options = SwapOptions
     Game = SwapGame
     epochs = 2
+    hint = 0.9  # share of the blocks whose swap the discriminator is told as it learns
+    width = 32  # of both networks
+    lr = 1e-3
+    batch_size = 64
 
-    def __init__(self, images: ImageSet, options: SwapOptions | None = None):
-        super().__init__(images, options)
-        self.block, sides = self.options.block or pick_block(self.shape), self.shape[1:]
-        if any(side % self.block for side in sides):
-            raise ValueError(
-                f"block must divide the sides of the images, {list(sides)} pixels in "
-                f"{images.name}, got {self.block}"
-            )
-        self.net = Distort(self.shape[0], self.options.width)
+    def __init__(self, images: ImageSet):
+        super().__init__(images)
+        self.block = pick_block(self.shape)
+        self.net = Distort(self.shape[0], self.width)
 
     def make(self, batch: Tensor) -> Tensor:
         return self.net(batch)

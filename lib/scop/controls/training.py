@@ -9,9 +9,7 @@ part.
 import math
 import time
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +19,7 @@ from lib.data import ImageSet, batches, count_batches
 from lib.scop.controls.base import Control
 from lib.train import checkpoint, processes, workers
 from lib.train.progress import Report
-from lib.train.recipe import Checked, Recipe, seeded
+from lib.train.recipe import Recipe, seeded
 
 
 class Game(nn.Module):
@@ -68,32 +66,27 @@ def make_adam(lr: float, *players: nn.Module) -> torch.optim.Optimizer:
 class Trained(Control):
     """A control that learns from the training images; their labels are never read.
 
-    `rows`: what each epoch of the training gave.
+    `rows`: what each epoch of the training gave. What an arm is trained with are
+    numbers of its class; a checkpoint knows them.
     """
 
-    Options: type[Checked]
     Game: type[Game] = Game
     epochs = 0
     least = 2  # images that it can learn from
-    sampling: tuple[str, ...] = ()  # options that training does not depend on
+    lr = 0.0
+    batch_size = 1
 
-    def __init__(self, images: ImageSet, options: Checked | None = None):
+    def __init__(self, images: ImageSet):
         super().__init__(images.shape)
-        self.options: Any = options or self.Options()
         self.rows: list[dict] = []
 
     def prepare(self, images: ImageSet) -> None:
         """What is computed from the images before the first epoch."""
 
-    def extra_repr(self) -> str:
-        """Every option, so that the digest tells arms of other options apart."""
-        return ", ".join(f"{k}={v!r}" for k, v in asdict(self.options).items())
-
 
 def train_control(
     arm_type: type[Trained],
     images: ImageSet,
-    options: Checked,
     recipe: Recipe,
     folder: str | Path | None,
     device: torch.device,
@@ -104,12 +97,12 @@ def train_control(
             f"control '{arm_type.name}' learns from {arm_type.least} images or more, "
             f"{images.name} has {len(images)}"
         )
-    identity = identify(arm_type, images, options, recipe)
+    identity = identify(arm_type, images, recipe)
     path = locate(folder, identity)
     images = images.to(device)
     # stream 0 for the start, epoch e has stream e + 1
     with seeded(recipe.seed, 0, device):
-        arm = arm_type(images, options)
+        arm = arm_type(images)
         game = arm_type.Game(arm).to(device)
         game.optimizer = game.make_optimizer()
         if not take_up(path, identity, game):
@@ -180,7 +173,7 @@ def run_epoch(
         if not math.isfinite(value):
             raise ValueError(
                 f"control '{game.arm.name}' diverged in epoch {epoch + 1}: {name} is "
-                f"{value}. Lower lr ({game.arm.options.lr:g})"
+                f"{value}. Lower lr ({game.arm.lr:g})"
             )
     return losses
 
@@ -188,15 +181,14 @@ def run_epoch(
 # -- checkpoints ---------------------------------------------------------------------
 
 
-def identify(
-    arm_type: type[Trained], images: ImageSet, options: Checked, recipe: Recipe
-) -> dict:
+def identify(arm_type: type[Trained], images: ImageSet, recipe: Recipe) -> dict:
     """What a checkpoint must agree on to be taken up; labels do not matter."""
-    chosen = {k: v for k, v in asdict(options).items() if k not in arm_type.sampling}
+    every = {name: getattr(arm_type, name) for name in dir(arm_type) if name[0] != "_"}
+    chosen = {k: v for k, v in every.items() if type(v) in (int, float)}
     scale = f"{images.mean} {images.std}"
     data = checkpoint.digest_tensors(scale, images.fingerprint())
-    facts = {"arm": arm_type.name, **chosen, "epochs": recipe.epochs}
-    return facts | {"seed": recipe.seed, "data": data}
+    told = {"epochs": recipe.epochs, "seed": recipe.seed, "data": data}
+    return {"arm": arm_type.name, **chosen, **told}
 
 
 def locate(folder: str | Path | None, identity: dict) -> Path | None:
