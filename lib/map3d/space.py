@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import zip_longest
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -270,20 +271,27 @@ class Space:
         # Which channels of a layer stay makes no difference to the work.
         even = {n: torch.arange(count).double() for n, count in self.channels.items()}
         narrow = {w: self._narrow(model, w, even, [], self.graph) for w in widths}
-        colours, rows = self.input_shape[0], []
-        graphs = {s: build_graph(model, (colours, s, s)) for s in self.sides()}
+        # Depth and width decide a layer's work at one position, the side how many there
+        # are: MACs are the sum over layers of one times the other, exact in integers.
+        positions, rows = self._count_positions(model), []
         for blocks in range(self.fewest, len(self.blocks) + 1):
             drop = order[: len(self.blocks) - blocks]
             for width in widths:
-                left = _leave_out(narrow[width], drop)
-                kept = resolve(self.graph, left, check=False)
-                for side, graph in graphs.items():
+                work = _count_work(self.graph, _leave_out(narrow[width], drop))
+                for side, macs in zip(self.sides(), positions @ work, strict=True):
                     shape = Shape(blocks, width, side)
-                    macs = graph.count_macs(kept.rows, kept.units)
                     rows.append((*self.shares(shape), *shape, macs))
         columns = ["d", "w", "r", *Shape._fields, "macs"]
         table = pd.DataFrame(rows, columns=columns)
         return table.assign(share=table["macs"] / int(table["macs"].iloc[-1]))
+
+    def _count_positions(self, model: nn.Module) -> np.ndarray:
+        """Output positions per image, int64 [sides, layers]."""
+        rows = []
+        for side in self.sides():
+            found = build_graph(model, (self.input_shape[0], side, side)).layers
+            rows.append([sum(found[n].positions) for n in self.graph.layers])
+        return np.array(rows)
 
 
 def _leave_out(chosen: Plan, drop: list[str]) -> Plan:
@@ -291,6 +299,20 @@ def _leave_out(chosen: Plan, drop: list[str]) -> Plan:
     gone = tuple(f"{block}." for block in drop)
     left = {n: kept for n, kept in chosen.keep.items() if not n.startswith(gone)}
     return Plan(keep=left, scatter=chosen.scatter & left.keys(), drop=drop)
+
+
+def _count_work(graph: Graph, chosen: Plan) -> np.ndarray:
+    """MACs of each layer at one output position, int64 [layers]."""
+    kept = resolve(graph, chosen, check=False)
+    work = [
+        layer.count_work(
+            int(kept.units[graph.columns[name]].sum()), int(kept.rows[name].sum())
+        )
+        if name in kept.rows
+        else 0
+        for name, layer in graph.layers.items()
+    ]
+    return np.array(work)
 
 
 def _round(x: float) -> int:
