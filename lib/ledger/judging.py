@@ -161,7 +161,10 @@ def _judge_each(
     """Against every rival of several: nothing was chosen beforehand, as by `val`.
 
     The least of the gaps and of their ends: an interval of the gap to the best rival.
+    ValueError for several on the left: the best would be chosen by what is judged.
     """
+    if "|" in left:
+        raise ValueError(f"'{left} - {right}': several may stand on the right only")
     rivals = right.split("|")
     pairs = pd.DataFrame({"contrast": rivals, "left": left, "right": rivals})
     found = verdicts.judge(rows, pairs.assign(value=value), **limits)
@@ -184,11 +187,12 @@ def _answer(found: dict[str, Any], limits: dict, opposite: bool) -> dict[str, An
         tuple(sorted(sign * found[f"{kind}{end}"] for end in ("low", "high")))
         for kind in ("", "corrected_")
     )
+    verdict = verdicts.decide(mean, plain, corrected, **limits)
+    is_open = verdict in ("direction only", "undecided")  # of several rivals one may be
     return {
         "effect": mean, "low": corrected[0], "high": corrected[1], "n": found["n"],
-        "needed": found["bases_needed"],
-        "verdict": verdicts.decide(mean, plain, corrected, **limits),
-        "length": found["length"],
+        "needed": found["bases_needed"] if is_open else None,
+        "verdict": verdict, "length": found["length"],
     }  # fmt: skip
 
 
