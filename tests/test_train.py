@@ -653,11 +653,6 @@ def test_a_failed_save_keeps_the_checkpoint_before(tmp_path, monkeypatch):
 DAMAGE = {
     "other": lambda state: {"weights": 1},
     "list": lambda state: [1, 2],
-    "row": lambda state: state | {"rows": [1, 2]},
-    "rows": lambda state: state | {"rows": {"epoch": 1}},
-    "order": lambda state: state | {"rows": state["rows"][::-1]},
-    "more": lambda state: state | {"rows": [*state["rows"], *state["rows"]]},
-    "times": lambda state: state | {"rows": [{"epoch": 1}]},
     "weights": lambda state: state | {"model": {"0.weight": torch.zeros(3)}},
     "optimizer": lambda state: state | {"optimizer": {}},
 }

@@ -8,7 +8,6 @@ aside with the names of what differs when it is another's, and refused when dama
 import hashlib
 import itertools
 import json
-import math
 import os
 import zipfile
 from collections.abc import Iterable
@@ -79,23 +78,11 @@ def load(path: str | Path, parts: Iterable[str] = ()) -> dict:
             raise ValueError(f"wrong checksum of {wrong}")
         state = torch.load(path, weights_only=True, map_location="cpu")
         lacking = {"identity", *parts} - state.keys()
-        if not lacking and "rows" in state:
-            _check_rows(state["rows"], state["identity"].get("epochs", math.inf))
     if lacking:
         raise ValueError(
             f"{path}: not a checkpoint of this kind, it lacks {sorted(lacking)}"
         )
     return state
-
-
-def _check_rows(rows: list[dict], epochs: float) -> None:
-    """One row per finished epoch, in order, with the time it took."""
-    numbers = [row["epoch"] for row in rows]
-    if numbers != list(range(1, len(rows) + 1)) or len(rows) > epochs:
-        raise ValueError(f"rows of epochs {numbers}, expected 1, 2, ... up to {epochs}")
-    for row in rows:
-        if not row["seconds"] >= 0 or not row["images_per_s"] >= 0:
-            raise ValueError(f"epoch {row['epoch']} has no time of its own")
 
 
 def take_up(
