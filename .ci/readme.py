@@ -231,29 +231,13 @@ def weigh(rows):
             f"After {enumerate_all(tops)} epochs of fine-tuning the L1 norm leads "
             f"random channels by {enumerate_all(leads)} points (the last: "
             f"{gap_to(part, 'l1', 'random')}), while random channels gain {gain:.1f} "
-            f"points{follow_lead(rows, max(tops))}."
+            "points."
         )
 
 
 def enumerate_all(items):
     *rest, last = map(str, items)
     return f"{', '.join(rest)} and {last}"
-
-
-def follow_lead(rows, short):
-    """The lead of the L1 norm over random channels on bases that have more epochs."""
-    both = rows[rows["method"].isin(["l1", "random"])]
-    table = both.pivot_table("after", ["length", "base_id"], "method")
-    leads = (table["l1"] - table["random"]).unstack("length")
-    told = ""
-    for length in leads.columns[leads.columns > short]:
-        pairs = leads[[short, length]].dropna()
-        if len(pairs) > 1:
-            before, then = pairs.mean()
-            epochs = number(length, "epoch")
-            told += f"; on the {len(pairs)} bases that have {epochs}, "
-            told += f"its lead goes from {before:.1f} to {then:.1f}"
-    return told
 
 
 def tell(claim):
