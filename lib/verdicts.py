@@ -10,8 +10,6 @@ import bisect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,40 +29,6 @@ VERDICTS = (
     "not tested",
     "not testable here",
 )
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """What one arm is better than another by, over `n` bases.
-
-    `mean` and `sd` of the differences; `low`, `high`: their t interval at 95 %, and
-    `corrected_low`, `corrected_high` the one that Holm's step asks for; `p`: of the t
-    test against 0, two-sided, `p_flips` of the exact sign-flip test; `bases_needed`:
-    the number that would decide an open case, None where no more of them would.
-    """
-
-    name: str
-    n: int
-    mean: float
-    sd: float
-    low: float
-    high: float
-    corrected_low: float
-    corrected_high: float
-    p: float
-    p_flips: float
-    bases_needed: int | None
-    verdict: str
-
-    @property
-    def corrected(self) -> tuple[float, float]:
-        """The corrected interval."""
-        return self.corrected_low, self.corrected_high
-
-    @property
-    def row(self) -> dict[str, Any]:
-        """All but the name, as columns of a table."""
-        return {name: value for name, value in asdict(self).items() if name != "name"}
 
 
 def pair_arms(
@@ -137,7 +101,7 @@ def judge(
     registered: columns contrast, left, right, and maybe within and value, see
     `pair_arms`. An arm is a method, or several joined by "|": that of them with the
     highest mean accuracy on the validation images (column `val`) stands for them.
-    Returned, in that order: what was compared and the fields of `Contrast`; one whose
+    Returned, in that order: what was compared and the columns of `compare`; one whose
     arms, all that are named, have fewer than two bases in common is "not tested", and
     Holm's correction covers the others.
     """
@@ -150,8 +114,7 @@ def judge(
             how = {name: row[name] for name in ("within", "value") if name in row}
             gaps = pair_arms(part, left, right, **how)
             differences[row["contrast"]] = gaps.tolist()
-    judged = compare(differences, effect=effect, margin=margin)
-    found = {contrast.name: contrast.row for contrast in judged}
+    found = compare(differences, effect=effect, margin=margin).to_dict("index")
     untested = {"n": 0, "verdict": "not tested"}
     return pd.DataFrame([row | found.get(row["contrast"], untested) for row in table])
 
@@ -227,31 +190,39 @@ def compare(
     *,
     effect: float = EFFECT,
     margin: float = MARGIN,
-) -> list[Contrast]:
+) -> pd.DataFrame:
     """Judge all registered contrasts together: name -> differences by base.
 
     One correction (Holm 1979) covers all that are named: those registered that have
     rows. `effect` and `margin` are the rule's, for differences in another unit than
     points. Raises `ValueError` for fewer than two bases or for NaN.
+
+    Returned by name, over `n` bases: `mean` and `sd` of the differences; `low`, `high`:
+    their t interval at 95 %, and `corrected_low`, `corrected_high` the one that Holm's
+    step asks for; `p`: of the t test against 0, two-sided, `p_flips` of the exact
+    sign-flip test; `bases_needed`: the number that would decide an open case, NaN
+    where no more of them would; `verdict`.
     """
     values = {name: _read(name, d) for name, d in differences.items()}
     p = {name: find_p(d) for name, d in values.items()}
     levels = holm_levels(p)
-    found = []
+    found = {}
     for name, d in values.items():
         mean, sd, level = float(d.mean()), float(d.std(ddof=1)), levels[name]
-        interval, corrected = interval_of(d), interval_of(d, level)
-        verdict = decide(mean, interval, corrected, effect=effect, margin=margin)
-        needed = None
+        (low, high), corrected = interval_of(d), interval_of(d, level)
+        verdict = decide(mean, (low, high), corrected, effect=effect, margin=margin)
+        needed = math.nan
         if verdict in ("direction only", "undecided"):
             # what would be seen as a difference, at the level of this step
             more = count_bases_needed(max(abs(mean), effect), sd, alpha=level) or 0
-            needed = more if more > len(d) else None
-        found.append(Contrast(
-            name, len(d), mean, sd, *interval, *corrected, p[name], flip_signs(d),
-            needed, verdict,
-        ))  # fmt: skip
-    return found
+            needed = more if more > len(d) else math.nan
+        found[name] = {
+            "n": len(d), "mean": mean, "sd": sd, "low": low, "high": high,
+            "corrected_low": corrected[0], "corrected_high": corrected[1],
+            "p": p[name], "p_flips": flip_signs(d), "bases_needed": needed,
+            "verdict": verdict,
+        }  # fmt: skip
+    return pd.DataFrame.from_dict(found, orient="index")
 
 
 def holm_levels(p: dict[str, float], alpha: float = ALPHA) -> dict[str, float]:
