@@ -143,12 +143,15 @@ def pick_arms(
 def pick_best(rows: pd.DataFrame, methods: str) -> str:
     """Of methods joined by "|" that with the highest mean `val`; one stays itself.
 
-    Asked are those with the most bases, on all that these share; ValueError for none.
+    Asked are those with the most bases, on all that these share; ValueError for none,
+    or for rows without `val`.
     """
     names = methods.split("|")
     measured = rows[rows["method"].isin(names)]
     if len(names) == 1 or measured.empty:
         return methods
+    if "val" not in measured:
+        raise ValueError(f"the best of {methods} needs a column 'val', by validation")
     table = measured.pivot_table("val", "base_id", "method")
     whole = table.loc[:, table.count() == table.count().max()].dropna()
     if whole.empty:

@@ -373,6 +373,10 @@ def test_several_arms_may_stand_on_either_side_of_a_single_base(results):
     rows.to_csv(results / "old.csv", index=False)
     found = compute(make_claim(kind="contrast", rows="old.csv", filter="a|b - c"))
     assert float(found.loc["S1", "effect"]) == 5
+    rows.drop(columns="val").to_csv(results / "old.csv", index=False)
+    for joined in ("a|b - c", "c - a|b"):
+        with pytest.raises(ValueError, match=r"claim S1: the best of a\|b needs a col"):
+            compute(make_claim(kind="contrast", rows="old.csv", filter=joined))
 
 
 @pytest.mark.parametrize("bases", [1, 5])
