@@ -8,15 +8,11 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-try:
-    import fcntl
-except ImportError:  # Windows: what a killed process left stays
-    fcntl = None  # type: ignore[assignment]
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -29,7 +25,7 @@ PARTS = (
     "points", "truth", "ranks", "hits", "curves", "arms", "swaps", "energies",
     "errors", "leads",
 )  # fmt: skip
-LOCK = ".lock"  # in a scratch folder, held by the process that uses it
+OLD = 24 * 3600  # seconds after which nobody is at work in a scratch folder
 
 
 def checkout() -> Path:
@@ -64,53 +60,16 @@ def shown(path: str | Path) -> str:
 def scratch(parent: Path) -> Iterator[Path]:
     """A new folder `.tmp-...` in `parent`, gone when left.
 
-    Those that killed processes have left there go too: a living process holds a lock.
+    Those that killed processes have left there go too, once they are older than `OLD`.
     """
-    _sweep(parent)
-    folder, lock = _make_locked(parent)
-    try:
-        with lock:
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _make_locked(parent: Path) -> tuple[Path, Any]:
-    """A new folder and the open file in it that says that somebody is at work."""
-    while True:
-        folder = Path(tempfile.mkdtemp(dir=parent, prefix=".tmp-"))
-        try:
-            lock = open(folder / LOCK, "x+b")
-        except FileNotFoundError:  # swept by another before there was a lock
-            continue
-        except OSError:  # a full disk
-            folder.rmdir()
-            raise
-        with suppress(OSError):  # where files cannot be locked nothing is swept
-            _lock(lock, wait=True)
-        if (folder / LOCK).exists():
-            return folder, lock
-        lock.close()
-
-
-def _sweep(parent: Path) -> None:
-    """Remove the scratch folders in `parent` whose processes are gone."""
-    for left in parent.glob(".tmp-*") if fcntl else ():
-        try:
-            with open(left / LOCK, "r+b") as lock:
-                _lock(lock, wait=False)
+    for left in parent.glob(".tmp-*"):
+        with suppress(OSError):  # another process has just removed it
+            if time.time() - left.stat().st_mtime > OLD:
                 shutil.rmtree(left, ignore_errors=True)
-        except FileNotFoundError:  # killed before it was locked
-            with suppress(OSError):
-                left.rmdir()
-        except OSError:  # somebody is at work in it, or it is none of ours
-            continue
-
-
-def _lock(file: Any, *, wait: bool) -> None:
-    """Lock an open file until it is closed, or its process ends."""
-    if fcntl:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    with tempfile.TemporaryDirectory(
+        dir=parent, prefix=".tmp-", ignore_cleanup_errors=True
+    ) as folder:
+        yield Path(folder)
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], Any]) -> Path:

@@ -255,10 +255,10 @@ def read_result(file: Path) -> object:
 
 
 def read_results(folder: Path) -> dict[str, object]:
-    """Every file below the runs, but for the engine's own notes."""
+    """Every whole file below the runs, but for the engine's own notes."""
     runs = folder / "runs" if (folder / "runs").is_dir() else folder
     own = ("logs", ".snakemake", ".reproduce", ".code")
-    found = (p for p in runs.rglob("*") if p.is_file() or p.name.startswith(".tmp-"))
+    found = (p for p in runs.rglob("*") if p.is_file() and "/.tmp-" not in str(p))
     return {
         str(path.relative_to(runs)): read_result(path)
         for path in sorted(found)

@@ -458,30 +458,26 @@ def test_a_link_stays_and_its_target_is_written(tmp_path):
     )
 
 
-def test_what_a_killed_process_left_is_swept_and_a_living_ones_work_is_not(tmp_path):
+def test_what_a_killed_process_left_is_swept_and_work_of_today_is_not(tmp_path):
     def hang(tmp):
         tmp.write_text("half")
         print("writing", flush=True)
         time.sleep(60)
 
     context = multiprocessing.get_context("fork")
-    dead, alive = (
-        context.Process(target=paths.write_atomic, args=(tmp_path / name, hang))
-        for name in ("dead.txt", "alive.txt")
+    process = context.Process(
+        target=paths.write_atomic, args=(tmp_path / "dead.txt", hang)
     )
-    for process in (dead, alive):
-        process.start()
-    while len(list(tmp_path.glob(".tmp-*/new.txt"))) < 2:
+    process.start()
+    while not (left := list(tmp_path.glob(".tmp-*/new.txt"))):
         time.sleep(0.01)
-    dead.kill()
-    dead.join()
-    (tmp_path / ".tmp-unlocked").mkdir()  # killed before it was locked
-    paths.write_text(tmp_path / "a.txt", "new")
-    left = list(tmp_path.glob(".tmp-*"))
-    alive.kill()
-    alive.join()
-    assert len(left) == 1
-    paths.write_text(tmp_path / "a.txt", "newer")
+    process.kill()
+    process.join()
+    folder = left[0].parent
+    for age, stays in ((paths.OLD - 60, True), (paths.OLD + 60, False)):
+        os.utime(folder, times=(time.time() - age,) * 2)
+        paths.write_text(tmp_path / "a.txt", "new")
+        assert folder.exists() == stays
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
