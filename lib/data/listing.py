@@ -18,7 +18,7 @@ from lib import paths
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 SYNSET = re.compile(r"n\d{8}")
-LARGEST = 2**28  # bytes of one picture's file
+KEY = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)")  # of a member: its sample, its part
 DEVKIT = "ILSVRC2012_devkit_t12"
 SHARE = 0.01  # of a set's files may be broken
 NONE_LEFT = -1  # in place of a file's number: no other of its class can be read
@@ -241,10 +241,9 @@ def list_shards(folder: Path, files: list[Path]) -> Files:
     names, labels, places = [], [], []
     for file in files:
         try:
-            with tarfile.open(file, "r:") as tar, open(file, "rb") as raw:
-                for image, label in pair_members(file, tar):
-                    raw.seek(label.offset_data)
-                    labels.append(parse_label(file, label, raw.read(20)))
+            with tarfile.open(file, "r:") as tar:
+                for image, label in list_samples(file, tar):
+                    labels.append(label)
                     places.append((image.offset_data, image.size))
                     names.append(f"{file.name}/{image.name}")
         except (tarfile.TarError, OSError, EOFError) as error:
@@ -258,50 +257,31 @@ def list_shards(folder: Path, files: list[Path]) -> Files:
     return Files(folder, Names(names), np.array(labels, np.int32), table)
 
 
-def pair_members(
+def list_samples(
     file: Path, tar: tarfile.TarFile
-) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarInfo]]:
+) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """(image, label) of each sample: members in a row with one name before the dot.
 
-    A sample without either is left out; ValueError where it has only one.
+    A sample without either is left out; ValueError where it has not one of each.
     """
-    for key, members in itertools.groupby(list_members(file, tar), lambda m: m[0]):
-        sample: dict[str, tarfile.TarInfo] = {}
-        for _, part, member in members:
-            if part in sample:
-                raise ValueError(f"{file}: {member.name} is the second {part} of {key}")
-            sample[part] = member
-        image, label = sample.get("image"), sample.get("cls")
-        if image and label:
-            yield image, label
-        elif image or label:
-            lost = f"label {key}.cls" if image else f"image {key}.jpg"
-            raise ValueError(f"{file}: no {lost} beside the other members of {key}")
-
-
-def list_members(
-    file: Path, tar: tarfile.TarFile
-) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Each file `KEY.PART`: key, part ("image" of any kind), place."""
-    end = file.stat().st_size
-    for member in tar:
+    named = ((m, found) for m in tar if m.isreg() and (found := KEY.fullmatch(m.name)))
+    for key, members in itertools.groupby(named, lambda pair: pair[1][1]):
+        parts = [(found[2].lower(), member) for member, found in members]
         tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
-        found = re.fullmatch(r"((?:.*/|)[^./]+)\.([^/]*)", member.name)
-        if not member.isreg() or found is None:
+        images = [member for part, member in parts if f".{part}" in SUFFIXES]
+        labels = [member for part, member in parts if part == "cls"]
+        if not images and not labels:
             continue
-        if member.name.startswith("/") or ".." in member.name.split("/"):
-            raise ValueError(f"{file}: {member.name} leads out of the shard")
-        if member.size > LARGEST or member.offset_data + member.size > end:
-            raise ValueError(f"{file}: {member.name} claims {member.size:,} bytes")
-        part = found[2].lower()
-        yield found[1], "image" if f".{part}" in SUFFIXES else part, member
-
-
-def parse_label(file: Path, member: tarfile.TarInfo, content: bytes) -> int:
-    """The whole number in a `.cls`."""
-    text = content[: member.size].decode("ascii", "replace").strip()
-    if not re.fullmatch(r"\d{1,9}", text):
-        raise ValueError(
-            f"{file}: {member.name} holds {text!r}, expected the number of a class"
-        )
-    return int(text)
+        if len(images) != 1 or len(labels) != 1:
+            raise ValueError(
+                f"{file}: {key} has {len(images)} images and {len(labels)} labels "
+                f"({key}.cls), expected one of each"
+            )
+        content = tar.extractfile(labels[0]).read(20)  # type: ignore[union-attr]
+        text = content.decode("ascii", "replace").strip()
+        if not re.fullmatch(r"\d{1,9}", text):
+            raise ValueError(
+                f"{file}: {labels[0].name} holds {text!r}, expected the number of a "
+                "class"
+            )
+        yield images[0], int(text)
