@@ -488,6 +488,11 @@ def test_a_loss_is_judged_at_any_cost(loss, verdict, monkeypatch, tmp_path):
     half = stats.t.ppf(0.975, 5) * gap.std(ddof=1) / 6**0.5
     assert float(found["low"]) == pytest.approx(gap.mean() - half, abs=1e-3)
     assert float(found["effect"]) == pytest.approx(gap.mean(), abs=1e-3)
+    table = pd.DataFrame(rows)
+    fewer = table[(table["method"] != "fpgm") | (table["length"] == 20)]
+    fewer.to_csv(tmp_path / "compare_16_cpu.csv", index=False)
+    found = compute(make_claim(filter="l1|fpgm - unpruned", **claim)).loc["S1"]
+    assert found["n"] == "3", "the best of both is known after 20 epochs alone"
     with pytest.raises(ValueError, match="arm 'l2'"):
         compute(make_claim(filter="l2 - unpruned", **claim))
     with pytest.raises(ValueError, match="a loss is one of the accuracy after"):

@@ -36,6 +36,8 @@ def compare_losses(files: str, question: str, margin: float) -> dict[str, Any]:
         if right == ANY:
             part = verdicts.list_networks(part, left)
             right = "|".join(sorted(set(part["method"]) - {left}))
+        else:
+            part = verdicts.share_bases(part, f"{left}|{right}")
         part, left, right = verdicts.pick_arms(part, left, right)
         paired = ("net", "dataset", "length")
         n = verdicts.share_bases(part, f"{left}|{right}")["base_id"].nunique()
