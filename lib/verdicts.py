@@ -291,7 +291,8 @@ def flip_signs(differences: Sequence[float] | np.ndarray) -> float:
     d = _read("sign flips", differences)
     if len(d) > MOST_FLIPS:
         return math.nan
-    sums = np.abs(np.array(list(itertools.product((-1, 1), repeat=len(d)))) @ d)
+    signs = np.array(list(itertools.product((-1, 1), repeat=len(d))))
+    sums = np.abs(signs @ d)
     return float((sums >= abs(d.sum()) - 1e-9 * np.abs(d).sum()).mean())
 
 
@@ -312,8 +313,8 @@ def bootstrap_images(left: np.ndarray, right: np.ndarray) -> tuple[float, float]
             np.bincount(draw.integers(n, size=n), minlength=n) for n in gap.shape
         )
         means[i] = weights @ gap @ counts / gap.size
-    low, high = np.quantile(100 * means, [ALPHA / 2, 1 - ALPHA / 2]).tolist()
-    return low, high
+    low, high = np.quantile(100 * means, [ALPHA / 2, 1 - ALPHA / 2])
+    return float(low), float(high)
 
 
 def split_variance(rows: pd.DataFrame, *, value: str = "after") -> dict[str, float]:
